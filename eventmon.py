@@ -1,0 +1,2736 @@
+#!/usr/bin/env python3
+"""See what every process is doing: Celery's event monitoring in one file, over UDP multicast, with no broker.
+
+In a terminal:
+
+    python eventmon.py watch                    a live table of tasks, workers and events
+    python eventmon.py send deploy-done id:=7   one event from a shell
+
+In a program:
+
+    from eventmon import Dispatcher
+    events = Dispatcher()
+    events.send("deploy-done", id=7)
+
+How the data flows:
+
+    Dispatcher.send -> JSON -> transmit window -> UDP multicast -> receive window -> Receiver -> State -> capture_events
+                                    ^                                    |
+                                    +-------- confirmations, NAKs -------+
+
+The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones, Celery the others):
+
+    event     a dict with a "type" ("task-started": group "task", subject "started") and a "timestamp"
+    data      one datagram, bytes; source is the (host, port) that it came from
+    stream    all that one Dispatcher sends in one process, in order; named by 16 random hex digits
+    seq       sequence number: a stream's datagrams are numbered 1, 2, 3, ...
+    lead      the highest sequence number sent so far; trail, the lowest that can still be repaired
+    frame     a datagram of our own: a header line and a body
+    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it; the
+              receive window puts it in order again, and knows what is missing
+    gap       sequence numbers that a receiver misses; it sends a NAK (negative acknowledgement) for them and
+              the sender repairs them: sends the same datagrams again
+    beat      heartbeat: lead and trail, sent every quarter second; poll is one to be confirmed at once, bye the last
+    watcher   a Receiver as a Dispatcher knows it, by a random number; it confirms with an ack a position:
+              everything up to it has arrived. Its room is how much more fits its socket's buffer
+    cost      what a datagram takes of that buffer, in bytes
+    task, worker, state     as in Celery
+
+The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
+
+    EM1 data STREAM SEQ                              body: an event, or an array of events, as JSON
+    EM1 part STREAM SEQ INDEX COUNT                  body: piece INDEX (from 0) of COUNT of an event too big for one
+    EM1 beat STREAM LEAD TRAIL                       also poll and bye; no body
+    EM1 ack STREAM POSITION WATCHER ROOM             from a watcher, by unicast; no body
+    EM1 nak STREAM POSITION WATCHER ROOM             body: the sequence numbers missing, as in "7 9-12"
+
+Fields are separated by one space, the header ends with a newline, numbers are decimal and below 10**19. With a
+key, two more fields end the header: the time of sending in microseconds since the epoch, and 32 hex digits of the
+HMAC-SHA-256 of everything else.
+"""
+from __future__ import annotations
+
+import atexit
+import errno
+import json
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter, OrderedDict, deque, namedtuple
+from contextvars import ContextVar
+from functools import partial, wraps
+from itertools import count, islice
+from math import inf, isfinite
+from weakref import WeakSet
+
+from typing_extensions import Self
+
+TYPE_CHECKING = False  # as in typing, which costs a third of our import time
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, Callable, NoReturn, TextIO
+
+    Source = tuple[str, int]
+    Ranges = list[tuple[int, int]]
+
+__all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
+__version__ = "0.1.0"
+
+DEFAULT_URL = "udp://239.255.69.86:6986?interface=127.0.0.1&ttl=0"
+
+# Limits: sizes in bytes, times in seconds.
+MAX_EVENT = 16 << 20  # what anyone would still call an event; bounds what a receiver puts together
+MAX_DATAGRAM = 1400  # below Ethernet's MTU of 1,500, tunnels counted
+MAX_LOOPBACK = 61440 if sys.platform == "linux" else 8192  # UDP's own limit is 65,507; macOS refuses above 9,216
+MAX_HEADER = 160  # the longest header line, sealed
+MAX_DEPTH = 32  # containers inside containers that are sent as such when an event is no plain JSON
+HISTORY = 8 << 20  # what a Dispatcher keeps for repairs and late watchers: 30,000 usual events
+BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in while Python does something else
+DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
+MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
+MAX_STREAMS = 4096  # that one Receiver follows
+MAX_HELD = 16 << 20  # held back per stream while something before it is missing
+MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
+MAX_ASKED = 4096  # sequence numbers looked at for one NAK
+MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
+BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this time
+ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
+GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
+NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
+NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
+REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask
+REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
+REPAIR_BURST = 2 << 20  # bytes of repairs at once
+ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
+ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
+BUFFER_TIME = 0.05  # the longest that a buffered event waits
+MAX_SLEEP = 0.1  # between two looks at should_stop
+POLL = 0.003  # between questions to a watcher that is waited for
+SETTLE = 0.1  # until every watcher has had time to answer a new Dispatcher
+FLUSH_ALL = 60.0  # how long `send` waits for watchers that are alive but behind
+CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
+MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_REPR = 1024  # characters of a task's arguments, result or exception
+MAX_RECENT = 1000  # events kept in State.recent
+WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
+
+
+class WireError(Exception):
+    """Bytes from the network that are not what they should be. Never raised to the user: counted."""
+
+    counted = "malformed"
+
+
+class Rejected(WireError):
+    """A datagram whose sender has not proved that it knows the key."""
+
+    counted = "rejected"
+
+
+class Replay(WireError):
+    """A sealed datagram that has been seen before."""
+
+    counted = "duplicates"
+
+
+# --- Event ------------------------------------------------------------------------------------------------------
+
+
+class Event(dict["str", "Any"]):
+    """A dict with a "type", a non-empty str, and a "timestamp", seconds since the epoch, filled in if absent.
+
+    `Event("task-started", {"uuid": "42"}, pid=7)`: fields from a mapping, from keywords or from both. ValueError
+    for a type that is not a non-empty str.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, /, type: str, fields: Mapping[str, Any] | None = None, **more: Any) -> None:
+        super().__init__(fields or {}, **more)
+        self["type"] = checked_type(type)
+        if "timestamp" not in self:
+            self["timestamp"] = time.time()
+
+    @property
+    def type(self) -> str:
+        """The whole type, as in "task-started"."""
+        return self["type"]  # type: ignore[no-any-return]
+
+    @property
+    def group(self) -> str:
+        """What stands before the type's first dash, as in "task"."""
+        return self.type.partition("-")[0]
+
+    @property
+    def subject(self) -> str:
+        """What stands after the type's first dash, as in "started"."""
+        return self.type.partition("-")[2]
+
+
+def checked_type(type: Any) -> str:
+    """Return `type` if it may be an event's, or raise ValueError."""
+    if not isinstance(type, str) or not type:
+        raise ValueError(f"event type is {readable(type)}, expected a non-empty str")
+    return type
+
+
+def readable(value: Any) -> str:
+    """Return the repr of any value, also of one whose repr fails or is no Unicode."""
+    try:
+        text = repr(value)
+    except Exception as problem:  # noqa: BLE001 - it is the user's, and may be any
+        text = f"<{type(value).__name__} whose repr raises {type(problem).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+# --- the wire: what is parsed and what is formatted, side by side -------------------------------------------------
+
+
+def no_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's json reads and JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=no_constant).raw_decode
+_encode = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":"), default=readable
+).encode
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the one JSON value in `body`, or raise WireError."""
+    try:
+        text = body.decode().strip()
+        value, end = _decode(text)
+    except (ValueError, RecursionError) as problem:
+        raise WireError(f"not JSON: {problem}") from None
+    if end != len(text):
+        raise WireError(f"not JSON: more than one value, the second at character {end}")
+    return value
+
+
+def format_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
+    try:
+        return _encode(value).encode()
+    except (TypeError, ValueError, RecursionError):  # a key, NaN, a lone surrogate; a container inside itself
+        return _encode(plain(value)).encode()
+
+
+def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Return `value` made of what JSON has; `above` names the containers that it stands in."""
+    if value is None or isinstance(value, bool) or isinstance(value, int) and -(2**64) < value < 2**64:
+        return value
+    if isinstance(value, float) and isfinite(value):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if id(value) not in above and len(above) < MAX_DEPTH:
+        above += (id(value),)
+        if isinstance(value, dict):
+            return {plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, above) for item in value]
+    return readable(value)
+
+
+def parse_events(body: bytes) -> list[Event]:
+    """Return the events of a JSON object or array, or raise WireError."""
+    value = parse_json(body)
+    return [parse_event(item) for item in value] if isinstance(value, list) else [parse_event(value)]
+
+
+def parse_event(value: Any) -> Event:
+    """Return a parsed JSON value as an Event, or raise WireError."""
+    if not isinstance(value, dict):
+        raise WireError(f"a {type(value).__name__}, expected an object")
+    kind = value.get("type")
+    if not isinstance(kind, str) or not kind:
+        raise WireError(f'"type" is {kind!r}, expected a non-empty string')
+    event = Event.__new__(Event)
+    event.update(value)
+    if "timestamp" not in value:
+        event["timestamp"] = time.time()
+    return event
+
+
+def format_events(bodies: list[bytes]) -> bytes:
+    """Return events, each formatted already, as one JSON array; one alone stays as it is."""
+    return bodies[0] if len(bodies) == 1 else b"[%b]" % b",".join(bodies)
+
+
+MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
+LAYOUT = {b"data": 1, b"part": 3, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 3, b"nak": 3}  # kind -> numbers
+
+Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
+
+
+def parse_frame(data: bytes) -> Frame:
+    """Return the parts of a frame without a seal, or raise WireError."""
+    head, newline, body = data.partition(b"\n")
+    magic, *fields = head.split(b" ")
+    if magic != MAGIC or not newline or len(fields) < 2:
+        raise WireError(f"header is {head[:40]!r}, expected EM1 KIND STREAM NUMBER... and a newline")
+    kind, stream, *numbers = fields
+    expected = LAYOUT.get(kind)
+    if expected is None:
+        raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
+    if len(numbers) == expected + 2:
+        raise Rejected("the stream is sealed with a key, and there is none here")
+    if len(numbers) != expected or len(stream) != 16:
+        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
+    for number in numbers:
+        if len(number) > 19 or not number.isdigit():
+            raise WireError(f"number is {number[:40]!r}, expected up to 19 decimal digits")
+    return Frame(kind, stream, tuple(map(int, numbers)), body)
+
+
+def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
+    """Return a frame; the mirror of parse_frame."""
+    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join(b"%d" % number for number in numbers), body)
+
+
+def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
+    """Return a sealed frame without its seal, and its time in microseconds; Rejected if the seal is not good."""
+    head, _, body = data.partition(b"\n")
+    head, _, mac = head.rpartition(b" ")
+    if not same_mac(mac, mac_of(head, body, key)):
+        raise Rejected("not sealed with this key")
+    head, _, stamp = head.rpartition(b" ")
+    if not stamp.isdigit() or abs(int(stamp) / 1e6 - now) > MAX_SKEW:
+        raise Rejected(f"sealed more than {MAX_SKEW} s ago")
+    return b"%b\n%b" % (head, body), int(stamp)
+
+
+def seal(frame: bytes, key: bytes, now: float) -> bytes:
+    """Return a frame with the time and its HMAC at the end of the header; the mirror of unseal."""
+    head, _, body = frame.partition(b"\n")
+    head = b"%b %d" % (head, now * 1e6)
+    return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
+
+
+def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
+    """Return 128 bits of HMAC-SHA-256 (RFC 2104) in hex."""
+    import hmac
+
+    return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
+
+
+def same_mac(one: bytes, other: bytes) -> bool:
+    """Compare in a time that tells nothing of the first difference."""
+    import hmac
+
+    return hmac.compare_digest(one, other)
+
+
+def parse_ranges(body: bytes) -> Ranges:
+    """Return the (first, last) pairs of a NAK, or raise WireError."""
+    ranges = []
+    for word in body.split(b" ", MAX_RANGES)[:MAX_RANGES]:
+        first, _, last = word.partition(b"-")
+        last = last or first
+        if not (first.isdigit() and last.isdigit() and len(first) < 20 and len(last) < 20):
+            raise WireError(f"range is {word[:40]!r}, expected N or N-N")
+        ranges.append((int(first), int(last)))
+    return ranges
+
+
+def format_ranges(ranges: Ranges) -> bytes:
+    """Return the body of a NAK; the mirror of parse_ranges."""
+    return b" ".join(b"%d" % first if first == last else b"%d-%d" % (first, last) for first, last in ranges)
+
+
+# --- the windows: pure, no socket, no thread, no clock of their own -----------------------------------------------
+
+
+class Watcher:
+    """A Receiver as a TransmitWindow knows it."""
+
+    __slots__ = ("heard", "position", "room", "stalled", "stamp")
+
+    def __init__(self, position: int) -> None:
+        self.position = position  # everything up to this sequence number has arrived there
+        self.room = 0
+        self.heard = -inf
+        self.stalled = True  # not waited for, until it is seen to move on
+        self.stamp = -1
+
+
+class TransmitWindow:
+    """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
+
+    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes; an event
+    larger than that is kept whole until the next one.
+    """
+
+    def __init__(self, limit: int = HISTORY) -> None:
+        self.trail = 1
+        self.next = 1
+        self.pinned: float = inf  # the first datagram of an event that is being sent in parts
+        self.cost = 0  # of everything sent so far
+        self.horizon: float = inf  # the cost from which on a watcher has to be waited for
+        self.watchers: dict[int, Watcher] = {}
+        self._limit = limit
+        self._kept: deque[tuple[int, bytes]] = deque()  # trail to lead: the cost up to and with it, the datagram
+        self._size = 0
+        self._forgotten = 0  # the cost of everything before the trail
+        self._repaired: dict[int, float] = {}
+        self._allowance: float = REPAIR_BURST
+        self._refilled = -inf
+
+    def add(self, frame: bytes) -> None:
+        """Keep the datagram that has the sequence number `next`."""
+        size = len(frame)
+        self.next += 1
+        self.cost += size + DATAGRAM_COST
+        self._kept.append((self.cost, frame))
+        self._size += size
+        while self._size > self._limit and self.trail < self.pinned:
+            self._forgotten, oldest = self._kept.popleft()
+            self._size -= len(oldest)
+            self.trail += 1
+
+    def confirm(self, name: int, position: int, room: int, stamp: int, now: float) -> bool:
+        """Take note of what a watcher has confirmed; False if it cannot be true, or there are too many.
+
+        `stamp` is the time in its seal, 0 without a key: one that does not go up is a replay.
+        """
+        if position >= self.next:
+            return False
+        watcher = self.watchers.get(name)
+        if watcher is None:
+            if len(self.watchers) >= MAX_WATCHERS:
+                self.watchers = self.live(now)
+                if len(self.watchers) >= MAX_WATCHERS:
+                    return False
+            watcher = self.watchers[name] = Watcher(position)
+        elif stamp and stamp <= watcher.stamp:
+            return False
+        elif position > watcher.position:
+            watcher.position = position
+            watcher.stalled = False
+        watcher.stamp = stamp
+        watcher.room = room
+        watcher.heard = now
+        self._look_ahead(now)
+        return True
+
+    def live(self, now: float) -> dict[int, Watcher]:
+        """The watchers heard lately, by name."""
+        return {name: watcher for name, watcher in self.watchers.items() if now - watcher.heard < ALIVE}
+
+    def confirmed(self, now: float) -> tuple[int, int]:
+        """Return how many live watchers have everything, and how many live watchers there are."""
+        live = self.live(now).values()
+        return sum(watcher.position == self.next - 1 for watcher in live), len(live)
+
+    def behind(self, now: float) -> dict[int, int]:
+        """Return name -> position of the watchers to wait for: live ones that move on, with no room for more."""
+        self._look_ahead(now)
+        if self.cost <= self.horizon:
+            return {}
+        return {
+            name: watcher.position
+            for name, watcher in self.live(now).items()
+            if not watcher.stalled and self._cost_at(watcher.position) + watcher.room < self.cost
+        }
+
+    def pass_over(self, waited: dict[int, int], now: float) -> None:
+        """Do not wait again for watchers that are where they were, until they move on."""
+        for name, position in waited.items():
+            watcher = self.watchers.get(name)
+            if watcher and watcher.position == position:
+                watcher.stalled = True
+        self._look_ahead(now)
+
+    def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
+        """Return the datagrams to send again for a NAK from a watcher that has `room`.
+
+        Each at most once in REPAIR_HOLD, all together within REPAIR_RATE.
+        """
+        self._allowance = min(self._allowance + (now - self._refilled) * REPAIR_RATE, REPAIR_BURST)
+        self._refilled = now
+        if len(self._repaired) > MAX_ASKED:
+            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < REPAIR_HOLD}
+        frames = []
+        known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
+        for seq in islice((seq for run in known for seq in run), MAX_ASKED):
+            if now - self._repaired.get(seq, -inf) < REPAIR_HOLD:
+                continue
+            frame = self._kept[seq - self.trail][1]
+            if len(frame) > min(room, self._allowance):
+                break
+            room -= len(frame) + DATAGRAM_COST
+            self._allowance -= len(frame)
+            self._repaired[seq] = now
+            frames.append(frame)
+        return frames
+
+    def _cost_at(self, position: int) -> int:
+        return self._kept[position - self.trail][0] if position >= self.trail else self._forgotten
+
+    def _look_ahead(self, now: float) -> None:
+        waited = (watcher for watcher in self.live(now).values() if not watcher.stalled)
+        self.horizon = min((self._cost_at(watcher.position) + watcher.room for watcher in waited), default=inf)
+
+
+class Gap:
+    """A run of sequence numbers that a ReceiveWindow misses."""
+
+    __slots__ = ("due", "first", "last", "since", "tries")
+
+    def __init__(self, first: int, last: int, due: float) -> None:
+        self.first = first
+        self.last = last
+        self.tries = 0
+        self.since = inf  # when it was first asked for, or last shrank
+        self.due = due  # when to ask for it, again
+
+    def __gt__(self, seq: int) -> bool:  # lets bisect find the gap of a sequence number
+        return self.first > seq
+
+    def cut(self, first: int) -> Gap:
+        """End before `first`; return a gap for the rest, which begins there."""
+        rest = Gap(first, self.last, self.due)
+        rest.tries, rest.since = self.tries, self.since
+        self.last = first - 1
+        return rest
+
+
+class ReceiveWindow:
+    """One stream as it arrives: puts it in order, once each, and knows what is missing (RFC 3208, section 2.1).
+
+    Pure: `now` is seconds of any clock that only goes forward, `jitter` returns a number from 0 to 1, an item may
+    be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. At most `reach`
+    missing datagrams are asked for at a time (16, until it is set). What was lost (given up on), repaired and duplicate is added to
+    `counts`, in datagrams; what was gone before the first item came is history and not lost.
+    """
+
+    def __init__(self, start: int, now: float, jitter: Callable[[], float], counts: dict[str, int]) -> None:
+        self.next = start  # everything before it is delivered, or given up
+        self.end = start  # nothing is known to be sent from here on
+        self.gaps: list[Gap] = []  # in order; the first begins at next
+        self.size = 0  # bytes held back
+        self.heard = now
+        self.reach = 16
+        self._held: dict[int, tuple[Any, int]] = {}
+        self._jump = -1
+        self._jitter = jitter
+        self._counts = counts
+
+    def in_order(self, seq: int) -> bool:
+        """Take `seq` if it is just the next one and nothing is missing, as it is nearly always."""
+        if seq == self.next == self.end:
+            self.next = self.end = seq + 1
+            return True
+        return False
+
+    def receive(self, seq: int, item: Any, size: int, now: float) -> list[Any]:
+        """Take a datagram of `size` bytes; return the items that may now be delivered, in order."""
+        if seq < self.next or seq in self._held:
+            self._counts["duplicates"] += 1
+            return []
+        if not self._credible(seq, seq + 1):
+            return []
+        self.heard = now
+        if seq != self.next and self.size + size > MAX_HELD:
+            return []  # it will be asked for again when there is room
+        if seq < self.end:
+            self._fill(seq, now)
+        self._extend(seq - 1, now)
+        self.end = max(self.end, seq + 1)
+        self._held[seq] = item, size
+        self.size += size
+        return self._deliver()
+
+    def announce(self, lead: int, trail: int, now: float) -> list[Any]:
+        """Take a heartbeat: there is data up to `lead`, and none can be had from before `trail`."""
+        if not self._credible(lead, lead):
+            return []
+        self.heard = now
+        self._extend(lead, now)
+        counted = self.next > 1
+        items = []
+        while self.gaps and self.gaps[0].first < trail:
+            items += self._abandon(min(self.gaps[0].last, trail - 1), counted)
+        return items
+
+    def missing(self, now: float) -> Ranges:
+        """Return what to send NAKs for now."""
+        ranges = []
+        for gap in self._in_reach():
+            if gap.due <= now:
+                ranges.append((gap.first, gap.last))
+                gap.since = min(gap.since, now)
+                soonest, latest = NAK_RETRY
+                gap.due = now + min(soonest * 2**gap.tries, latest) * (0.75 + self._jitter() / 2)
+                gap.tries = min(gap.tries + 1, 10)
+        return ranges
+
+    def overdue(self, now: float) -> list[Any]:
+        """Give up what has been missing for too long; return the items that may now be delivered."""
+        items = []
+        while self.gaps and now >= self._gives_up():
+            items += self._abandon(self.gaps[0].last, True)
+        return items
+
+    def due(self) -> float:
+        """Return the time at which missing() or overdue() has something to do, inf for never."""
+        if not self.gaps:
+            return inf
+        return min(self._gives_up(), min(gap.due for gap in self._in_reach()))
+
+    def _credible(self, lead: int, following: int) -> bool:
+        """Believe a long jump only when the next datagram confirms it (RFC 3550, appendix A.1)."""
+        if lead < self.end + MAX_AHEAD or lead == self._jump:
+            return True
+        self._jump = following
+        self._counts["malformed"] += 1
+        return False
+
+    def _extend(self, lead: int, now: float) -> None:
+        if lead >= self.end:
+            soonest, latest = NAK_DELAY
+            self.gaps.append(Gap(self.end, lead, now + soonest + self._jitter() * (latest - soonest)))
+            self.end = lead + 1
+
+    def _fill(self, seq: int, now: float) -> None:
+        """Take `seq`, which is missing, out of its gap."""
+        index = bisect_right(self.gaps, seq) - 1
+        gap = self.gaps[index]
+        if gap.tries:
+            self._counts["repaired"] += 1
+        if seq > gap.first:
+            self.gaps.insert(index + 1, gap.cut(seq))
+            index, gap = index + 1, self.gaps[index + 1]
+        gap.first += 1
+        if gap.tries:
+            gap.since = now
+        if gap.first > gap.last:
+            del self.gaps[index]
+
+    def _in_reach(self) -> Iterator[Gap]:
+        """The gaps to ask for; a long one is cut where the reach ends, unless little of the reach is left."""
+        reach = self.reach
+        for index, gap in enumerate(self.gaps):
+            if gap.last - gap.first >= reach:
+                if reach < self.reach // 2:
+                    return
+                self.gaps.insert(index + 1, gap.cut(gap.first + reach))
+            reach -= gap.last - gap.first + 1
+            yield gap
+            if not reach:
+                return
+
+    def _abandon(self, last: int, counted: bool) -> list[Any]:
+        """Give up the first gap up to and with `last`; return the items that were held back for it."""
+        gap = self.gaps[0]
+        if counted:
+            self._counts["lost"] += last - gap.first + 1
+        self.next = gap.first = last + 1
+        if gap.first > gap.last:
+            del self.gaps[0]
+        return self._deliver()
+
+    def _deliver(self) -> list[Any]:
+        items = []
+        while self.next in self._held:
+            item, size = self._held.pop(self.next)
+            self.size -= size
+            self.next += 1
+            items.append(item)
+        return items
+
+    def _gives_up(self) -> float:
+        return min(self.gaps[0].since, self.heard) + GIVE_UP
+
+
+# --- URL and sockets ----------------------------------------------------------------------------------------------
+
+Url = namedtuple("Url", ["host", "port", "interface", "ttl"])  # str, int, str or "", int
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of "udp://HOST:PORT?interface=ADDRESS-OR-NAME&ttl=N", or raise ValueError naming the bad one.
+
+    A group without an interface is on the loopback interface; the ttl is 0 if it is not given.
+    """
+    from urllib.parse import parse_qsl, urlsplit
+
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except (ValueError, AttributeError) as problem:
+        raise ValueError(f"url {text!r}: {problem}") from None
+    known = dict(options)
+    ttl = known.get("ttl", "0")
+    for wrong, message in (
+        (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
+        ("@" in parts.netloc, "a user or password stands in it, expected none"),
+        (not re.fullmatch(r"[A-Za-z0-9._-]+", host), f"host is {host!r}, expected an IPv4 address or a name"),
+        (re.fullmatch(r"[0-9.]+", host) and not is_address(host), f"host is {host!r}, expected an IPv4 address"),
+        (not port, f"port is {port}, expected 1 to 65535"),
+        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
+        (len(known) < len(options), "an option stands twice"),
+        (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
+        (known.get("interface") == "", "interface is empty, expected an address or a name"),
+        (not ttl.isascii() or not ttl.isdigit() or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
+    ):
+        if wrong:
+            raise ValueError(f"url {text!r}: {message}")
+    return Url(host, port, known.get("interface", "127.0.0.1" if is_group(host) else ""), int(ttl))
+
+
+def is_address(host: str) -> bool:
+    """Whether `host` is an IPv4 address in its usual form."""
+    try:
+        return len(socket.inet_pton(socket.AF_INET, host)) == 4
+    except OSError:
+        return False
+
+
+def is_group(host: str) -> bool:
+    """Whether `host` is the address of a multicast group (RFC 1112: 224.0.0.0 to 239.255.255.255)."""
+    return is_address(host) and 224 <= int(host.split(".")[0]) <= 239
+
+
+def on_loopback(url: Url) -> bool:
+    """Whether datagrams to `url` stay on the loopback interface, which carries large ones."""
+    where = url.interface if is_group(url.host) else url.host
+    return where.startswith("127.") or where in ("localhost", "lo", "lo0")
+
+
+def membership(url: Url) -> bytes:
+    """Return the group and the interface of `url` as the kernel takes them (struct ip_mreq, or ip_mreqn for a name)."""
+    if is_address(url.interface):
+        return socket.inet_aton(url.host) + socket.inet_aton(url.interface)
+    return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
+
+
+def udp_socket(url: Url) -> socket.socket:
+    """Return a new socket that sends on the interface and with the ttl of `url` and never blocks."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if is_group(url.host):
+            interface = membership(url)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+        elif url.ttl:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, url.ttl)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(url: Url) -> socket.socket:
+    """Return a socket that receives what is sent to `url`, beside others on this machine if it is a group."""
+    sock = udp_socket(url)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        if not is_group(url.host):
+            sock.bind((url.host, url.port))
+            return sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT") and sys.platform != "linux":  # BSD wants it; Linux would share out
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if sys.platform == "linux":  # IP_MULTICAST_ALL: hear only what this socket has joined
+            sock.setsockopt(socket.IPPROTO_IP, 49, 0)
+        sock.bind(("" if sys.platform == "win32" else url.host, url.port))
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(url))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Link:
+    """A Dispatcher's sockets: `send` sends a datagram to the URL, what watchers answer arrives at `socket`."""
+
+    def __init__(self, url: Url) -> None:
+        import selectors
+
+        self.socket = udp_socket(url)
+        self._connected = self.socket
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
+            self.socket.bind((url.interface if is_address(url.interface) else "", 0))
+            target = socket.gethostbyname(url.host), url.port
+            if is_group(url.host) and sys.platform != "win32":
+                self._connect(url, target)
+                self.send: Callable[[bytes], int] = self._connected.send
+            else:
+                self.send = lambda data: self.socket.sendto(data, target)
+        except BaseException:
+            self.close()
+            raise
+        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()
+        self._selector.register(self.socket, selectors.EVENT_READ)
+
+    def _connect(self, url: Url, target: Source) -> None:
+        """Give the same port a second socket, connected to the group.
+
+        A connected socket sends a fifth faster, but hears only whom it is connected to, and nobody answers from a
+        group's address; so answers go on arriving at the first one.
+        """
+        self._connected = udp_socket(url)
+        for sock in (self.socket, self._connected):
+            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_REUSEPORT", socket.SO_REUSEADDR), 1)
+        self._connected.bind(self.socket.getsockname())
+        self._connected.connect(target)
+
+    def wait(self, seconds: float) -> None:
+        """Return when something has arrived, or after `seconds`."""
+        self._selector.select(max(0.0, seconds))
+
+    def receive(self) -> Iterator[bytes]:
+        """Yield the datagrams that have arrived, at most a hundred."""
+        for _ in range(100):
+            try:
+                yield self.socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError:  # a watcher that is gone (ICMP; 10054 on Windows): nothing to read here
+                return
+
+    def nudge(self) -> None:
+        """End a wait() in another thread."""
+        host, port = self.socket.getsockname()
+        try:
+            self.socket.sendto(b"", (host if host != "0.0.0.0" else "127.0.0.1", port))
+        except OSError:
+            pass  # no loopback: the wait ends by itself
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self.socket.close()
+        self._connected.close()
+
+
+# --- Dispatcher ---------------------------------------------------------------------------------------------------
+
+_ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
+_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
+
+
+def witness(clock: Any) -> None:
+    """Set this process's Lamport clock past one that was received."""
+    global _ticks
+    if type(clock) is int and next(_ticks) <= clock < 1 << 62:
+        _ticks = count(clock + 1)
+
+
+def default_hostname() -> str:
+    """Return "PROGRAM.PID@HOST", which tells the processes of a machine apart."""
+    program = os.path.basename(sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-c", "-m") else "python")
+    return f"{program.removesuffix('.py')}.{os.getpid()}@{socket.gethostname()}"
+
+
+def utc_offset() -> float:
+    """Return what local time is behind UTC, in hours, as Celery counts it (west is positive)."""
+    return (time.altzone if time.localtime().tm_isdst else time.timezone) / 3600
+
+
+def key_from(key: str | bytes | None) -> bytes:
+    """Return the key to use, the environment's where none is given, b"" for none."""
+    key = os.environ.get("EVENTMON_KEY", "") if key is None else key
+    return key.encode() if isinstance(key, str) else bytes(key)
+
+
+def url_from(url: str | None) -> str:
+    """Return the URL to use: the one given, the environment's, or the default."""
+    return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
+
+
+def new_uuid() -> str:
+    """Return a random uuid (RFC 9562, version 4) without the cost of importing the module."""
+    digits = bytearray(os.urandom(16))
+    digits[6] = digits[6] & 15 | 64
+    digits[8] = digits[8] & 63 | 128
+    text = digits.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def shortened(value: Any, limit: int = MAX_REPR) -> str:
+    """Return the repr of `value`, visibly shortened to `limit` characters."""
+    text = readable(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class Task:
+    """One task, or by way of a decorated function one at each call; made by Dispatcher.task().
+
+    As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds) or
+    task-failed (exception, traceback, runtime), and lets the exception pass. A decorated function, or coroutine
+    function, adds args, kwargs and result, each shortened to 1,024 characters of repr. A task inside another has
+    it as parent_id. `uuid` is its name among all tasks.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
+        self.name = name
+        self.uuid = uuid or new_uuid()
+        self.root_id = self.uuid
+        self._dispatcher = dispatcher
+        self._given = uuid
+        self._fields = fields
+        self._result: dict[str, Any] = {}
+
+    def progress(self, fraction: float, **fields: Any) -> None:
+        """Send task-progress: `fraction` of the work, 0 to 1, is done."""
+        self._dispatcher.send("task-progress", uuid=self.uuid, progress=fraction, **fields)
+
+    def __enter__(self) -> Self:
+        parent = _current_task.get()
+        self._token = _current_task.set(self)
+        if parent is not None:
+            self.root_id = parent.root_id
+        fields = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0, "root_id": self.root_id}
+        fields["parent_id"] = parent.uuid if parent else None
+        self._start = time.monotonic()
+        self._dispatcher.task_begins(self.uuid, {**fields, **self._fields})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        _current_task.reset(self._token)
+        outcome = {**self._result, "runtime": time.monotonic() - self._start}
+        if problem is None:
+            self._dispatcher.task_ends("task-succeeded", self.uuid, outcome)
+        else:
+            import traceback
+
+            outcome["exception"] = shortened(problem)
+            outcome["traceback"] = "".join(traceback.format_exception(kind, problem, problem.__traceback__))
+            self._dispatcher.task_ends("task-failed", self.uuid, outcome)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate a function or a coroutine function."""
+        import inspect
+
+        def run(args: Any, kwargs: Any) -> Task:
+            fields = {"args": shortened(args), "kwargs": shortened(kwargs), **self._fields}
+            return Task(self._dispatcher, self.name, self._given, fields)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with run(args, kwargs) as task:
+                result = function(*args, **kwargs)
+                task._result = {"result": shortened(result)}
+                return result
+
+        @wraps(function)
+        async def call_coroutine(*args: Any, **kwargs: Any) -> Any:
+            with run(args, kwargs) as task:
+                result = await function(*args, **kwargs)
+                task._result = {"result": shortened(result)}
+                return result
+
+        return call_coroutine if inspect.iscoroutinefunction(function) else call
+
+
+class Dispatcher:
+    """Sends events to whoever watches `url`; safe in threads and forks, and never harmed by the network.
+
+    `hostname` names the sender ("PROGRAM.PID@HOST" if None). `groups` are the only ones sent, as in {"task"}; those
+    in `buffer_group` are held and sent together at `buffer_limit` events, at flush(), or 50 ms later. `freq`
+    makes it a worker with a heartbeat every so many seconds. `key` (str or bytes, $EVENTMON_KEY if None)
+    authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. A bad url
+    raises ValueError; the sockets are opened by the first event.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        hostname: str | None = None,
+        *,
+        enabled: bool = True,
+        groups: Iterable[str] | None = None,
+        buffer_group: Iterable[str] = (),
+        buffer_limit: int = 24,
+        freq: float | None = None,
+        key: str | bytes | None = None,
+        max_wait: float = 0.01,
+    ) -> None:
+        self.url = url_from(url)
+        self.enabled = False
+        self.on_enabled: set[Callable[[], object]] = set()
+        self.on_disabled: set[Callable[[], object]] = set()
+        self._url = parse_url(self.url)
+        self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
+        self._name = hostname
+        self._groups = None if groups is None else frozenset(groups)
+        self._buffered = frozenset(buffer_group)
+        self._buffer_limit = buffer_limit
+        self._freq = freq
+        self._key = key_from(key)
+        self._max_wait = max_wait
+        self._closed = False
+        self._begin()
+        _dispatchers.add(self)
+        if enabled:
+            self.enable()
+
+    def _begin(self) -> None:
+        """Start a stream, with nothing sent: at first, and in the child of a fork."""
+        self.pid = os.getpid()
+        self.hostname = self._name or default_hostname()
+        self._lock = threading.Lock()
+        self._moved = threading.Condition(self._lock)  # a watcher has confirmed something
+        self._window = TransmitWindow()
+        self._stream = os.urandom(8).hex().encode()
+        self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
+        self._buffer: list[bytes] = []
+        self._link: Link | None = None
+        self._opened = self._reopens = -inf
+        self._offset = utc_offset()
+        self._active = self._processed = 0
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers."""
+        with self._lock:
+            return {**self._counts, "watchers": len(self._window.live(time.monotonic()))}
+
+    def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
+        """Send an event and return it, or None if disabled or not of `groups`.
+
+        Adds hostname, pid, utcoffset and, unless `blind`, clock, where `fields` does not have them. ValueError
+        for a type that is not a non-empty str, an event over 16 MiB as JSON, and a closed Dispatcher.
+        """
+        return self._send(type, fields, blind)
+
+    def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Forward a ready event as it is, and return it, or None; errors as in send()."""
+        kind = checked_type(event.get("type"))
+        return event if self._wants(kind) and self._post(kind, dict(event)) else None
+
+    def flush(self, timeout: float = 1.0) -> int:
+        """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
+
+        Returns how many watchers confirmed. A Dispatcher that is new, or heard of no watcher yet, gives them a
+        tenth of a second to speak up.
+        """
+        with self._lock:
+            self._send_buffer()
+            return self._settle(SETTLE, timeout, fresh=True)
+
+    def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
+        """Return a context manager, and decorator, that sends the events of a task: see Task."""
+        return Task(self, name, uuid, fields)
+
+    def enable(self) -> None:
+        """Start sending; calls each of `on_enabled`, and a worker comes online."""
+        if not self.enabled and not self._closed:
+            self.enabled = True
+            for callback in list(self.on_enabled):
+                callback()
+            if self._freq:
+                self._send_worker("worker-online")
+
+    def disable(self) -> None:
+        """Stop sending, which then returns None; a worker goes offline; calls each of `on_disabled`."""
+        if self.enabled:
+            if self._freq:
+                self._send_worker("worker-offline")
+            self.enabled = False
+            for callback in list(self.on_disabled):
+                callback()
+
+    def on_after_fork(self) -> None:
+        """Begin a stream of its own in the child of a fork; called by itself, and again does no harm.
+
+        What was buffered is the parent's to send, and so is a worker's heartbeat.
+        """
+        if self.pid != os.getpid():
+            if self._link:
+                self._link.close()
+            self._freq = None
+            self._begin()
+
+    def close(self) -> None:
+        """Send what is buffered and a goodbye, and give watchers a moment to ask for repairs. Never raises.
+
+        Takes at most 50 ms with nobody watching, else 250 ms. Also at the exit of the interpreter.
+        """
+        if self._closed:
+            return
+        self.disable()
+        with self._lock:
+            self._closed = True
+            self._send_buffer()
+            self._settle(CLOSE_ALONE, CLOSE_WATCHED, fresh=False)
+            link, self._link = self._link, None
+            if link:
+                self._put(self._beat(b"bye"), link)
+        if link and self._thread.is_alive():
+            link.nudge()
+            self._thread.join(CLOSE_ALONE)
+        elif link:
+            link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
+
+    # From here on: an event on its way to the kernel.
+
+    def _send(self, type: str, fields: Mapping[str, Any], blind: bool) -> Event | None:
+        if not self._wants(checked_type(type)):
+            return None
+        event = Event(type, {"type": type, "timestamp": time.time(), "hostname": self.hostname, "pid": self.pid})
+        event["utcoffset"] = self._offset
+        if not blind:
+            event["clock"] = next(_ticks)
+        event.update(fields)
+        event["type"] = type
+        return event if self._post(type, event) else None
+
+    def _wants(self, type: str) -> bool:
+        if self._closed:
+            raise ValueError("the dispatcher is closed")
+        return self.enabled and (self._groups is None or type.partition("-")[0] in self._groups)
+
+    def _post(self, type: str, event: Mapping[str, Any]) -> bool:
+        body = format_json(event)
+        if len(body) > MAX_EVENT:
+            raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
+        with self._lock:
+            if self._closed:  # by another thread, since we looked
+                raise ValueError("the dispatcher is closed")
+            self._counts["events"] += 1
+            if self._buffered and type.partition("-")[0] in self._buffered:
+                self._hold(body)
+            else:
+                self._send_buffer()  # what came first goes first
+                self._transmit(body)
+        return True
+
+    def _hold(self, body: bytes) -> None:
+        self._buffer.append(body)
+        if len(self._buffer) >= self._buffer_limit:
+            self._send_buffer()
+        else:
+            self._open()  # whose thread sends it in time
+
+    def _send_buffer(self) -> None:
+        """Send what is buffered, as many events to a datagram as fit."""
+        batch: list[bytes] = []
+        room = self._room
+        held, self._buffer = self._buffer, []
+        for body in held:
+            room -= len(body) + 2
+            if batch and room < 0:
+                self._transmit(format_events(batch))
+                batch, room = [], self._room - len(body) - 2
+            batch.append(body)
+        if batch:
+            self._transmit(format_events(batch))
+
+    def _transmit(self, body: bytes) -> None:
+        """Number an event, or an array of events, and send it, in parts if it has to be."""
+        window = self._window
+        self._open()
+        if len(body) <= self._room:
+            if window.cost > window.horizon:
+                self._wait_for_watchers()
+            self._put_data(format_frame(b"data", self._stream, (window.next,), body))
+            return
+        window.pinned = window.next
+        starts = range(0, len(body), self._room)
+        for index, start in enumerate(starts):
+            if window.cost > window.horizon:
+                self._wait_for_watchers()
+            piece = body[start : start + self._room]
+            self._put_data(format_frame(b"part", self._stream, (window.next, index, len(starts)), piece))
+        window.pinned = inf
+
+    def _put_data(self, frame: bytes) -> None:
+        self._window.add(frame)
+        self._put(frame, self._link)
+
+    def _put(self, frame: bytes, link: Link | None) -> bool:
+        """Give the kernel a datagram; what it does not take now is repaired later."""
+        if link is None:
+            return False
+        try:
+            link.send(seal(frame, self._key, time.time()) if self._key else frame)
+        except OSError:
+            self._counts["errors"] += 1
+            return False
+        self._counts["datagrams"] += 1
+        return True
+
+    def _open(self) -> None:
+        """Open the sockets and start the thread, unless that is done or has just failed."""
+        if self._link is not None or self._closed:
+            return
+        now = time.monotonic()
+        try:
+            if now < self._reopens:
+                raise OSError(errno.EAGAIN, "tried too lately")
+            self._link = Link(self._url)
+        except OSError:
+            self._counts["errors"] += 1
+            self._reopens = max(self._reopens, now + 10 * (time.monotonic() - now))  # a slow resolver is asked rarely
+            return
+        self._opened = now
+        self._put(self._beat(b"beat"), self._link)  # whoever hears it confirms, so that a first flush() knows
+        self._thread = threading.Thread(target=self._serve, args=(self._link,), name="eventmon", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads, as at the exit of the interpreter: send without
+            self._counts["errors"] += 1
+
+    def _beat(self, kind: bytes) -> bytes:
+        return format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
+
+    # Waiting for watchers; the thread hears them meanwhile, since a Condition lets go of the lock.
+
+    def _wait_for_watchers(self) -> None:
+        """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
+        start = now = time.monotonic()
+        waited = self._window.behind(now)
+        while self._window.behind(now) and now < start + self._max_wait:
+            if not self._moved.wait(min(POLL, start + self._max_wait - now)):
+                self._put(self._beat(b"poll"), self._link)
+            now = time.monotonic()
+        self._window.pass_over(waited, now)
+
+    def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
+        """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
+
+        Watchers not heard yet get `patience` seconds from the first datagram; where none is live and they are to
+        be asked afresh, from now.
+        """
+        start = now = time.monotonic()
+        polled = -inf
+        while self._link:
+            done, live = self._window.confirmed(now)
+            asked = start if fresh and not live else self._opened
+            if now >= start + timeout or done == live and now >= asked + patience:
+                return done
+            if now >= polled + POLL:
+                self._put(self._beat(b"poll"), self._link)
+                polled = now
+            self._moved.wait(POLL)
+            now = time.monotonic()
+        return 0
+
+    # The thread.
+
+    def _serve(self, link: Link) -> None:
+        """Answer watchers, beat, and send what is due, until the link is not ours any more."""
+        beat_at = buffer_at = work_at = time.monotonic()
+        while True:
+            due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
+            link.wait(due - time.monotonic())
+            now = time.monotonic()
+            with self._lock:
+                if self._link is not link:
+                    break
+                repairs = [frame for data in link.receive() for frame in self._heed(data, now)]
+                self._moved.notify_all()
+                if now >= beat_at:
+                    beat_at = now + BEAT
+                    self._offset = utc_offset()
+                    self._window.behind(now)  # forgets watchers that are gone
+                    self._put(self._beat(b"beat"), link)
+                if now >= buffer_at:
+                    buffer_at = now + BUFFER_TIME / 2
+                    self._send_buffer()
+            for frame in repairs:  # with a lock for each, so that senders get theirs in between
+                with self._lock:
+                    self._counts["repairs"] += self._put(frame, link)
+            if self._freq and now >= work_at + self._freq:
+                work_at = now
+                self._send_worker("worker-heartbeat")
+        link.close()
+
+    def _heed(self, data: bytes, now: float) -> list[bytes]:
+        """Take an answer from a watcher; return the datagrams to repair."""
+        try:
+            stamp = 0
+            if self._key:
+                data, stamp = unseal(data, self._key, time.time())
+            frame = parse_frame(data)
+            if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
+                raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
+            ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
+            position, name, room = frame.numbers
+            if not self._window.confirm(name, position, room, stamp, now):
+                raise WireError("confirms what was not sent, or again")
+        except WireError:
+            self._counts["rejected"] += bool(data)  # not our own nudge
+            return []
+        if any(first < self._window.trail for first, _ in ranges):
+            self._put(self._beat(b"beat"), self._link)  # tells what cannot be had any more
+        return self._window.repairs(ranges, room, now)
+
+    # The worker and its tasks.
+
+    def task_begins(self, uuid: str, fields: Mapping[str, Any]) -> None:
+        """Send task-received and task-started, and count the task as active."""
+        with self._lock:
+            self._active += 1
+        self._send("task-received", {"uuid": uuid, **fields}, False)
+        self._send("task-started", {"uuid": uuid}, False)
+
+    def task_ends(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+        """Send task-succeeded or task-failed, and count the task as processed."""
+        with self._lock:
+            self._active -= 1
+            self._processed += 1
+        self._send(type, {"uuid": uuid, **outcome}, False)
+
+    def _send_worker(self, type: str) -> None:
+        fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
+        if hasattr(os, "getloadavg"):
+            fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
+        system = os.uname().sysname if hasattr(os, "uname") else sys.platform
+        self._send(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system}, False)
+
+
+_dispatchers: WeakSet[Dispatcher] = WeakSet()
+
+
+def after_fork() -> None:
+    """In the child of a fork: every Dispatcher begins a stream of its own."""
+    for dispatcher in list(_dispatchers):
+        dispatcher.on_after_fork()
+
+
+def at_exit() -> None:
+    """When the interpreter exits: close what is open."""
+    for dispatcher in list(_dispatchers):
+        dispatcher.close()
+
+
+atexit.register(at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+
+
+def log_handler() -> type:
+    """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
+    import logging
+
+    class LogHandler(logging.Handler):
+        """Sends log records as events: "log-warning" with logger, message, the current task's uuid, and exception.
+
+        Takes the Dispatcher. Never raises.
+        """
+
+        def __init__(self, dispatcher: Dispatcher) -> None:
+            super().__init__()
+            self.dispatcher = dispatcher
+
+        def emit(self, record: logging.LogRecord) -> None:
+            """Send the record."""
+            try:
+                fields = {"logger": record.name, "message": record.getMessage()}
+                if record.exc_info:
+                    fields["exception"] = (self.formatter or logging.Formatter()).formatException(record.exc_info)
+                task = _current_task.get()
+                if task:
+                    fields["uuid"] = task.uuid
+                self.dispatcher._send(f"log-{record.levelname.lower()}", fields, False)
+            except Exception:  # noqa: BLE001 - as in logging's own handlers
+                self.handleError(record)
+
+    return LogHandler
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LogHandler":
+        return globals().setdefault(name, log_handler())
+    raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
+
+
+# --- Receiver -----------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
+
+    __slots__ = ("ack_at", "acked", "cost", "joined", "name", "pieces", "source", "stamp", "window")
+
+    def __init__(self, source: Source, name: bytes, window: ReceiveWindow) -> None:
+        self.source = source
+        self.name = name
+        self.window = window
+        self.pieces: list[bytes] = []  # of an event that arrives in parts
+        self.joined = 0  # their bytes
+        self.cost = 0  # received since the last ack
+        self.ack_at = inf  # when to confirm
+        self.acked = -inf  # when we did
+        self.stamp = -1  # of the last heartbeat, with a key
+
+
+class Receiver:
+    """Hears what Dispatchers, and anyone's bare JSON datagrams, send to `url`.
+
+    `handlers` maps event types to callables that take an Event; "*" gets what has no handler of its own. `key` is as
+    in Dispatcher. ValueError for a bad url; OSError when the socket cannot be opened, at first use. Set
+    `should_stop` to end a capture, from a handler or another thread. One thread at a time may receive.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        handlers: Mapping[str, Callable[[Event], object]] | None = None,
+        *,
+        key: str | bytes | None = None,
+    ) -> None:
+        import random
+
+        self.url = url_from(url)
+        self.handlers = dict(handlers or {})
+        self.should_stop = False
+        self._url = parse_url(self.url)
+        self._key = key_from(key)
+        self._random = random.random
+        self._name = int.from_bytes(os.urandom(7), "big")
+        self._channel: socket.socket | None = None
+        self._answers: socket.socket | None = None  # sends acks and NAKs
+        self._space = BUFFER  # what the channel's buffer holds
+        self._buffer = memoryview(bytearray(65536))
+        self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0)
+        self._streams: OrderedDict[tuple[Source, bytes], Stream] = OrderedDict()  # silent longest first
+        self._unconfirmed: dict[Stream, None] = {}
+        self._ack_due = inf  # when the first of them is to be confirmed
+        self._broken: dict[Stream, None] = {}  # streams with gaps
+        self._mend_due = inf  # when the first of them is to be looked at, by the windows' clock
+        self._clock = 0.0  # the windows' clock: see _advance()
+        self._drained = inf  # up to this time, everything that arrived has been read
+        self._mark = inf  # when we began to count what is read
+        self._read_since = 0
+        self._history = True
+        self._ready: deque[Event] = deque()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
+        return {**self._counts, "streams": len(self._streams)}
+
+    @property
+    def channel(self) -> socket.socket:
+        """The socket that listens, not blocking; opened, and the group joined, when first asked for."""
+        if self._channel is None:
+            channel = listen(self._url)
+            self._answers = channel
+            if is_group(self._url.host):  # which nobody may answer from
+                self._answers = udp_socket(self._url)
+                self._answers.bind((self._url.interface if is_address(self._url.interface) else "", 0))
+            self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            self._channel = channel
+        return self._channel
+
+    def fileno(self) -> int:
+        """The channel's file descriptor, for a select() of your own."""
+        return self.channel.fileno()
+
+    def close(self) -> None:
+        """Close the channel; the next capture opens it again."""
+        for sock in {self._channel, self._answers} - {None}:
+            sock.close()  # type: ignore[union-attr]
+        self._channel = self._answers = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Receiver at {self.url}>"
+
+    def capture(self, limit: int | None = None, timeout: float | None = None, wakeup: bool = True) -> None:
+        """Call the handler of every event: see itercapture(). A handler's exception ends it and goes up."""
+        for event in self.itercapture(limit, timeout, wakeup):
+            self.on_event(event)
+
+    def itercapture(
+        self, limit: int | None = None, timeout: float | None = None, wakeup: bool = True
+    ) -> Iterator[Event]:
+        """Yield events until `limit` of them, or `timeout` seconds without one, or `should_stop`; no handler is called.
+
+        `wakeup` asks senders heard for the first time for their recent history; without it a stream begins with what
+        is sent from now on. With a timeout of 0 it yields what has arrived already.
+        """
+        self._history = wakeup
+        left = inf if limit is None else limit
+        patience = inf if timeout is None else timeout
+        last = time.monotonic()
+        try:
+            while not self.should_stop and left > 0:
+                if self._ready:
+                    yield self._ready.popleft()
+                    left -= 1
+                    if not self._ready:
+                        last = time.monotonic()
+                elif self._read(0.0) or self._read(min(patience, last + patience - time.monotonic())):
+                    continue
+                elif time.monotonic() >= last + patience:
+                    return
+        finally:
+            self._confirm(inf)  # the caller turns to other things
+
+    def on_event(self, event: Event) -> None:
+        """Call the handler of the event's type, or that of "*"."""
+        handler = self.handlers.get(event.type) or self.handlers.get("*")
+        if handler:
+            handler(event)
+
+    def handle_message(self, data: bytes, source: Source) -> list[Event]:
+        """Take a datagram from `source` (host, port); return the events that may now be delivered, in order.
+
+        Opens no socket, and never raises for what the bytes are. Without a channel nothing missing can be asked
+        for: it is given up after a second, at the first call after that.
+        """
+        now = time.monotonic()
+        events = self._advance(now, inf)
+        events += self._accept(data, source, now)
+        if now >= self._ack_due:
+            self._confirm(now)
+        return self._stamp(events)
+
+    def pause(self, longest: float) -> float:
+        """Return for how many seconds, at most `longest`, a select() of your own may wait before the next capture."""
+        return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
+
+    # From here on: a datagram on its way to an event.
+
+    def _stamp(self, events: list[Event]) -> list[Event]:
+        if events:
+            now = time.time()
+            for event in events:
+                event["local_received"] = now
+            witness(events[-1].get("clock"))
+            self._counts["events"] += len(events)
+        return events
+
+    def _read(self, patience: float) -> bool:
+        """Take a datagram, waiting at most `patience` seconds; False if there was none."""
+        channel = self.channel
+        now = time.monotonic()
+        if now >= self._ack_due:
+            self._confirm(now)
+        try:
+            if patience > 0:
+                channel.settimeout(max(0.0005, min(patience, self.pause(MAX_SLEEP))))
+            size, source = channel.recvfrom_into(self._buffer)
+        except (BlockingIOError, socket.timeout):
+            self._ready.extend(self._stamp(self._advance(time.monotonic(), MAX_SLEEP)))
+            return bool(self._ready)
+        except ConnectionError:  # Windows: an answer of ours found nobody
+            return True
+        finally:
+            if patience > 0:
+                channel.settimeout(0)
+        self._read_since += size + DATAGRAM_COST
+        events = []
+        if self._read_since > self._space:  # more than the buffer held at the mark
+            events += self._advance(self._mark, MAX_SLEEP)
+            self._mark = now
+        events += self._accept(bytes(self._buffer[:size]), source, now)
+        self._ready.extend(self._stamp(events))
+        return True
+
+    def _advance(self, drained: float, most: float) -> list[Event]:
+        """Note that all that arrived before `drained` has been read, and mend what that shows to be broken.
+
+        So the windows' clock stands still while datagrams wait unread, among which what a window misses may be. It
+        goes at most `most` seconds further: in the rest the receiver stood still itself.
+        """
+        self._clock += min(max(0.0, drained - self._drained), most)
+        self._drained = self._mark = drained
+        self._read_since = 0
+        return self._mend() if self._clock >= self._mend_due else []
+
+    def _accept(self, data: bytes, source: Source, now: float) -> list[Event]:
+        """Return the events that a datagram makes deliverable; count it if it is bad."""
+        try:
+            return self._receive(data, source, now)
+        except WireError as problem:
+            self._counts[problem.counted] += 1
+            return []
+
+    def _receive(self, data: bytes, source: Source, now: float) -> list[Event]:
+        if data[:4] != b"EM1 ":
+            if self._key:
+                raise Rejected("bare JSON, expected a frame sealed with the key")
+            return parse_events(data)
+        stamp = 0
+        if self._key:
+            data, stamp = unseal(data, self._key, time.time())
+        frame = parse_frame(data)
+        if frame.kind in (b"ack", b"nak"):
+            raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
+        stream = self._streams.get((source, frame.stream)) or self._follow(frame, source, now)
+        if frame.kind in (b"data", b"part"):
+            return self._take(stream, frame, len(data), now)
+        if stamp and stamp <= stream.stamp:
+            raise Replay("a heartbeat seen before")
+        stream.stamp = stamp
+        self._streams.move_to_end((source, frame.stream))
+        lead, trail = frame.numbers
+        self._plan_ack(stream, now)
+        return self._assemble(stream, stream.window.announce(lead, trail, self._clock))
+
+    def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
+        """Begin to follow a stream: from the start of what can be had, or from now."""
+        first = frame.numbers[0]
+        start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
+        while len(self._streams) >= MAX_STREAMS:
+            _, oldest = self._streams.popitem(last=False)
+            self._unconfirmed.pop(oldest, None)
+            self._broken.pop(oldest, None)
+        window = ReceiveWindow(start, self._clock, self._random, self._counts)
+        stream = self._streams[source, frame.stream] = Stream(source, frame.stream, window)
+        self._plan_ack(stream, now)
+        return stream
+
+    def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
+        seq = frame.numbers[0]
+        stream.cost += size + DATAGRAM_COST
+        if stream.ack_at == inf or stream.cost > self._space // 16:
+            self._plan_ack(stream, now if stream.cost > self._space // 16 else now + ACK_DELAY)
+        if stream.window.in_order(seq):
+            return self._assemble(stream, [frame])
+        return self._assemble(stream, stream.window.receive(seq, frame, size, self._clock))
+
+    def _plan_ack(self, stream: Stream, when: float) -> None:
+        stream.ack_at = min(stream.ack_at, max(when, stream.acked + ACK_PAUSE))
+        self._unconfirmed[stream] = None
+        self._ack_due = min(self._ack_due, stream.ack_at)
+
+    def _confirm(self, now: float) -> None:
+        """Send the acks that are due."""
+        self._ack_due = inf
+        for stream in list(self._unconfirmed):
+            if now >= stream.ack_at:
+                self._answer(stream, b"ack", b"")
+            else:
+                self._ack_due = min(self._ack_due, stream.ack_at)
+
+    def _mend(self) -> list[Event]:
+        """Ask for what is missing, and give up what is beyond repair."""
+        events: list[Event] = []
+        self._mend_due = inf
+        for stream in list(self._broken):
+            window = stream.window
+            window.reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._broken))
+            events += self._assemble(stream, window.overdue(self._clock))
+            ranges = window.missing(self._clock)
+            for start in range(0, len(ranges), MAX_RANGES):
+                self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
+            if not window.gaps:
+                del self._broken[stream]
+            self._mend_due = min(self._mend_due, window.due())
+        return events
+
+    def _answer(self, stream: Stream, kind: bytes, body: bytes) -> None:
+        """Send an ack, or a NAK, which confirms as well, if there is a socket to send it with."""
+        room = self._space // 2 // max(1, len(self._unconfirmed))
+        self._unconfirmed.pop(stream, None)
+        stream.cost, stream.ack_at, stream.acked = 0, inf, time.monotonic()
+        if self._answers is None:
+            return
+        data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room), body)
+        try:
+            self._answers.sendto(seal(data, self._key, time.time()) if self._key else data, stream.source)
+        except OSError:
+            pass  # as good as lost on the way: what matters is asked again
+
+    def _assemble(self, stream: Stream, frames: list[Frame]) -> list[Event]:
+        """Return the events of datagrams in order."""
+        if stream.window.gaps:
+            self._broken[stream] = None
+            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
+        events = []
+        for frame in frames:
+            body = frame.body if frame.kind == b"data" else self._join(stream, frame)
+            try:
+                if body is not None:
+                    events += parse_events(body)
+            except WireError as problem:
+                self._counts[problem.counted] += 1
+        return events
+
+    def _join(self, stream: Stream, frame: Frame) -> bytes | None:
+        """Add a piece to the event that arrives in parts; return the event with its last one."""
+        (_, index, total), piece = frame.numbers, frame.body
+        if index != len(stream.pieces) or stream.joined + len(piece) > MAX_EVENT:
+            stream.pieces, stream.joined = [], 0  # something was given up, or we came in the middle
+        if index == len(stream.pieces):
+            stream.pieces.append(piece)
+            stream.joined += len(piece)
+        if index + 1 < total or not stream.pieces:
+            return None
+        pieces, stream.pieces, stream.joined = stream.pieces, [], 0
+        return b"".join(pieces)
+
+
+# --- State: pure but for the clock, where none is given -----------------------------------------------------------
+
+TASK_STATES = {
+    "task-sent": "PENDING",
+    "task-received": "RECEIVED",
+    "task-started": "STARTED",
+    "task-succeeded": "SUCCESS",
+    "task-failed": "FAILURE",
+    "task-rejected": "REJECTED",
+    "task-revoked": "REVOKED",
+    "task-retried": "RETRY",
+}
+RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
+CUSTOM_RANK = 5
+FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
+METHODS = {
+    **{type: type.replace("-", "_") for type in TASK_STATES},
+    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline")},
+}
+NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
+    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
+    + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
+)
+NOT_WORKERS = frozenset(("type", "hostname", "online", "heard", "local_received"))
+
+
+def number(value: Any, default: float) -> float:
+    """Return `value` if it is a finite number, or `default`."""
+    return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
+
+
+def heard_at(event: Mapping[str, Any]) -> float:
+    """Return when this machine received the event, now if that is not known."""
+    return number(event.get("local_received"), 0.0) or time.time()
+
+
+class State:
+    """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
+
+    A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
+    of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
+    client of the task-sent. A worker has hostname, online, heard (this machine's clock) and the fields of its last event.
+    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
+    heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
+    """
+
+    def __init__(
+        self,
+        callback: Callable[[State, Mapping[str, Any]], object] | None = None,
+        *,
+        max_workers_in_memory: int = 5000,
+        max_tasks_in_memory: int = 10000,
+        on_node_join: Callable[[dict[str, Any]], object] | None = None,
+        on_node_leave: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
+        self.callback = callback
+        self.on_node_join = on_node_join
+        self.on_node_leave = on_node_leave
+        self.max_workers_in_memory = max_workers_in_memory
+        self.max_tasks_in_memory = max_tasks_in_memory
+        self.tasks: dict[str, dict[str, Any]] = {}  # the latest event's last
+        self.workers: dict[str, dict[str, Any]] = {}
+        self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
+        self.event_count = self.task_count = self.evicted = 0
+        self._active: OrderedDict[str, dict[str, Any]] = OrderedDict()  # neither finished nor only sent
+        self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._successes: deque[str] = deque()  # finished tasks in order, to evict; some are not any more
+        self._failures: deque[str] = deque()
+        self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
+        self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            gone = {"_lock": None, "callback": None, "on_node_join": None, "on_node_leave": None}
+            return {**self.__dict__, **gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
+        with self._lock:
+            self.event_count += 1
+            self.recent.append(event)
+            kind = event.get("type")
+            kind = kind if isinstance(kind, str) else ""
+            heard = heard_at(event)
+            self._count(kind, heard if "local_received" in event else number(event.get("timestamp"), heard))
+            if self.callback:
+                self.callback(self, event)
+            hostname = event.get("hostname")
+            if isinstance(hostname, str):
+                self._hear(hostname, event, heard)
+            method = METHODS.get(kind)
+            if method:
+                getattr(self, method)(event)
+            elif kind.startswith("task-"):
+                self._task(event, kind[5:].upper())
+
+    def task_sent(self, event: Mapping[str, Any]) -> None:
+        """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
+        self._task(event, "PENDING", "sent")
+
+    def task_received(self, event: Mapping[str, Any]) -> None:
+        """A worker has received the task: RECEIVED."""
+        self.task_count += 1
+        self._task(event, "RECEIVED", "received")
+
+    def task_started(self, event: Mapping[str, Any]) -> None:
+        """A worker has started the task: STARTED."""
+        self._task(event, "STARTED", "started")
+
+    def task_succeeded(self, event: Mapping[str, Any]) -> None:
+        """The task has returned: SUCCESS."""
+        self._task(event, "SUCCESS", "succeeded")
+
+    def task_failed(self, event: Mapping[str, Any]) -> None:
+        """The task has raised: FAILURE."""
+        self._task(event, "FAILURE", "failed")
+
+    def task_rejected(self, event: Mapping[str, Any]) -> None:
+        """The worker does not want the task: REJECTED."""
+        self._task(event, "REJECTED", "rejected")
+
+    def task_revoked(self, event: Mapping[str, Any]) -> None:
+        """The task was called off: REVOKED."""
+        self._task(event, "REVOKED", "revoked")
+
+    def task_retried(self, event: Mapping[str, Any]) -> None:
+        """The task has failed and will be tried again: RETRY."""
+        self._task(event, "RETRY", "retried")
+
+    def worker_online(self, event: Mapping[str, Any]) -> None:
+        """A worker has come online."""
+        self._worker(event, True, True)
+
+    def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
+        """A worker is alive."""
+        self._worker(event, True, False)
+
+    def worker_offline(self, event: Mapping[str, Any]) -> None:
+        """A worker has gone offline."""
+        self._worker(event, False, False)
+
+    # Queries.
+
+    def get_task_info(self, uuid: str) -> dict[str, Any] | None:
+        """Return a copy of a task's dict, or None."""
+        with self._lock:
+            task = self.tasks.get(uuid)
+            return None if task is None else {**task, "children": list(task["children"])}
+
+    def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (uuid, task), at most `limit`, in no order that matters."""
+        return self.tasks_by_time(limit, reverse=False)
+
+    def tasks_by_time(self, limit: int | None = None, reverse: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (uuid, task), at most `limit`, the one that something new was heard of last first, or last."""
+        with self._lock:
+            items = reversed(self.tasks.items()) if reverse else iter(self.tasks.items())
+            return iter(list(islice(items, limit)))
+
+    def tasks_by_type(
+        self, name: str, limit: int | None = None, reverse: bool = True
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (uuid, task) of the tasks called `name`, ordered as in tasks_by_time()."""
+        return islice((item for item in self.tasks_by_time(None, reverse) if item[1].get("name") == name), limit)
+
+    def tasks_by_worker(
+        self, hostname: str, limit: int | None = None, reverse: bool = True
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (uuid, task) of the tasks that a worker has, ordered as in tasks_by_time()."""
+        return islice((item for item in self.tasks_by_time(None, reverse) if item[1].get("worker") == hostname), limit)
+
+    def task_types(self) -> list[str]:
+        """Return the names of the tasks in memory, sorted."""
+        with self._lock:
+            names = [task.get("name") for task in self.tasks.values()]
+        return sorted({name for name in names if isinstance(name, str)})
+
+    def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
+        with self._lock:
+            active = list(self._active.items())
+        return iter(sorted(active, key=lambda item: item[1].get("started", item[1]["timestamp"])))
+
+    def last_worker_event(self, hostname: str | None = None) -> Mapping[str, Any] | None:
+        """Return the last event from a worker, or from any; None if there was none."""
+        with self._lock:
+            if hostname is not None:
+                return self._last.get(hostname)
+            return next((event for event in reversed(self.recent) if isinstance(event.get("hostname"), str)), None)
+
+    def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
+        """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
+        now = time.time() if now is None else now
+        with self._lock:
+            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
+
+    def is_alive(self, worker: Mapping[str, Any], now: float) -> bool:
+        """Whether a worker's dict is one of alive_workers()."""
+        freq = number(worker.get("freq"), 0.0)
+        return bool(worker["online"]) and now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE)
+
+    def scale_graph(
+        self,
+        width: int = 60,
+        height: int = 8,
+        span: float = 60.0,
+        now: float | None = None,
+        types: Iterable[str] | None = None,
+    ) -> list[int]:
+        """Return `width` ints, 0 to `height`: the events of each part of the last `span` seconds, oldest first.
+
+        The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
+        of an hour, by the quarter second.
+        """
+        columns = self.tally(width, span, time.time() if now is None else now, types)
+        top = max(columns, default=0)
+        return [-(-count * height // top) if count else 0 for count in columns]
+
+    def tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
+        """Return the counts that scale_graph() scales."""
+        wanted = None if types is None else frozenset(types)
+        columns = [0] * max(0, width)
+        last = int(now / GRAPH_TICK)
+        first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
+        with self._lock:
+            for tick in range(first, last + 1):
+                counts = self._graph.get(tick)
+                if counts and columns:
+                    age = now - (tick + 0.5) * GRAPH_TICK
+                    column = min(max(int((1 - age / span) * width), 0), width - 1)
+                    columns[column] += sum(counts[type] for type in counts if wanted is None or type in wanted)
+        return columns
+
+    # Forgetting.
+
+    def clear(self, ready: bool = True) -> None:
+        """Forget workers, counts and tasks; with `ready` only the finished ones of these."""
+        with self._lock:
+            self.clear_tasks(ready)
+            self.workers.clear()
+            self._last.clear()
+            self.event_count = self.task_count = 0
+
+    def clear_tasks(self, ready: bool = True) -> None:
+        """Forget the finished tasks; all with `ready` false."""
+        with self._lock:
+            for uuid in [uuid for uuid, task in self.tasks.items() if not ready or task["state"] in FINISHED]:
+                self._forget(uuid)
+
+    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
+        """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
+        with self._lock:
+            try:
+                return fun(*args)
+            finally:
+                if clear_after:
+                    self.clear()
+
+    # From here on: what an event changes.
+
+    def _count(self, kind: str, now: float) -> None:
+        tick = int(now / GRAPH_TICK)
+        counts = self._graph.get(tick)
+        if counts is None:
+            counts = self._graph[tick] = {}
+            if len(self._graph) > GRAPH_TICKS:
+                del self._graph[next(iter(self._graph))]
+        if kind not in counts and len(counts) >= MAX_TYPES:
+            kind = ""
+        counts[kind] = counts.get(kind, 0) + 1
+
+    def _hear(self, hostname: str, event: Mapping[str, Any], now: float) -> None:
+        self._last[hostname] = event
+        if len(self._last) > self.max_workers_in_memory:
+            del self._last[next(iter(self._last))]
+        worker = self.workers.get(hostname)
+        if worker is not None:
+            worker["heard"] = now
+
+    def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
+        hostname = event.get("hostname")
+        if not isinstance(hostname, str):
+            return
+        known = self.workers.pop(hostname, None)
+        worker = known or self._new_worker(hostname, event)
+        self.workers[hostname] = worker  # now the last to be forgotten
+        worker.update((key, value) for key, value in event.items() if value is not None and key not in NOT_WORKERS)
+        worker["online"] = online
+        if self.on_node_join and (joins or known is None and online):
+            self.on_node_join(worker)
+        if self.on_node_leave and not online:
+            self.on_node_leave(worker)
+
+    def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
+        while len(self.workers) >= max(1, self.max_workers_in_memory):
+            del self.workers[next(iter(self.workers))]
+        return {"hostname": hostname, "online": True, "heard": heard_at(event)}
+
+    def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
+        """Apply the event to its task: wholly if it is news, else only where something is missing."""
+        uuid = event.get("uuid")
+        if not isinstance(uuid, str) or not uuid:
+            return
+        timestamp = number(event.get("timestamp"), 0.0) or time.time()
+        hostname = event.get("hostname")
+        task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
+        before = task["state"]
+        fields = {key: value for key, value in event.items() if value is not None and key not in NOT_FIELDS}
+        if self._is_news(task, event, state, transition):
+            task.update(fields, state=state, timestamp=timestamp)
+            if event.get("clock") is not None:
+                task["clock"] = event["clock"]
+            if hostname is not None and transition != "sent":
+                task["worker"] = hostname
+            self.tasks[uuid] = self.tasks.pop(uuid)  # now the newest
+            if state != before:
+                self._index(uuid, task)
+        else:
+            for key, value in fields.items():
+                task.setdefault(key, value)
+        if transition == "sent":
+            if hostname is not None and timestamp >= task.get("sent", timestamp):
+                task["client"] = hostname
+        elif isinstance(hostname, str) and hostname not in self.workers:
+            self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
+        if transition:
+            task[transition] = max(timestamp, task.get(transition, timestamp))
+        if "parent_id" not in task and isinstance(event.get("parent_id"), str):
+            self._adopt(uuid, task, event["parent_id"])
+
+    def _is_news(self, task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
+        """Whether the event is newer than all that is known of its task."""
+        retries = event.get("retries")
+        known = number(task.get("retries"), 0)
+        attempt = retries if type(retries) is int else known
+        if transition == "sent":
+            return task["state"] == "PENDING" and attempt >= known
+        if attempt != known:
+            return attempt > known
+        higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(task["state"], CUSTOM_RANK)
+        if higher or event.get("hostname") != task.get("worker"):
+            return higher
+        return task["state"] not in FINISHED or state == "RECEIVED"
+
+    def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
+        while len(self.tasks) >= max(1, self.max_tasks_in_memory):
+            self._evict()
+        children = self._orphans.pop(uuid, [])
+        task = self.tasks[uuid] = {"uuid": uuid, "state": "PENDING", "timestamp": timestamp, "children": children}
+        return task
+
+    def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
+        """Enter the task among its parent's children, now or when the parent is heard of."""
+        task["parent_id"] = parent
+        if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
+            self.tasks[parent]["children"].append(uuid)
+        else:
+            self._orphans.setdefault(parent, []).append(uuid)
+
+    def _index(self, uuid: str, task: dict[str, Any]) -> None:
+        """Enter the task where its new state belongs."""
+        if task["state"] not in FINISHED:
+            self._active[uuid] = task
+            return
+        self._active.pop(uuid, None)
+        queue = self._successes if task["state"] == "SUCCESS" else self._failures
+        queue.append(uuid)
+        if len(queue) > 2 * self.max_tasks_in_memory + 100:  # the same ones reopened and finished again and again
+            current = dict.fromkeys(reversed(queue))
+            queue.clear()
+            queue.extend(reversed([uuid for uuid in current if uuid in self.tasks]))
+
+    def _evict(self) -> None:
+        """Forget a task to make room: the oldest successful one, else finished one, else any."""
+        self.evicted += 1
+        for queue, wanted in ((self._successes, {"SUCCESS"}), (self._failures, FINISHED - {"SUCCESS"})):
+            while queue:
+                uuid = queue.popleft()
+                if uuid in self.tasks and self.tasks[uuid]["state"] in wanted:
+                    return self._forget(uuid)
+        self._forget(next(iter(self.tasks)))
+
+    def _forget(self, uuid: str) -> None:
+        task = self.tasks[uuid]
+        parent: str = task.get("parent_id", "")
+        siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, [])
+        if uuid in siblings:
+            siblings.remove(uuid)
+            if not siblings:
+                self._orphans.pop(parent, None)
+        if task["children"]:
+            self._orphans[uuid] = task["children"]
+        del self.tasks[uuid]
+        self._active.pop(uuid, None)
+
+
+# --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
+
+
+def printable(value: Any) -> str:
+    """Return text that does nothing to a terminal but show: control, bidirectional and unassigned characters go."""
+    text = value if isinstance(value, str) else "" if value is None else format_json(value).decode()
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
+
+
+def cells(text: str) -> int:
+    """Return how many columns of a terminal printable text takes."""
+    return len(text) if text.isascii() else sum(map(cells_of, text))
+
+
+def cells_of(char: str) -> int:
+    """Return 2 for a wide character, 0 for a combining one, else 1 (Unicode Standard Annex 11)."""
+    import unicodedata
+
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def fit(text: str, width: int, fill: bool = True) -> str:
+    """Return printable text cut, and with `fill` filled up, to `width` columns of a terminal."""
+    if cells(text) > width:
+        taken, room = [], width
+        for char in text:
+            room -= cells_of(char)
+            if room < 0:
+                break
+            taken.append(char)
+        text = "".join(taken)
+    return text + " " * (width - cells(text)) if fill else text
+
+
+def clock_time(seconds: Any) -> str:
+    """Return local time of day, "" for what is no time."""
+    moment = number(seconds, -1.0)
+    return time.strftime("%H:%M:%S", time.localtime(moment)) if 0 <= moment < 1e11 else ""
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in at most 6 characters."""
+    seconds = max(0.0, seconds)
+    for limit, text in ((0.9995, f"{seconds * 1000:.0f}ms"), (99.95, f"{seconds:.1f}s"), (5999, f"{seconds / 60:.0f}m")):
+        if seconds < limit:
+            return text
+    return f"{seconds / 3600:.0f}h" if seconds < 360000 else f"{seconds / 86400:.0f}d"
+
+
+class View(namedtuple("View", ["page", "selected", "done"], defaults=("", None, False))):
+    """What the user has chosen to see: a page, "" for the one that has something; the selected row's identity, None
+    for the first; whether to quit."""
+
+
+Line = namedtuple("Line", ["text", "style"])
+
+STYLES = {
+    "SUCCESS": "green",
+    "FAILURE": "red",
+    "RETRY": "yellow",
+    "REVOKED": "magenta",
+    "REJECTED": "magenta",
+    "STARTED": "cyan",
+    "RECEIVED": "blue",
+    "PENDING": "dim",
+}
+
+
+def run_time(task: Mapping[str, Any], now: float) -> str:
+    """Return how long a task took, or has taken so far."""
+    if type(task.get("runtime")) in (int, float):
+        return duration(number(task["runtime"], 0.0))
+    return duration(now - task["started"]) if task["state"] == "STARTED" and "started" in task else ""
+
+
+def outcome_of(task: Mapping[str, Any]) -> str:
+    """Return what matters most of a task: its exception, result, progress or arguments."""
+    for name in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
+        if task.get(name) is not None:
+            return printable(task[name])
+    done = number(task.get("progress"), -1.0)
+    if task["state"] not in FINISHED and 0 <= done <= 1:
+        return f"{done:4.0%} {printable(task.get('args'))}"
+    return " ".join(printable(task[name]) for name in ("args", "kwargs") if task.get(name) not in (None, "{}"))
+
+
+def task_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
+    """Return (uuid, cells, style) of the tasks, the newest first."""
+
+    def row(uuid: str, task: dict[str, Any]) -> Sequence[str]:
+        name, worker = printable(task.get("name")), printable(task.get("worker") or task.get("client"))
+        moment = clock_time(task["timestamp"])
+        return moment, printable(task["state"]), name, printable(uuid[:8]), worker, run_time(task, now), outcome_of(task)
+
+    return [
+        (uuid, partial(row, uuid, task), STYLES.get(task["state"], "cyan")) for uuid, task in state.tasks_by_time()
+    ]
+
+
+def worker_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
+    """Return (hostname, cells, style) of the workers, by name."""
+
+    def row(worker: dict[str, Any], alive: bool) -> Sequence[str]:
+        values = [printable(worker.get(name)) for name in ("hostname", "pid", "active", "processed", "loadavg")]
+        return (values[0], "alive" if alive else "gone", *values[1:], duration(now - worker["heard"]))
+
+    with_life = [(worker, state.is_alive(worker, now)) for _, worker in sorted(state.workers.items())]
+    return [
+        (worker["hostname"], partial(row, worker, alive), "green" if alive else "dim") for worker, alive in with_life
+    ]
+
+
+def event_cells(event: Mapping[str, Any]) -> Sequence[str]:
+    """Return time, type, host and the other fields of an event."""
+    shown_apart = ("type", "timestamp", "hostname", "local_received", "utcoffset", "clock", "pid")
+    rest = (f"{printable(key)}={printable(event[key])}" for key in event if key not in shown_apart)
+    moment = clock_time(event.get("timestamp"))
+    return moment, printable(event.get("type")), printable(event.get("hostname")), " ".join(rest)
+
+
+def event_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
+    """Return (identity, cells, style) of the recent events, the newest first."""
+    return [
+        (id(event), partial(event_cells, event), STYLES.get(TASK_STATES.get(str(event.get("type")), ""), ""))
+        for event in reversed(list(state.recent))
+    ]
+
+
+class Page(namedtuple("Page", ["title", "rows", "columns", "empty"])):
+    """A table: title, function to its rows, ((heading, width), ...) where 0 is what is left, what to say if empty."""
+
+
+PAGES = {
+    "1": Page(
+        "Tasks",
+        task_rows,
+        (("TIME", 8), ("STATE", 9), ("NAME", 22), ("UUID", 8), ("WORKER", 20), ("RUN", 6), ("RESULT", 0)),
+        "no tasks yet: 3 shows every event",
+    ),
+    "2": Page(
+        "Workers",
+        worker_rows,
+        (("WORKER", 30), ("", 6), ("PID", 8), ("ACTIVE", 7), ("DONE", 8), ("LOAD", 18), ("HEARD", 0)),
+        "no workers yet: a Dispatcher with freq=2 is one",
+    ),
+    "3": Page(
+        "Events",
+        event_rows,
+        (("TIME", 8), ("TYPE", 20), ("HOST", 24), ("FIELDS", 0)),
+        "no events yet: try python eventmon.py send hello",
+    ),
+}
+
+
+def page_of(view: View, state: State) -> str:
+    """Return the page to show: until one is chosen, the one that has something."""
+    return view.page or ("1" if state.tasks or not state.event_count else "3")
+
+
+def selected_index(view: View, rows: Sequence[tuple[Any, Any, str]]) -> int:
+    """Return where the selected row is now, 0 if it is gone."""
+    return next((index for index, row in enumerate(rows) if row[0] == view.selected), 0)
+
+
+def move(by: float, view: View, state: State, height: int, now: float) -> View:
+    """Select the row `by` pages of `height`, or by that many rows if it is whole; inf and -inf are the ends."""
+    rows = PAGES[page_of(view, state)].rows(state, now)
+    if not rows:
+        return view
+    step = by if by in (inf, -inf) else by if by in (1, -1) else by * height
+    index = int(min(max(selected_index(view, rows) + step, 0), len(rows) - 1))
+    return view._replace(selected=rows[index][0] if index else None)
+
+
+def turn(page: str, view: View, state: State, height: int, now: float) -> View:
+    """Go to a page, or to the next one."""
+    page = page or str(int(page_of(view, state)) % len(PAGES) + 1)
+    return view._replace(page=page, selected=None)
+
+
+def leave(view: View, state: State, height: int, now: float) -> View:
+    """Quit."""
+    return view._replace(done=True)
+
+
+KEYS: dict[str, Callable[[View, State, int, float], View]] = {
+    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
+    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
+    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
+    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
+    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
+    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
+    **{page: partial(turn, page) for page in PAGES},
+    "^I": partial(turn, ""),
+    "q": leave,
+}
+
+
+def header(state: State, page: str, status: Mapping[str, Any], width: int, now: float) -> list[Line]:
+    """Return the lines above the table: what is heard, what became of it, the headings."""
+    rate = sum(state.tally(1, 5.0, now)) / 5
+    parts = [f"eventmon {status.get('url', '')}", f"{state.event_count:,} events", f"{rate:,.0f}/s"]
+    parts.append(f"{len(state.alive_workers(now))} workers")
+    alarms = [f"{status[name]:,} {name}" for name in ("lost", "rejected", "malformed") if status.get(name)]
+    alarms += [f"{state.evicted:,} evicted"] if state.evicted else []
+    tally = Counter(task["state"] for _, task in state.itertasks())
+    states = "  ".join(f"{printable(name)} {count:,}" for name, count in tally.most_common(8))
+    tabs = "  ".join(f"[{key} {PAGES[key].title}]" if key == page else f" {key} {PAGES[key].title} " for key in PAGES)
+    headings = " ".join(fit(heading, size or width) for heading, size in PAGES[page].columns)
+    return [
+        Line(printable("  ".join(parts)), "bold"),
+        Line("  ".join(alarms), "red") if alarms else Line(f"{tabs}   {states}", ""),
+        Line(headings, "reverse"),
+    ]
+
+
+def screen(state: State, view: View, status: Mapping[str, Any], rows: int, columns: int, now: float) -> list[Line]:
+    """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
+
+    `status` is the url and a Receiver's stats. Pure: the same arguments give the same lines.
+    """
+    page = page_of(view, state)
+    table = PAGES[page].rows(state, now)
+    room = max(0, rows - 4)
+    chosen = selected_index(view, table)
+    top = min(max(0, chosen - room // 2), max(0, len(table) - room))
+    lines = header(state, page, status, columns, now)
+    for index in range(top, min(top + room, len(table))):
+        _, values, style = table[index]
+        text = " ".join(fit(value, size or columns) for value, (_, size) in zip(values(), PAGES[page].columns))
+        lines.append(Line(text, "selected" if index == chosen else style))
+    if not table:
+        lines.append(Line(PAGES[page].empty if state.event_count else f"nothing heard yet; {PAGES['3'].empty}", "dim"))
+    lines += [Line("", "")] * (rows - 1 - len(lines))
+    lines[rows - 1 :] = [Line("q quit  j/k move  1 tasks  2 workers  3 events", "dim")]
+    return [Line(fit(text, columns), style) for text, style in lines][:rows]
+
+
+
+
+def json_line(event: Mapping[str, Any]) -> str:
+    """Return an event as a line of JSON in ASCII, in which nothing can harm a terminal."""
+    try:
+        return json.dumps(event, allow_nan=False)
+    except ValueError:
+        return json.dumps(plain(event))
+
+
+# --- capture_events: curses, one thread ---------------------------------------------------------------------------
+
+FRAME_TIME = 0.05  # between two pictures
+DRAIN = 500  # events taken between two looks at the keyboard
+COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
+
+
+def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
+    """Show live tasks, workers and events in the terminal until the user quits.
+
+    `receiver` defaults to one on the default URL, `state` to a new one. Raises ImportError without curses, and
+    OSError when the socket cannot be opened.
+    """
+    with receiver or Receiver() as source:
+        monitor(source, State() if state is None else state, Tap())
+
+
+class Tap:
+    """What happens to events on their way to be shown: some are chosen, recorded, and counted up to a limit."""
+
+    def __init__(
+        self,
+        types: Sequence[str] = (),
+        record: TextIO | None = None,
+        limit: int | None = None,
+        timeout: float | None = None,
+        wakeup: bool = True,
+    ) -> None:
+        self.left = inf if limit is None else limit
+        self.timeout = timeout
+        self.wakeup = wakeup
+        self._types = types
+        self._record = record
+
+    def __call__(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield the events to show."""
+        from fnmatch import fnmatchcase
+
+        for event in events if self.left > 0 else ():
+            if self._types and not any(fnmatchcase(event.type, glob) for glob in self._types):
+                continue
+            if self._record:
+                print(json_line(event), file=self._record, flush=True)
+            self.left -= 1
+            yield event
+            if self.left <= 0:
+                return
+
+
+def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", now: float | None = None) -> None:
+    """Paint the screen and take keys until the user quits; what a receiver hears goes through `tap` to `state` first.
+
+    Without a receiver it shows what `state` holds, called `name`, as it was at `now`.
+    """
+    import curses
+    import signal
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if receiver:
+        receiver.channel  # noqa: B018 - opened while an error can still be read
+    if hasattr(curses, "set_escdelay"):
+        curses.set_escdelay(25)
+    mine = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if mine else None
+    try:
+        curses.wrapper(partial(loop, receiver, state, tap, name, now))
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def loop(
+    receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any
+) -> None:
+    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
+    import select
+
+    styles = prepare(window)
+    inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
+    view = View()
+    drawn: tuple[Any, ...] = ()
+    painted = heard = time.monotonic()
+    while not view.done and tap.left > 0:
+        now = time.monotonic()
+        for event in tap(receiver.itercapture(DRAIN, 0, tap.wakeup)) if receiver else ():
+            state.event(event)
+            heard = now
+        if tap.timeout is not None and now > heard + tap.timeout:
+            return
+        wall = time.time() if then is None else then
+        for key in iter(partial(read_key, window), ""):
+            view = KEYS[key](view, state, window.getmaxyx()[0], wall) if key in KEYS else view
+        picture = (state.event_count, view, window.getmaxyx(), int(now))
+        if picture != drawn and now >= painted + FRAME_TIME:
+            status = {"url": receiver.url, **receiver.stats} if receiver else {"url": name}
+            rows, columns = window.getmaxyx()
+            paint(window, screen(state, view, status, rows, columns, wall), styles)
+            drawn, painted = picture, now
+        patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
+        select.select(inputs, [], [], receiver.pause(patience) if receiver else patience)
+
+
+def prepare(window: Any) -> dict[str, int]:
+    """Set the terminal up; return style -> curses attribute."""
+    import curses
+
+    styles = {"": curses.A_NORMAL, "bold": curses.A_BOLD, "dim": curses.A_DIM, "reverse": curses.A_REVERSE}
+    styles["selected"] = curses.A_REVERSE | curses.A_BOLD
+    window.nodelay(True)
+    try:
+        curses.curs_set(0)
+    except curses.error:
+        pass  # a terminal whose cursor is always there
+    if curses.has_colors() and not os.environ.get("NO_COLOR"):
+        curses.start_color()
+        curses.use_default_colors()
+        for index, name in enumerate(COLOURS, 1):
+            curses.init_pair(index, getattr(curses, f"COLOR_{name.upper()}"), -1)
+            styles[name] = curses.color_pair(index)
+    return styles
+
+
+def read_key(window: Any) -> str:
+    """Return the name of a key that was pressed, "" for none: "j", "^D", "KEY_UP"."""
+    import curses
+
+    code = window.getch()
+    return curses.keyname(code).decode("ascii", "replace") if code >= 0 else ""
+
+
+def paint(window: Any, lines: Sequence[Line], styles: Mapping[str, int]) -> None:
+    """Put the lines on the screen; curses sends what has changed."""
+    import curses
+
+    for row, line in enumerate(lines):
+        try:
+            text = line.text.encode(window.encoding, "replace").decode(window.encoding)
+            window.addstr(row, 0, text, styles.get(line.style, 0))
+        except curses.error:
+            pass  # the last cell, after which the cursor has nowhere to go; or the terminal has just shrunk
+    window.refresh()
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Ends a command with one line on standard error; the second argument is the exit status, 1 if not given."""
+
+
+def complain(message: str) -> None:
+    """Print a line on standard error."""
+    print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def describe(problem: OSError) -> str:
+    """Return what an error of the system says, and of which file."""
+    reason = problem.strerror or str(problem)
+    return f"{problem.filename}: {reason}" if problem.filename else reason
+
+
+def lines_of(path: str) -> Iterator[bytes]:
+    """Yield the lines of a file, or of standard input for "-"."""
+    if path == "-":
+        yield from sys.stdin.buffer
+    else:
+        with open(path, "rb") as file:
+            yield from file
+
+
+def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
+    """Yield (line number, Event), or the error in that line, of a file of NDJSON; empty lines are passed over."""
+    for index, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            try:
+                yield index, parse_event(parse_json(line))
+            except WireError as problem:
+                yield index, problem
+
+
+def replay(path: str) -> Iterator[Event]:
+    """Yield the events of a recorded file; complain of lines that are none."""
+    for line, event in recorded(path):
+        if isinstance(event, WireError):
+            complain(f"{path}: line {line}: {event}")
+        else:
+            yield event
+
+
+def plain_line(event: Mapping[str, Any]) -> str:
+    """Return an event as a line for people."""
+    return "  ".join(cell for cell in event_cells(event) if cell)
+
+
+def has_terminal() -> bool:
+    """Whether the monitor can be shown; says why not if there is a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        import curses
+
+        curses.setupterm()
+        if curses.tigetstr("cup"):
+            return True
+        problem = f"TERM={os.environ.get('TERM', '')} cannot move the cursor"
+    except ImportError:
+        problem = "this Python has no curses"
+    except curses.error:
+        problem = f"TERM={os.environ.get('TERM', '')} is not known"
+    complain(f"{problem}: printing lines instead of the monitor")
+    return False
+
+
+def listening(options: Any) -> Receiver:
+    """Return a Receiver whose socket is open."""
+    receiver = Receiver(options.url, key=options.key)
+    try:
+        receiver.fileno()
+    except OSError as problem:
+        raise Failure(f"cannot listen on {receiver.url}: {describe(problem)}", 1) from None
+    return receiver
+
+
+def watch(options: Any) -> int:
+    """Show what is heard, or what FILE holds, until the user or a limit ends it."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
+        tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
+        receiver = None if options.file else stack.enter_context(listening(options))
+        in_monitor = not (options.json or options.plain) and has_terminal()
+        if receiver and in_monitor:
+            monitor(receiver, State(), tap)
+            return 0
+        events = tap(receiver.itercapture(None, tap.timeout, tap.wakeup) if receiver else replay(options.file))
+        if in_monitor:
+            state = State()
+            for event in events:
+                state.event(event)
+            monitor(None, state, Tap(), options.file, heard_at(state.recent[-1]) if state.recent else None)
+            return 0
+        for event in events:
+            print(json_line(event) if options.json else plain_line(event), flush=True)
+    return 0
+
+
+def send(options: Any) -> int:
+    """Send one event, or those on standard input, and say how many watchers confirmed."""
+    fields = dict(map(parse_field, options.field))
+    if options.type == "-" and fields:
+        raise Failure("send - takes no fields", 2)
+    failures = 0
+    with Dispatcher(options.url, key=options.key, max_wait=1.0) as dispatcher:
+        if options.type == "-":
+            failures = send_lines(dispatcher)
+        else:
+            dispatcher._send(options.type, fields, False)
+        watchers = dispatcher.flush(FLUSH_ALL)
+        sent = dispatcher.stats["events"]
+    events, by = f"{sent} event{'s' * (sent != 1)}", f"{watchers} watcher{'s' * (watchers != 1)}"
+    print(f"sent {events}, confirmed by {by}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+def send_lines(dispatcher: Dispatcher) -> int:
+    """Send the NDJSON on standard input; return how many lines were bad."""
+    failures = 0
+    for line, event in recorded("-"):
+        try:
+            if isinstance(event, WireError):
+                raise event
+            dispatcher.publish(event)
+        except (WireError, ValueError) as problem:
+            complain(f"line {line}: {problem}")
+            failures += 1
+    return failures
+
+
+def parse_field(word: str) -> tuple[str, Any]:
+    """Return name and value of "name=text" or "name:=json"."""
+    name, equals, text = word.partition("=")
+    if not equals or not name.rstrip(":"):
+        raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
+    if not name.endswith(":"):
+        return name, text
+    try:
+        return name[:-1], parse_json(text.encode("utf-8", "surrogateescape"))
+    except WireError as problem:
+        raise Failure(f"field is {word!r}: {problem}", 2) from None
+
+
+def parser() -> Any:
+    """Return the parser of the command line."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            complain(message)
+            raise SystemExit(2)
+
+    def command(name: str, run: Callable[[Any], int], examples: str) -> argparse.ArgumentParser:
+        summary = (run.__doc__ or "").partition("\n")[0]
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--url", help=f"where events are sent (default: $EVENTMON_URL or {DEFAULT_URL})")
+        sub.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
+        return sub
+
+    top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
+    top.add_argument("--version", action="version", version=f"eventmon {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    sub = command(
+        "watch",
+        watch,
+        "  python eventmon.py watch\n  python eventmon.py watch --json --type 'task-*' | jq .uuid",
+    )
+    sub.add_argument("file", nargs="?", metavar="FILE", help="show recorded NDJSON instead of the network")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print each event as a line of JSON")
+    form.add_argument("--plain", action="store_true", help="print each event as a line of text")
+    sub.add_argument("--record", metavar="FILE", help="append every event to FILE as NDJSON")
+    sub.add_argument("--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated")
+    sub.add_argument("--limit", type=at_least_0(int), metavar="N", help="stop after N events")
+    sub.add_argument("--timeout", type=at_least_0(float), metavar="S", help="stop after S seconds without an event")
+    sub.add_argument("--no-history", action="store_true", help="begin with what is sent from now on")
+    sub = command(
+        "send",
+        send,
+        "  python eventmon.py send deploy-done version=1.2 seconds:=8.5\n  python eventmon.py send - < recorded.jsonl",
+    )
+    sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
+    sub.add_argument("field", nargs="*", metavar="NAME=TEXT | NAME:=JSON", help="a field of the event")
+    return top
+
+
+def at_least_0(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a converter of command line words to numbers that are not negative."""
+
+    def convert(word: str) -> float:
+        value = kind(word)
+        if not 0 <= value < inf:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"number of at least 0, {kind.__name__}"
+    return convert
+
+
+def read_key_file(path: str) -> bytes:
+    """Return the key in a file, without the white space around it."""
+    with open(path, "rb") as file:
+        key = file.read().strip()
+    if not key:
+        raise Failure(f"key file {path} is empty", 1)
+    return key
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
+    try:
+        options, rest = parser().parse_known_args(argv)
+        if not hasattr(options, "run"):
+            raise Failure("no command, expected one of watch and send; see --help", 2)
+        if rest and (options.run is not send or rest[0].startswith("-")):
+            raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
+        options.field = getattr(options, "field", []) + rest  # argparse leaves those behind an option
+        options.key = read_key_file(options.key_file) if options.key_file else None
+        return int(options.run(options))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except Failure as failure:
+        complain(failure.args[0])
+        return int(failure.args[1])
+    except KeyboardInterrupt:
+        return 0 if options.run is watch else 1
+    except BrokenPipeError:  # whoever read us has gone; let the interpreter's last flush find no pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as problem:
+        complain(str(problem))
+        return 2
+    except OSError as problem:
+        complain(describe(problem))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
