@@ -48,6 +48,7 @@ Fields are separated by one space, the header ends with a newline, numbers are d
 key, two more fields end the header: the time of sending in microseconds since the epoch, and 32 hex digits of the
 HMAC-SHA-256 of everything else.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -94,6 +95,7 @@ BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in wh
 DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
 MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
 MAX_STREAMS = 4096  # that one Receiver follows
+MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 16 << 20  # held back per stream while something before it is missing
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 4096  # sequence numbers looked at for one NAK
@@ -723,7 +725,9 @@ def udp_socket(url: Url) -> socket.socket:
         sock.setblocking(False)
         if is_group(url.host):
             interface = membership(url)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface)
+            sock.setsockopt(
+                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface
+            )
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
         elif url.ttl:
@@ -1302,7 +1306,10 @@ class Dispatcher:
         if hasattr(os, "getloadavg"):
             fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
         system = os.uname().sysname if hasattr(os, "uname") else sys.platform
-        self._send(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system}, False)
+        try:
+            self._send(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system}, False)
+        except ValueError:
+            pass  # closed meanwhile, by another thread
 
 
 _dispatchers: WeakSet[Dispatcher] = WeakSet()
@@ -1445,7 +1452,8 @@ class Receiver:
         return self.channel.fileno()
 
     def close(self) -> None:
-        """Close the channel; the next capture opens it again."""
+        """Confirm what has come and close the channel; the next capture opens it again."""
+        self._confirm(inf)
         for sock in {self._channel, self._answers} - {None}:
             sock.close()  # type: ignore[union-attr]
         self._channel = self._answers = None
@@ -1629,19 +1637,20 @@ class Receiver:
                 self._ack_due = min(self._ack_due, stream.ack_at)
 
     def _mend(self) -> list[Event]:
-        """Ask for what is missing, and give up what is beyond repair."""
+        """Ask for what is missing, and give up what is beyond repair; some streams at a time, in turns."""
         events: list[Event] = []
-        self._mend_due = inf
-        for stream in list(self._broken):
+        self._mend_due = inf if len(self._broken) <= MAX_MENDED else self._clock + NAK_DELAY[0]
+        for stream in list(islice(self._broken, MAX_MENDED)):
             window = stream.window
             window.reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._broken))
+            del self._broken[stream]
             events += self._assemble(stream, window.overdue(self._clock))
             ranges = window.missing(self._clock)
             for start in range(0, len(ranges), MAX_RANGES):
                 self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
-            if not window.gaps:
-                del self._broken[stream]
-            self._mend_due = min(self._mend_due, window.due())
+            if window.gaps:
+                self._broken[stream] = None  # behind the others
+                self._mend_due = min(self._mend_due, window.due())
         return events
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes) -> None:
@@ -1659,9 +1668,9 @@ class Receiver:
 
     def _assemble(self, stream: Stream, frames: list[Frame]) -> list[Event]:
         """Return the events of datagrams in order."""
-        if stream.window.gaps:
+        if stream.window.gaps and stream not in self._broken:
             self._broken[stream] = None
-            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
+            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[0])
         events = []
         for frame in frames:
             body = frame.body if frame.kind == b"data" else self._join(stream, frame)
@@ -1719,7 +1728,7 @@ def number(value: Any, default: float) -> float:
 
 def heard_at(event: Mapping[str, Any]) -> float:
     """Return when this machine received the event, now if that is not known."""
-    return number(event.get("local_received"), 0.0) or time.time()
+    return number(event.get("local_received"), time.time())
 
 
 class State:
@@ -1994,7 +2003,7 @@ class State:
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
-        timestamp = number(event.get("timestamp"), 0.0) or time.time()
+        timestamp = number(event.get("timestamp"), time.time())
         hostname = event.get("hostname")
         task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
         before = task["state"]
@@ -2093,7 +2102,9 @@ class State:
 def printable(value: Any) -> str:
     """Return text that does nothing to a terminal but show: control, bidirectional and unassigned characters go."""
     text = value if isinstance(value, str) else "" if value is None else format_json(value).decode()
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
+    )
 
 
 def cells(text: str) -> int:
@@ -2132,7 +2143,11 @@ def clock_time(seconds: Any) -> str:
 def duration(seconds: float) -> str:
     """Return a length of time in at most 6 characters."""
     seconds = max(0.0, seconds)
-    for limit, text in ((0.9995, f"{seconds * 1000:.0f}ms"), (99.95, f"{seconds:.1f}s"), (5999, f"{seconds / 60:.0f}m")):
+    for limit, text in (
+        (0.9995, f"{seconds * 1000:.0f}ms"),
+        (99.95, f"{seconds:.1f}s"),
+        (5999, f"{seconds / 60:.0f}m"),
+    ):
         if seconds < limit:
             return text
     return f"{seconds / 3600:.0f}h" if seconds < 360000 else f"{seconds / 86400:.0f}d"
@@ -2181,11 +2196,17 @@ def task_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence
     def row(uuid: str, task: dict[str, Any]) -> Sequence[str]:
         name, worker = printable(task.get("name")), printable(task.get("worker") or task.get("client"))
         moment = clock_time(task["timestamp"])
-        return moment, printable(task["state"]), name, printable(uuid[:8]), worker, run_time(task, now), outcome_of(task)
+        return (
+            moment,
+            printable(task["state"]),
+            name,
+            printable(uuid[:8]),
+            worker,
+            run_time(task, now),
+            outcome_of(task),
+        )
 
-    return [
-        (uuid, partial(row, uuid, task), STYLES.get(task["state"], "cyan")) for uuid, task in state.tasks_by_time()
-    ]
+    return [(uuid, partial(row, uuid, task), STYLES.get(task["state"], "cyan")) for uuid, task in state.tasks_by_time()]
 
 
 def worker_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
@@ -2218,26 +2239,42 @@ def event_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequenc
 
 
 class Page(namedtuple("Page", ["title", "rows", "columns", "empty"])):
-    """A table: title, function to its rows, ((heading, width), ...) where 0 is what is left, what to say if empty."""
+    """A table: title, function to its rows, columns, what to say if it is empty.
+
+    A column is its heading, its width on a terminal of 80 columns, and how much of what there is beyond 80 it gets.
+    """
+
+    __slots__ = ()
+
+    def line(self, values: Iterable[str], width: int) -> str:
+        """Return a row of values, each fitted to its column."""
+        beyond = max(0, width - 80)
+        return " ".join(fit(value, size + int(beyond * share)) for value, (_, size, share) in zip(values, self.columns))
 
 
 PAGES = {
     "1": Page(
         "Tasks",
         task_rows,
-        (("TIME", 8), ("STATE", 9), ("NAME", 22), ("UUID", 8), ("WORKER", 20), ("RUN", 6), ("RESULT", 0)),
+        (
+            *(("TIME", 8, 0), ("STATE", 9, 0), ("NAME", 16, 0.3), ("UUID", 8, 0), ("WORKER", 12, 0.2)),
+            *(("RUN", 6, 0), ("RESULT", 15, 0.5)),
+        ),
         "no tasks yet: 3 shows every event",
     ),
     "2": Page(
         "Workers",
         worker_rows,
-        (("WORKER", 30), ("", 6), ("PID", 8), ("ACTIVE", 7), ("DONE", 8), ("LOAD", 18), ("HEARD", 0)),
+        (
+            *(("WORKER", 20, 0.5), ("", 5, 0), ("PID", 7, 0), ("ACTIVE", 6, 0), ("DONE", 8, 0)),
+            *(("LOAD", 16, 0), ("HEARD", 12, 0.5)),
+        ),
         "no workers yet: a Dispatcher with freq=2 is one",
     ),
     "3": Page(
         "Events",
         event_rows,
-        (("TIME", 8), ("TYPE", 20), ("HOST", 24), ("FIELDS", 0)),
+        (("TIME", 8, 0), ("TYPE", 16, 0.1), ("HOST", 16, 0.2), ("FIELDS", 37, 0.7)),
         "no events yet: try python eventmon.py send hello",
     ),
 }
@@ -2297,11 +2334,10 @@ def header(state: State, page: str, status: Mapping[str, Any], width: int, now: 
     tally = Counter(task["state"] for _, task in state.itertasks())
     states = "  ".join(f"{printable(name)} {count:,}" for name, count in tally.most_common(8))
     tabs = "  ".join(f"[{key} {PAGES[key].title}]" if key == page else f" {key} {PAGES[key].title} " for key in PAGES)
-    headings = " ".join(fit(heading, size or width) for heading, size in PAGES[page].columns)
     return [
         Line(printable("  ".join(parts)), "bold"),
         Line("  ".join(alarms), "red") if alarms else Line(f"{tabs}   {states}", ""),
-        Line(headings, "reverse"),
+        Line(PAGES[page].line([heading for heading, _, _ in PAGES[page].columns], width), "reverse"),
     ]
 
 
@@ -2318,15 +2354,12 @@ def screen(state: State, view: View, status: Mapping[str, Any], rows: int, colum
     lines = header(state, page, status, columns, now)
     for index in range(top, min(top + room, len(table))):
         _, values, style = table[index]
-        text = " ".join(fit(value, size or columns) for value, (_, size) in zip(values(), PAGES[page].columns))
-        lines.append(Line(text, "selected" if index == chosen else style))
+        lines.append(Line(PAGES[page].line(values(), columns), "selected" if index == chosen else style))
     if not table:
         lines.append(Line(PAGES[page].empty if state.event_count else f"nothing heard yet; {PAGES['3'].empty}", "dim"))
     lines += [Line("", "")] * (rows - 1 - len(lines))
     lines[rows - 1 :] = [Line("q quit  j/k move  1 tasks  2 workers  3 events", "dim")]
     return [Line(fit(text, columns), style) for text, style in lines][:rows]
-
-
 
 
 def json_line(event: Mapping[str, Any]) -> str:
@@ -2410,9 +2443,7 @@ def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", n
             signal.signal(signal.SIGTERM, previous)
 
 
-def loop(
-    receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any
-) -> None:
+def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any) -> None:
     """The monitor's one thread: events first, then keys, then a picture if there is something new."""
     import select
 
@@ -2651,7 +2682,9 @@ def parser() -> Any:
         )
         sub.set_defaults(run=run)
         sub.add_argument("--url", help=f"where events are sent (default: $EVENTMON_URL or {DEFAULT_URL})")
-        sub.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
+        sub.add_argument(
+            "--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)"
+        )
         return sub
 
     top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
@@ -2667,7 +2700,9 @@ def parser() -> Any:
     form.add_argument("--json", action="store_true", help="print each event as a line of JSON")
     form.add_argument("--plain", action="store_true", help="print each event as a line of text")
     sub.add_argument("--record", metavar="FILE", help="append every event to FILE as NDJSON")
-    sub.add_argument("--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated")
+    sub.add_argument(
+        "--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated"
+    )
     sub.add_argument("--limit", type=at_least_0(int), metavar="N", help="stop after N events")
     sub.add_argument("--timeout", type=at_least_0(float), metavar="S", help="stop after S seconds without an event")
     sub.add_argument("--no-history", action="store_true", help="begin with what is sent from now on")

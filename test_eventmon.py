@@ -1,0 +1,1901 @@
+"""The specification of eventmon.py, in the order of the module: each test's name is a sentence about it."""
+
+import asyncio
+import heapq
+import json
+import logging
+import math
+import os
+import pathlib
+import pickle
+import pty
+import random
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from itertools import count
+
+import pytest
+
+import eventmon
+from eventmon import DEFAULT_URL, Dispatcher, Event, Receiver, State, main
+
+MODULE = pathlib.Path(eventmon.__file__).resolve()
+README = MODULE.with_name("README.md").read_text(encoding="utf-8")
+SOURCE = ("127.0.0.1", 4711)
+STREAM = b"0123456789abcdef"
+numbers = count(os.getpid())
+
+
+@pytest.fixture(autouse=True)
+def url(monkeypatch):
+    """A group and port of its own for each test, also for the processes it starts."""
+    number = next(numbers)
+    where = f"udp://239.255.{number // 200 % 200}.{1 + number % 200}:{20000 + number % 20000}?interface=127.0.0.1&ttl=0"
+    monkeypatch.setenv("EVENTMON_URL", where)
+    monkeypatch.delenv("EVENTMON_KEY", raising=False)
+    return where
+
+
+def wait_until(condition, seconds=20):
+    """Return what `condition()` gives as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+    return value
+
+
+@contextmanager
+def watching(count=math.inf, **options):
+    """A Receiver that captures in a thread: yields (receiver, list of events so far)."""
+    with Receiver(**options) as receiver:
+        receiver.fileno()
+        events = []
+
+        def capture():
+            events.extend(receiver.itercapture())
+
+        thread = threading.Thread(target=capture)
+        thread.start()
+        try:
+            yield receiver, events
+        finally:
+            receiver.should_stop = True
+            thread.join()
+
+
+def drop(sock, share):
+    """Lose a share of what the socket receives, inside the kernel (a classic BPF filter over a random number)."""
+    import ctypes
+
+    program = [(0x20, 0, 0, 0xFFFFF000 + 56), (0x35, 0, 1, int(share * 2**32)), (6, 0, 0, 0xFFFFFFFF), (6, 0, 0, 0)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(program), ctypes.addressof(code)))
+
+
+def run(*words, input=None, timeout=30, **options):
+    """Run eventmon.py as a process; return (status, standard output, lines of standard error)."""
+    done = subprocess.run(
+        [sys.executable, str(MODULE), *words], input=input, capture_output=True, timeout=timeout, check=False, **options
+    )
+    return done.returncode, done.stdout, done.stderr.decode().splitlines()
+
+
+@contextmanager
+def running(*words, **options):
+    """A process of eventmon.py that is ended afterwards."""
+    process = subprocess.Popen([sys.executable, str(MODULE), *words], **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def somebody_watches():
+    """Whether a watcher answers the heartbeat of a Dispatcher that sends no event."""
+    with Dispatcher() as probe:
+        probe._open()
+        return probe.flush()
+
+
+# --- Event ---
+
+
+def test_an_event_is_a_dict_with_a_type_and_a_timestamp():
+    before = time.time()
+    event = Event("task-started", {"uuid": "1"}, pid=7)
+    assert dict(event, timestamp=0) == {"type": "task-started", "timestamp": 0, "uuid": "1", "pid": 7}
+    assert before <= event["timestamp"] <= time.time()
+    assert Event("x", timestamp=5)["timestamp"] == 5
+
+
+@pytest.mark.parametrize(
+    "type, group, subject",
+    [("task-started", "task", "started"), ("hello", "hello", ""), ("deploy-all-done", "deploy", "all-done")],
+)
+def test_a_type_has_a_group_and_a_subject(type, group, subject):
+    event = Event(type)
+    assert (event.type, event.group, event.subject) == (type, group, subject)
+
+
+@pytest.mark.parametrize("type", ["", None, 5, b"x", ["x"]])
+def test_a_type_that_is_not_a_non_empty_str_is_refused(type):
+    with pytest.raises(ValueError, match="expected a non-empty str"):
+        Event(type)
+
+
+def test_an_event_can_be_pickled():
+    event = Event("x", a=1)
+    again = pickle.loads(pickle.dumps(event))
+    assert again == event
+    assert again.type == "x"
+
+
+# --- the wire ---
+
+FRAMES = [
+    ((b"data", STREAM, (1,), b'{"type":"hi"}'), b'EM1 data 0123456789abcdef 1\n{"type":"hi"}'),
+    ((b"data", STREAM, (10**19 - 1,), b"\n"), b"EM1 data 0123456789abcdef 9999999999999999999\n\n"),
+    ((b"part", STREAM, (7, 0, 3), b'{"ty'), b'EM1 part 0123456789abcdef 7 0 3\n{"ty'),
+    ((b"beat", STREAM, (9, 2), b""), b"EM1 beat 0123456789abcdef 9 2\n"),
+    ((b"poll", STREAM, (0, 1), b""), b"EM1 poll 0123456789abcdef 0 1\n"),
+    ((b"bye", STREAM, (9, 2), b""), b"EM1 bye 0123456789abcdef 9 2\n"),
+    ((b"ack", STREAM, (9, 5, 4096), b""), b"EM1 ack 0123456789abcdef 9 5 4096\n"),
+    ((b"nak", STREAM, (9, 5, 4096), b"10 12-14"), b"EM1 nak 0123456789abcdef 9 5 4096\n10 12-14"),
+]
+
+
+@pytest.mark.parametrize("fields, data", FRAMES)
+def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
+    assert eventmon.format_frame(*fields) == data
+    assert eventmon.parse_frame(data) == fields
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\n",
+        b"EM1",
+        b"EM1 data 0123456789abcdef 1",
+        b"EM2 data 0123456789abcdef 1\n",
+        b"EM1 data 0123456789abcdef\n",
+        b"EM1 data 0123456789abcdef -1\n",
+        b"EM1 data 0123456789abcdef 1_0\n",
+        b"EM1 data 0123456789abcdef 10000000000000000000\n",
+        b"EM1 data 0123456789abcdef \xb2\n",
+        b"EM1 data short 1\n",
+        b"EM1 data  0123456789abcdef 1\n",
+        b"EM1 nope 0123456789abcdef 1\n",
+        b"EM1 part 0123456789abcdef 1 2\n",
+    ],
+)
+def test_a_frame_that_is_none_is_a_wire_error(data):
+    with pytest.raises(eventmon.WireError):
+        eventmon.parse_frame(data)
+
+
+RANGES = [([(1, 1)], b"1"), ([(1, 2), (5, 5), (7, 900)], b"1-2 5 7-900")]
+
+
+@pytest.mark.parametrize("ranges, body", RANGES)
+def test_the_ranges_of_a_nak_are_formatted_and_parsed_as_documented(ranges, body):
+    assert eventmon.format_ranges(ranges) == body
+    assert eventmon.parse_ranges(body) == ranges
+
+
+@pytest.mark.parametrize("body", [b"", b"-", b"1-", b"a", b"1,2", b"1-2-3", b"-5", b"1" * 20])
+def test_ranges_that_are_none_are_a_wire_error(body):
+    if body == b"1-":
+        assert eventmon.parse_ranges(body) == [(1, 1)]
+        return
+    with pytest.raises(eventmon.WireError):
+        eventmon.parse_ranges(body)
+
+
+VALUES = [
+    ({"type": "hi"}, b'{"type":"hi"}'),
+    ({"a": [1, 2.5, None, True, "\u65e5\u672c \U0001f600"]}, '{"a":[1,2.5,null,true,"日本 😀"]}'.encode()),
+    ({"a": {"b": "\x1b[2J\n"}}, b'{"a":{"b":"\\u001b[2J\\n"}}'),
+]
+
+
+@pytest.mark.parametrize("value, body", VALUES)
+def test_json_is_compact_utf8_in_both_directions(value, body):
+    assert eventmon.format_json(value) == body
+    assert eventmon.parse_json(body) == value
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"{}{}", b"NaN", b'{"a":Infinity}', b"\xff", b"[" * 100000, b"1" * 5000, b"'a'", b"{} x"]
+)
+def test_bytes_that_are_no_json_are_a_wire_error(body):
+    if body == b"1" * 5000 and not hasattr(sys, "get_int_max_str_digits"):
+        return
+    with pytest.raises(eventmon.WireError):
+        eventmon.parse_json(body)
+
+
+class Rude:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def circular():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value, sent",
+    [
+        ({1}, "{1}"),
+        (b"x", "b'x'"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        ("a\udc80", "a\\udc80"),
+        (1 + 2j, "(1+2j)"),
+        ({(1, 2): 3}, {"(1, 2)": 3}),
+        (Rude(), "<Rude whose repr raises RuntimeError>"),
+        ([Rude()], ["<Rude whose repr raises RuntimeError>"]),
+        (circular(), ["[[...]]"]),
+        ((1, (2,)), [1, [2]]),
+        ({"a": {"b": math.nan}}, {"a": {"b": "nan"}}),
+    ],
+)
+def test_what_json_has_no_form_for_is_sent_as_something_readable(value, sent):
+    assert json.loads(eventmon.format_json({"value": value})) == {"value": sent}
+
+
+def test_numbers_and_nesting_too_big_for_others_are_sent_as_something_readable():
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    assert "[[" in eventmon.format_json({"deep": deep}).decode()
+    assert json.loads(eventmon.format_json({"big": 10**5000}))
+
+
+def test_one_datagram_carries_an_event_or_an_array_of_them():
+    assert [event.type for event in eventmon.parse_events(b' [{"type":"a"},{"type":"b","timestamp":3}] ')] == ["a", "b"]
+    assert eventmon.parse_events(b'{"type":"a","timestamp":3}') == [{"type": "a", "timestamp": 3}]
+    assert eventmon.format_events([b"{}"]) == b"{}"
+    assert eventmon.format_events([b"{}", b"{}"]) == b"[{},{}]"
+
+
+@pytest.mark.parametrize("body", [b"1", b"[1]", b"{}", b'{"type":""}', b'{"type":5}', b'[{"type":"a"},{}]', b'"a"'])
+def test_json_that_is_no_event_is_a_wire_error(body):
+    with pytest.raises(eventmon.WireError):
+        eventmon.parse_events(body)
+
+
+def test_a_sealed_frame_opens_with_its_key_alone_and_for_a_while():
+    frame = eventmon.format_frame(b"data", STREAM, (1,), b"{}")
+    data = eventmon.seal(frame, b"key", 1000.0)
+    assert eventmon.unseal(data, b"key", 1029.0) == (frame, 1000 * 10**6)
+    for changed in (
+        data.replace(b" 1 ", b" 2 "),
+        data + b" ",
+        data[:-3],
+        frame,
+        b"",
+        b"EM1\n",
+        data.replace(b"1000", b"1001"),
+    ):
+        with pytest.raises(eventmon.Rejected):
+            eventmon.unseal(changed, b"key", 1000.0)
+    for key, now in ((b"kez", 1000.0), (b"key", 1031.0), (b"key", 969.0)):
+        with pytest.raises(eventmon.Rejected):
+            eventmon.unseal(data, key, now)
+
+
+# --- the windows, on a virtual network in virtual time ---
+
+
+def frames_in(window, lead):
+    for seq in range(window.next, lead + 1):
+        window.add(b"%d" % seq)
+
+
+def test_the_history_is_bounded_and_keeps_the_newest():
+    window = eventmon.TransmitWindow(limit=10)
+    for _ in range(100):
+        window.add(b"xxx")
+    assert (window.trail, window.next) == (98, 101)
+    assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
+
+
+def test_an_event_larger_than_the_history_is_kept_whole_until_the_next_one():
+    window = eventmon.TransmitWindow(limit=10)
+    window.add(b"xxx")
+    window.pinned = window.next
+    for _ in range(20):
+        window.add(b"part")
+    assert window.trail == 2
+    window.pinned = math.inf
+    window.add(b"xxx")
+    assert window.trail == 21
+
+
+def test_a_repair_asked_for_by_several_watchers_goes_out_once():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 5)
+    assert window.repairs([(2, 3), (5, 9)], 10**6, 1.0) == [b"2", b"3", b"5"]
+    assert window.repairs([(2, 5)], 10**6, 1.001) == [b"4"]
+    assert window.repairs([(2, 2)], 10**6, 1.1) == [b"2"]
+
+
+def test_repairs_are_bounded_whatever_is_asked():
+    window = eventmon.TransmitWindow()
+    for _ in range(8000):
+        window.add(bytes(1000))
+    sent = sum(len(window.repairs([(1, 10**18)] * 100, 10**9, step / 1000)) for step in range(1000))
+    assert sent * 1000 <= eventmon.REPAIR_BURST + eventmon.REPAIR_RATE
+
+
+def test_a_sender_waits_for_a_live_watcher_without_room_that_moves_on():
+    window = eventmon.TransmitWindow()
+    room = 10 * eventmon.DATAGRAM_COST
+    frames_in(window, 5)
+    window.confirm(1, 0, room, 0, now=0.0)
+    assert window.horizon == math.inf  # not seen to move on yet
+    window.confirm(1, 5, room, 0, now=0.1)
+    frames_in(window, 14)
+    assert window.behind(0.1) == {}
+    frames_in(window, 15)
+    assert window.behind(0.1) == {1: 5}
+    window.pass_over({1: 5}, 0.11)
+    assert window.behind(0.11) == {}
+    window.confirm(1, 6, 0, 0, now=0.2)
+    assert window.behind(0.2) == {1: 6}
+    assert window.behind(0.2 + eventmon.ALIVE) == {}
+
+
+def test_a_confirmation_of_what_was_not_sent_is_refused():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 5)
+    assert not window.confirm(1, 6, 0, 0, 0.0)
+    assert window.confirm(1, 5, 0, 0, 0.0)
+    assert window.confirmed(0.0) == (1, 1)
+    assert window.confirmed(5.0) == (0, 0)
+
+
+def test_a_sender_listens_to_a_bounded_number_of_watchers():
+    window = eventmon.TransmitWindow()
+    assert [window.confirm(name, 0, 0, 0, 0.0) for name in range(100)].count(True) == eventmon.MAX_WATCHERS
+    assert window.confirm(1000, 0, 0, 0, 2.0)  # the others are gone
+
+
+def receive_window(start=1):
+    counts = dict.fromkeys(("lost", "repaired", "duplicates", "malformed"), 0)
+    return eventmon.ReceiveWindow(start, 0.0, lambda: 0.5, counts), counts
+
+
+def arrive(window, *numbers, now=0.0):
+    return [item for seq in numbers for item in window.receive(seq, seq, 1, now)]
+
+
+def test_what_arrives_in_order_is_delivered_at_once():
+    window, counts = receive_window()
+    assert arrive(window, 1, 2, 3) == [1, 2, 3]
+    assert window.in_order(4)
+    assert not window.in_order(4)
+    assert window.due() == math.inf
+    assert set(counts.values()) == {0}
+
+
+def test_what_arrives_out_of_order_is_put_in_order():
+    for seed in range(200):
+        window, counts = receive_window()
+        numbers = list(range(1, 20))
+        random.Random(seed).shuffle(numbers)
+        assert arrive(window, *numbers) == list(range(1, 20)), seed
+        assert counts["lost"] == 0
+        assert not window.gaps
+
+
+def test_what_arrives_twice_is_delivered_once_and_counted():
+    window, counts = receive_window()
+    assert arrive(window, 1, 1, 3, 3, 2, 2, 3) == [1, 2, 3]
+    assert counts["duplicates"] == 4
+
+
+def test_a_gap_is_asked_for_after_a_moment_and_again():
+    window, _ = receive_window()
+    arrive(window, 1, 4, 7)
+    assert window.missing(0.0) == []
+    assert window.missing(0.004) == [(2, 3), (5, 6)]
+    assert window.missing(0.005) == []
+    arrive(window, 5, now=0.006)
+    assert window.missing(0.1) == [(2, 3), (6, 6)]
+
+
+def test_the_loss_of_the_last_is_noticed_by_a_heartbeat():
+    window, _ = receive_window()
+    arrive(window, 1)
+    assert window.announce(3, 1, 0.0) == []
+    assert window.missing(1.0) == [(2, 3)]
+
+
+def test_a_gap_is_given_up_after_a_second_and_counted():
+    window, counts = receive_window()
+    assert arrive(window, 1, 4, 6) == [1]
+    window.missing(0.01)
+    window.heard = 2.0
+    assert window.overdue(0.9) == []
+    assert window.overdue(0.92) == [4, 6]
+    assert counts["lost"] == 3
+
+
+def test_what_a_silent_sender_leaves_missing_is_given_up_after_a_second():
+    window, counts = receive_window()
+    arrive(window, *range(2, 4000, 2))
+    assert len(window.overdue(1.0)) == 1999
+    assert counts["lost"] == 1999
+
+
+def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late():
+    window, counts = receive_window()
+    assert arrive(window, 1, 8) == [1]
+    assert window.announce(9, 7, 0.0) == []
+    assert counts["lost"] == 5
+    assert arrive(window, 7) == [7, 8]
+    late, counts = receive_window()
+    assert arrive(late, 100) == []
+    assert late.announce(100, 98, 0.0) == []
+    assert late.missing(1.0) == [(98, 99)]
+    assert counts["lost"] == 0
+
+
+def test_a_long_history_is_asked_for_piece_by_piece():
+    window, _ = receive_window()
+    window.reach = 100
+    arrive(window, 1001)
+    asked, now = [], 0.0
+    while window.gaps:
+        now += 0.01
+        for first, last in window.missing(now):
+            assert last - first < 100
+            asked += range(first, last + 1)
+            arrive(window, *range(first, last + 1), now=now)
+    assert asked == list(range(1, 1001))
+
+
+def test_a_sequence_number_far_ahead_is_believed_when_the_next_one_confirms_it():
+    window, counts = receive_window()
+    arrive(window, 1)
+    assert arrive(window, 2**62, 2, 2**61, 3) == [2, 3]
+    assert counts["malformed"] == 2
+    far = 10 + eventmon.MAX_AHEAD
+    assert arrive(window, far, far + 1) == []
+    assert window.overdue(1.0) == [far + 1]
+
+
+def test_what_is_held_back_is_bounded():
+    window, _ = receive_window()
+    for seq in range(2, 100):
+        window.receive(seq, seq, eventmon.MAX_HELD // 10, 0.0)
+    assert window.size <= eventmon.MAX_HELD
+    assert arrive(window, 1)[:3] == [1, 2, 3]
+
+
+class VirtualNetwork:
+    """Senders' and watchers' windows in virtual time, on a network that loses, repeats, delays and cuts off."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.agenda = []
+        self.order = count()
+        self.loss = self.random.choice((0, 0, 0.05, 0.3))
+        self.repeat = self.random.choice((0, 0.1))
+        self.delay = self.random.choice((0.0001, 0.001, 0.02))
+        self.cut = self.random.choice((None, None, (0.05, 0.05 + self.random.random() * 0.3)))
+
+    def at(self, when, action, *arguments):
+        heapq.heappush(self.agenda, (when, next(self.order), action, arguments))
+
+    def carry(self, action, *arguments):
+        """Bring a datagram to `action`: perhaps not, perhaps twice, after a while."""
+        cut = self.cut and self.cut[0] <= self.now < self.cut[1]
+        for _ in range(1 + (self.random.random() < self.repeat)):
+            if not cut and self.random.random() >= self.loss:
+                self.at(self.now + self.random.random() * self.delay, action, *arguments)
+
+    def run(self, until):
+        while self.agenda and self.agenda[0][0] <= until:
+            self.now, _, action, arguments = heapq.heappop(self.agenda)
+            action(*arguments)
+
+
+class VirtualSender:
+    def __init__(self, network, total, dies):
+        self.network, self.total, self.dies, self.dead = network, total, dies, False
+        self.window = eventmon.TransmitWindow(limit=network.random.choice((100, 10**6)))
+        self.watchers = []
+        network.at(network.random.random() * 0.1, self.send)
+        network.at(0.0, self.beat)
+
+    def everyone(self, method, *arguments):
+        for watcher in self.watchers:
+            self.network.carry(getattr(watcher, method), self, *arguments)
+
+    def send(self):
+        self.window.add(b"%d" % self.window.next)
+        self.everyone("hear", self.window.next - 1)
+        if self.window.next <= self.total:
+            self.network.at(self.network.now + self.network.random.random() * 0.002, self.send)
+        elif self.dies:
+            self.dead = True
+
+    def beat(self):
+        if not self.dead:
+            self.everyone("hear_beat", self.window.next - 1, self.window.trail)
+            self.network.at(self.network.now + eventmon.BEAT, self.beat)
+
+    def asked(self, watcher, position, ranges):
+        if self.dead:
+            return
+        assert self.window.confirm(id(watcher), position, 10**6, 0, self.network.now)
+        if ranges and ranges[0][0] < self.window.trail:
+            self.everyone("hear_beat", self.window.next - 1, self.window.trail)
+        for frame in self.window.repairs(ranges, 10**6, self.network.now):
+            self.everyone("hear", int(frame))
+
+
+class VirtualWatcher:
+    def __init__(self, network, joins):
+        self.network, self.joins = network, joins
+        self.windows, self.got, self.counts, self.planned = {}, {}, {}, set()
+
+    def window(self, sender):
+        if sender not in self.windows:
+            self.counts[sender] = dict.fromkeys(("lost", "repaired", "duplicates", "malformed"), 0)
+            self.got[sender] = []
+            jitter = self.network.random.random
+            self.windows[sender] = eventmon.ReceiveWindow(1, self.network.now, jitter, self.counts[sender])
+        return self.windows[sender]
+
+    def hear(self, sender, seq):
+        if self.network.now >= self.joins:
+            window = self.window(sender)
+            self.got[sender] += window.receive(seq, seq, 1, self.network.now)
+            self.plan(sender)
+
+    def hear_beat(self, sender, lead, trail):
+        if self.network.now >= self.joins:
+            window = self.window(sender)
+            self.got[sender] += window.announce(lead, trail, self.network.now)
+            self.network.carry(sender.asked, self, window.next - 1, [])
+            self.plan(sender)
+
+    def plan(self, sender):
+        due = self.windows[sender].due()
+        if due < math.inf and sender not in self.planned:
+            self.planned.add(sender)
+            self.network.at(max(due, self.network.now), self.look, sender)
+
+    def look(self, sender):
+        self.planned.remove(sender)
+        window = self.windows[sender]
+        self.got[sender] += window.overdue(self.network.now)
+        ranges = window.missing(self.network.now)
+        if ranges:
+            self.network.carry(sender.asked, self, window.next - 1, ranges)
+        self.plan(sender)
+
+
+def simulate(seed):
+    network = VirtualNetwork(seed)
+    senders = [VirtualSender(network, network.random.randrange(1, 60), network.random.random() < 0.2) for _ in range(2)]
+    watchers = [VirtualWatcher(network, network.random.choice((0.0, 0.0, 0.08, 0.3))) for _ in range(2)]
+    for sender in senders:
+        sender.watchers = watchers
+    network.run(until=3.5)
+    for sender in senders:
+        for watcher in watchers:
+            got = watcher.got.get(sender, [])
+            assert got == sorted(set(got)), f"seed {seed}: {got} is not in order, once each"
+            if sender not in watcher.windows:
+                assert sender.dead, f"seed {seed}: a live sender was not heard"
+                continue
+            window, lost = watcher.windows[sender], watcher.counts[sender]["lost"]
+            assert not window.gaps, f"seed {seed}: still waits for {[(gap.first, gap.last) for gap in window.gaps]}"
+            assert window.end - 1 == sender.window.next - 1 or sender.dead, f"seed {seed}: the last was not noticed"
+            missed = window.next - 1 - len(got)
+            assert lost <= missed, f"seed {seed}: {lost} lost, but only {missed} missed"
+            if sender.window.trail == 1 and not sender.dead:
+                assert (missed, lost) == (0, 0), f"seed {seed}: {missed} missed though all could be repaired"
+            elif got and got[0] == 1:
+                assert lost == missed, f"seed {seed}: {missed} missed, {lost} counted as lost"
+
+
+@pytest.mark.parametrize("thousand", range(3))
+def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(thousand):
+    for seed in range(thousand * 1000, thousand * 1000 + 1000):
+        simulate(seed)
+
+
+# --- URL and sockets ---
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        (DEFAULT_URL, ("239.255.69.86", 6986, "127.0.0.1", 0)),
+        ("udp://239.1.2.3:7000", ("239.1.2.3", 7000, "127.0.0.1", 0)),
+        ("udp://239.1.2.3:7000/?interface=eth0&ttl=255", ("239.1.2.3", 7000, "eth0", 255)),
+        ("udp://127.0.0.1:1", ("127.0.0.1", 1, "", 0)),
+        ("udp://watcher.example:65535?ttl=3", ("watcher.example", 65535, "", 3)),
+    ],
+)
+def test_a_url_names_host_port_interface_and_ttl(text, parts):
+    assert eventmon.parse_url(text) == parts
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("", "scheme"),
+        ("tcp://239.1.2.3:7000", "scheme"),
+        ("239.1.2.3:7000", "scheme"),
+        ("udp://239.1.2.3", "port"),
+        ("udp://239.1.2.3:0", "port"),
+        ("udp://239.1.2.3:65536", "[Pp]ort"),
+        ("udp://239.1.2.3:x", "[Pp]ort"),
+        ("udp://:7000", "host"),
+        ("udp://239.1.2:7000", "host"),
+        ("udp://239.1.2.300:7000", "host"),
+        ("udp://[ff02::1]:7000", "host"),
+        ("udp://user:secret@239.1.2.3:7000", "user"),
+        ("udp://239.1.2.3:7000/path", "path"),
+        ("udp://239.1.2.3:7000#x", "path"),
+        ("udp://239.1.2.3:7000?ttl=256", "ttl"),
+        ("udp://239.1.2.3:7000?ttl=-1", "ttl"),
+        ("udp://239.1.2.3:7000?ttl=", "ttl"),
+        ("udp://239.1.2.3:7000?interface=", "interface"),
+        ("udp://239.1.2.3:7000?key=secret", "option"),
+        ("udp://239.1.2.3:7000?ttl=1&ttl=1", "twice"),
+        ("udp://239.1.2.3:7000?ttl", "ttl|query|field"),
+    ],
+)
+def test_a_bad_url_is_a_value_error_that_says_which_part(text, part):
+    with pytest.raises(ValueError, match=part):
+        eventmon.parse_url(text)
+    with pytest.raises(ValueError):
+        Dispatcher(text)
+    with pytest.raises(ValueError):
+        Receiver(text)
+
+
+def test_the_environment_overrides_the_default_url_and_an_argument_overrides_both(monkeypatch):
+    monkeypatch.setenv("EVENTMON_URL", "udp://239.1.2.3:7000")
+    assert Dispatcher().url == Receiver().url == "udp://239.1.2.3:7000"
+    assert Dispatcher("udp://239.1.2.4:7000").url == "udp://239.1.2.4:7000"
+    monkeypatch.delenv("EVENTMON_URL")
+    assert Dispatcher().url == DEFAULT_URL
+
+
+def test_nothing_leaves_the_machine_unless_the_url_says_so(url):
+    parts = eventmon.parse_url(url)
+    link = eventmon.Link(parts)
+    try:
+        sent_from = link._connected.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)
+        assert socket.inet_ntoa(sent_from) == "127.0.0.1"
+        assert link._connected.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL) == 0
+        assert link.socket.getsockname()[0] == "127.0.0.1"
+    finally:
+        link.close()
+
+
+def test_a_receiver_hears_its_own_group_alone(url):
+    other = url.replace("239.255", "239.254")
+    with Receiver() as receiver, Dispatcher(other) as foreign, Dispatcher() as dispatcher:
+        receiver.fileno()
+        foreign.send("foreign")
+        dispatcher.send("ours")
+        assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["ours"]
+
+
+def test_an_interface_can_be_named(url):
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    where = url.replace("127.0.0.1", names[0])
+    with Receiver(where) as receiver, Dispatcher(where) as dispatcher:
+        receiver.fileno()
+        dispatcher.send("hello")
+        assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["hello"]
+
+
+def test_a_host_that_is_no_group_is_reached_by_unicast():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"udp://127.0.0.1:{free.getsockname()[1]}"
+    with Dispatcher(where) as dispatcher:
+        dispatcher.send("before")
+        with watching(url=where) as (_, events):
+            dispatcher.send("after")
+            assert dispatcher.flush(20) == 1
+            wait_until(lambda: len(events) == 2)
+    assert [event.type for event in events] == ["before", "after"]
+
+
+# --- Dispatcher ---
+
+
+def test_an_event_says_who_sent_it_and_when():
+    with Receiver() as receiver, Dispatcher(hostname="me") as dispatcher:
+        receiver.fileno()
+        sent = dispatcher.send("hello", n=1)
+        blind = dispatcher.send("hello", blind=True)
+        assert isinstance(sent, Event)
+        assert {"type": "hello", "hostname": "me", "pid": os.getpid(), "n": 1}.items() <= sent.items()
+        assert sent.keys() - {"n"} == {"type", "timestamp", "hostname", "pid", "utcoffset", "clock"}
+        assert "clock" not in blind
+        first, _second = receiver.itercapture(limit=2, timeout=20)
+    assert first.pop("local_received") >= sent["timestamp"]
+    assert first == sent
+
+
+def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
+    with Receiver() as receiver, Dispatcher() as one, Dispatcher() as two:
+        receiver.fileno()
+        assert one.send("a")["clock"] < two.send("b")["clock"] < one.send("c")["clock"]
+        receiver.handle_message(b'{"type":"far","clock":1000000}', SOURCE)
+        assert one.send("d")["clock"] > 1000000
+        receiver.handle_message(b'{"type":"bad","clock":"x"}', SOURCE)
+        receiver.handle_message(b'{"type":"mad","clock":1e300}', SOURCE)
+        assert one.send("e")["clock"] < 2000000
+
+
+def test_a_field_may_have_any_name():
+    with Dispatcher() as dispatcher:
+        assert dispatcher.send("hello", self=1, event=2, hostname="other")["hostname"] == "other"
+
+
+def test_what_send_returns_is_in_the_kernel_even_if_the_process_dies_at_once():
+    with Receiver() as receiver:
+        receiver.fileno()
+        code = "import os, eventmon; eventmon.Dispatcher().send('last-words'); os._exit(1)"
+        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=False)
+        assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["last-words"]
+
+
+def test_misuse_is_a_value_error():
+    dispatcher = Dispatcher()
+    with pytest.raises(ValueError, match="expected a non-empty str"):
+        dispatcher.send("")
+    with pytest.raises(ValueError, match=r"17,825,\d\d\d bytes .* 16,777,216"):
+        dispatcher.send("big", x="x" * (17 << 20))
+    with pytest.raises(ValueError, match="expected a non-empty str"):
+        dispatcher.publish({"type": 5})
+    dispatcher.close()
+    with pytest.raises(ValueError, match="closed"):
+        dispatcher.send("late")
+
+
+def test_a_disabled_dispatcher_sends_nothing_and_tells_when_it_changes():
+    calls = []
+    with Dispatcher(enabled=False) as dispatcher:
+        dispatcher.on_enabled.add(lambda: calls.append("on"))
+        dispatcher.on_disabled.add(lambda: calls.append("off"))
+        assert dispatcher.send("x") is None
+        dispatcher.enable()
+        dispatcher.enable()
+        assert dispatcher.send("x")
+        dispatcher.disable()
+        assert dispatcher.send("x") is None
+        assert calls == ["on", "off"]
+        assert dispatcher.stats["events"] == 1
+
+
+def test_only_the_groups_asked_for_are_sent():
+    with Dispatcher(groups={"task"}) as dispatcher:
+        assert dispatcher.send("worker-online") is None
+        assert dispatcher.publish({"type": "hello"}) is None
+        assert dispatcher.send("task-sent")
+
+
+def test_a_ready_event_is_forwarded_as_it_is():
+    ready = {"type": "task-sent", "hostname": "far@away", "clock": 5, "timestamp": 1.5, "x": None}
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        assert dispatcher.publish(ready) == ready
+        (event,) = receiver.itercapture(limit=1, timeout=20)
+    event.pop("local_received")
+    assert event == ready
+
+
+def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
+    with Receiver() as receiver, Dispatcher(buffer_group={"task"}, buffer_limit=3) as dispatcher:
+        receiver.fileno()
+        for n in range(8):
+            dispatcher.send("task-progress", n=n)
+        dispatcher.send("hello", n=8)
+        assert dispatcher.stats["events"] == 9
+        assert [event["n"] for event in receiver.itercapture(limit=9, timeout=20)] == list(range(9))
+        data = [frame for _, frame in dispatcher._window._kept]
+    assert len(data) == 4
+
+
+def test_a_buffered_event_does_not_wait_for_another():
+    with Receiver() as receiver, Dispatcher(buffer_group={"task"}) as dispatcher:
+        receiver.fileno()
+        dispatcher.send("task-progress")
+        assert len(list(receiver.itercapture(limit=1, timeout=20))) == 1
+
+
+def test_flush_tells_how_many_watchers_have_everything():
+    with Dispatcher(buffer_group={"task"}) as dispatcher:
+        assert dispatcher.flush() == 0
+        with watching() as (_, one), watching() as (_, two):
+            for n in range(100):
+                dispatcher.send("task-progress", n=n)
+            assert dispatcher.flush(20) == 2
+            assert dispatcher.stats["watchers"] == 2
+            wait_until(lambda: len(one) == len(two) == 100)
+
+
+def test_an_event_of_any_size_arrives():
+    big = "x\u65e5" * (1 << 20)
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("big", x=big)
+        dispatcher.send("small")
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 2)
+        assert events[0]["x"] == big
+        assert all(len(frame) <= eventmon.MAX_LOOPBACK for _, frame in dispatcher._window._kept)
+        assert receiver.stats["lost"] == 0
+
+
+def test_on_a_network_a_datagram_fits_ethernet(url):
+    dispatcher = Dispatcher(url.replace("127.0.0.1", "192.0.2.1"), buffer_group={"task"})
+    dispatcher._open = lambda: None  # nothing is sent
+    dispatcher.send("hello", x="x" * 10000)
+    for _ in range(24):
+        dispatcher.send("task-progress", x="x" * 100)
+    assert len(dispatcher._window._kept) > 12
+    assert all(len(frame) + 60 <= eventmon.MAX_DATAGRAM for _, frame in dispatcher._window._kept)
+
+
+def test_the_network_never_raises(monkeypatch):
+    with Dispatcher("udp://no.such.host.invalid:7000") as dispatcher:
+        dispatcher.send("hello")
+        assert dispatcher.stats["errors"] == 1
+        assert dispatcher.flush() == 0
+
+    def refuse(url):
+        raise OSError(eventmon.errno.ENETUNREACH, "no network")
+
+    with Dispatcher() as dispatcher, watching() as (_, events):
+        with monkeypatch.context() as broken:
+            broken.setattr(eventmon, "Link", refuse)
+            dispatcher.send("first")
+            assert dispatcher.stats["errors"]
+        wait_until(lambda: time.monotonic() > dispatcher._reopens)
+        dispatcher.send("second")
+        wait_until(lambda: len(events) == 2)  # what failed is repaired
+    assert [event.type for event in events] == ["first", "second"]
+
+
+def test_threads_share_a_dispatcher():
+    with watching() as (_receiver, events), Dispatcher() as dispatcher:
+
+        def work(name):
+            for n in range(200):
+                dispatcher.send("step", name=name, n=n)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 4000)
+    for name in range(20):
+        assert [event["n"] for event in events if event["name"] == name] == list(range(200))
+
+
+def test_children_of_a_fork_go_on_sending():
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", who="parent", n=0)
+        busy = threading.Thread(target=lambda: [dispatcher.send("step", who="thread", n=n) for n in range(2000)])
+        busy.start()
+        children = []
+        for who in range(3):
+            child = os.fork()
+            if child == 0:
+                for n in range(50):
+                    dispatcher.send("step", who=who, n=n)
+                if os.fork() == 0:
+                    dispatcher.send("step", who=f"{who}'s child", n=0)
+                    os._exit(0)
+                os.wait()
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        busy.join()
+        dispatcher.send("step", who="parent", n=1)
+        wait_until(lambda: len(events) == 2 + 2000 + 3 * 51)
+        assert receiver.stats["lost"] == 0
+    for who in {event["who"] for event in events}:
+        mine = [event for event in events if event["who"] == who]
+        assert [event["n"] for event in mine] == list(range(len(mine)))
+        assert len({event["pid"] for event in mine}) == 1
+    assert len({event["pid"] for event in events}) == 7
+
+
+def test_a_watcher_that_stands_still_is_waited_for_once():
+    with running("watch", "--json", stdout=subprocess.PIPE) as watch, Dispatcher(max_wait=0.2) as dispatcher:
+        dispatcher.send("hello")
+        wait_until(lambda: dispatcher.flush(0.1) == 1)
+        waits = []
+        wait = dispatcher._wait_for_watchers
+        dispatcher._wait_for_watchers = lambda: (waits.append(1), wait())
+        threading.Thread(target=watch.stdout.read, daemon=True).start()
+        for _ in range(300):  # the watcher moves on
+            dispatcher.send("step", x="x" * 5000)
+        dispatcher.flush(5)
+        watch.send_signal(signal.SIGSTOP)
+        waits.clear()
+        for _ in range(3000):
+            dispatcher.send("step", x="x" * 5000)
+        assert len(waits) <= 1
+        watch.send_signal(signal.SIGCONT)
+
+
+def test_close_sends_what_is_buffered_and_is_done_once():
+    with watching() as (_, events):
+        dispatcher = Dispatcher(buffer_group={"task"})
+        dispatcher.send("task-progress")
+        dispatcher.close()
+        dispatcher.close()
+        wait_until(lambda: len(events) == 1)
+        thread = dispatcher._thread
+        wait_until(lambda: not thread.is_alive())
+
+
+def test_a_program_that_just_ends_has_sent_everything():
+    code = (
+        "import eventmon\nd = eventmon.Dispatcher(buffer_group={'task'}, freq=60)\n"
+        "for n in range(30): d.send('task-progress', n=n)"
+    )
+    with watching() as (_, events):
+        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
+        wait_until(lambda: len(events) == 32)
+    assert [event["n"] for event in events[1:-1]] == list(range(30))
+    assert (events[0].type, events[-1].type) == ("worker-online", "worker-offline")
+
+
+def test_a_worker_has_a_heartbeat():
+    with watching() as (_, events):
+        with Dispatcher(hostname="w1", freq=0.02):
+            wait_until(lambda: [event for event in events if event.type == "worker-heartbeat"])
+        wait_until(lambda: events[-1].type == "worker-offline")
+    assert events[0].type == "worker-online"
+    expected = {"hostname", "freq", "active", "processed", "loadavg", "sw_ident", "sw_ver", "sw_sys"}
+    assert expected <= events[1].keys()
+
+
+def test_a_task_tells_how_it_went():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        with dispatcher.task("job", uuid="u1", queue="q") as task:
+            task.progress(0.5, step="half")
+            with dispatcher.task("inner") as inner:
+                pass
+        events = list(receiver.itercapture(limit=7, timeout=20))
+    assert [event.subject for event in events] == [
+        "received",
+        "started",
+        "progress",
+        "received",
+        "started",
+        "succeeded",
+        "succeeded",
+    ]
+    assert {"name": "job", "uuid": "u1", "queue": "q", "retries": 0, "root_id": "u1"}.items() <= events[0].items()
+    assert {"progress": 0.5, "step": "half"}.items() <= events[2].items()
+    assert (events[3]["parent_id"], events[3]["root_id"], events[3]["uuid"]) == ("u1", "u1", inner.uuid)
+    assert events[6]["uuid"] == "u1"
+    assert events[6]["runtime"] >= events[5]["runtime"] >= 0
+
+
+def test_a_task_that_raises_has_failed():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        with pytest.raises(ZeroDivisionError), dispatcher.task("job"):
+            1 / 0  # noqa: B018
+        *_, event = receiver.itercapture(limit=3, timeout=20)
+    assert event.type == "task-failed"
+    assert event["exception"] == "ZeroDivisionError('division by zero')"
+    assert "1 / 0" in event["traceback"]
+
+
+def test_a_decorated_function_or_coroutine_function_is_a_task_at_each_call():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+
+        @dispatcher.task("add")
+        def add(a, b=0):
+            """Add."""
+            return "x" * 5000 if a == "long" else a + b
+
+        @dispatcher.task("wait")
+        async def wait(seconds):
+            await asyncio.sleep(seconds)
+            return "waited"
+
+        assert (add(1, b=2), len(add("long")), asyncio.run(wait(0))) == (3, 5000, "waited")
+        assert (add.__name__, add.__doc__) == ("add", "Add.")
+        events = list(receiver.itercapture(limit=9, timeout=20))
+    assert events[0]["args"] == "(1,)"
+    assert events[0]["kwargs"] == "{'b': 2}"
+    assert events[2]["result"] == "3"
+    assert len(events[5]["result"]) == 1024
+    assert events[5]["result"].endswith("…")
+    assert events[8]["result"] == "'waited'"
+    assert len({event["uuid"] for event in events}) == 3
+
+
+def test_log_records_become_events():
+    logger = logging.getLogger("shop")
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        logger.addHandler(eventmon.LogHandler(dispatcher))
+        with dispatcher.task("job") as task:
+            logger.warning("%d left", 3)
+        try:
+            raise KeyError("gone")
+        except KeyError:
+            logger.exception("lost it")
+        events = [event for event in receiver.itercapture(limit=5, timeout=20) if event.group == "log"]
+    assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= events[
+        0
+    ].items()
+    assert events[1].type == "log-error"
+    assert "KeyError: 'gone'" in events[1]["exception"]
+
+
+# --- Receiver ---
+
+
+def captured(*types, **options):
+    """The datagrams that a Dispatcher sends for events of these types, without a network."""
+    frames = []
+    dispatcher = Dispatcher(**options)
+    dispatcher._open = lambda: None
+    dispatcher._put = lambda frame, link: (
+        frames.append(eventmon.seal(frame, dispatcher._key, time.time())) if dispatcher._key else frames.append(frame)
+    )
+    for type in types:
+        dispatcher.send(type)
+    return frames
+
+
+def test_handlers_get_their_types_and_the_star_gets_the_rest():
+    got = []
+    handlers = {"a": lambda event: got.append("a"), "*": lambda event: got.append(event.type.upper())}
+    with Receiver(handlers=handlers) as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        for type in "abc":
+            dispatcher.send(type)
+        receiver.capture(limit=3, timeout=20)
+    assert got == ["a", "B", "C"]
+
+
+def test_an_exception_of_a_handler_goes_up_and_loses_nothing_else():
+    def fail(event):
+        raise KeyError(event.type)
+
+    with Receiver(handlers={"a": fail}) as receiver:
+        receiver.fileno()
+        with Dispatcher() as dispatcher:
+            dispatcher.publish({"type": "a"})
+            dispatcher.publish({"type": "b"})
+            with pytest.raises(KeyError):
+                receiver.capture(limit=2, timeout=20)
+            assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["b"]
+
+
+def test_a_capture_ends_after_its_limit_or_timeout_or_when_told():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        for n in range(5):
+            dispatcher.send("step", n=n)
+        assert [event["n"] for event in receiver.itercapture(limit=2, timeout=20)] == [0, 1]
+        assert list(receiver.itercapture(limit=0)) == []
+        assert [event["n"] for event in receiver.itercapture(timeout=0.1)] == [2, 3, 4]
+        assert list(receiver.itercapture(timeout=0)) == []
+        threading.Timer(0.05, lambda: setattr(receiver, "should_stop", True)).start()
+        receiver.capture()
+
+
+def test_bare_json_is_delivered_as_it_comes():
+    receiver = Receiver()
+    assert receiver.handle_message(b'{"type":"hi","timestamp":5}', SOURCE)[0].pop("local_received") <= time.time()
+    assert [event.type for event in receiver.handle_message(b'[{"type":"a"},{"type":"b"}]', SOURCE)] == ["a", "b"]
+    assert receiver.stats["events"] == 3
+    assert receiver._channel is None
+
+
+def test_datagrams_in_any_order_and_number_are_delivered_once_in_order():
+    frames = captured(*[f"step-{n}" for n in range(30)])
+    for seed in range(20):
+        receiver, chance = Receiver(), random.Random(seed)
+        datagrams = frames * 2
+        chance.shuffle(datagrams)
+        got = [event.subject for data in datagrams for event in receiver.handle_message(data, SOURCE)]
+        assert got == [str(n) for n in range(30)]
+        assert receiver.stats["duplicates"] == 30
+
+
+def test_without_a_channel_a_gap_is_given_up_at_a_call_a_second_later(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(eventmon.time, "monotonic", lambda: now[0])
+    frames = captured("a", "b", "c", "d")
+    receiver = Receiver()
+    assert [event.type for event in receiver.handle_message(frames[0], SOURCE)] == ["a"]
+    assert receiver.handle_message(frames[2], SOURCE) == []
+    now[0] += 1
+    assert [event.type for event in receiver.handle_message(frames[3], SOURCE)] == ["c", "d"]
+    assert receiver.stats["lost"] == 1
+
+
+def test_any_bytes_are_counted_and_never_raise():
+    receiver, chance = Receiver(), random.Random(1)
+    frames = captured("a", "b", "c") + [data for _, data in FRAMES] + [b'{"type":"x","a":[1,2]}']
+    for _ in range(20000):
+        data = bytearray(chance.choice(frames))
+        for _ in range(chance.randrange(1, 4)):
+            data[chance.randrange(len(data)) :][:1] = bytes([chance.randrange(256)])
+            where = chance.randrange(len(data))
+            data[where : where + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+            data = data or bytearray(b"x")
+        receiver.handle_message(bytes(data), ("127.0.0.1", chance.randrange(5)))
+    assert receiver.stats["malformed"] > 1000
+    assert receiver.stats["streams"] <= eventmon.MAX_STREAMS
+    fresh = captured("still", "here")
+    assert [event.type for data in fresh for event in receiver.handle_message(data, SOURCE)] == ["still", "here"]
+
+
+def test_the_number_of_streams_is_bounded():
+    receiver = Receiver()
+    for n in range(eventmon.MAX_STREAMS + 100):
+        receiver.handle_message(b'EM1 data %016x 2\n{"type":"x"}' % n, SOURCE)
+    assert receiver.stats["streams"] == eventmon.MAX_STREAMS
+
+
+def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
+    with Dispatcher() as dispatcher:
+        for n in range(3000):
+            dispatcher.send("step", n=n)
+        with watching() as (receiver, events):
+            wait_until(lambda: events)
+            for n in range(3000, 3100):
+                dispatcher.send("step", n=n)
+            wait_until(lambda: len(events) >= 3100)
+            assert dispatcher.flush(20) == 1
+        assert [event["n"] for event in events] == list(range(3100))
+        assert receiver.stats["lost"] == 0
+
+
+def test_a_watcher_that_wants_no_history_starts_at_now():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        for n in range(10):
+            dispatcher.send("step", n=n)
+        receiver.fileno()
+        dispatcher.send("step", n=10)
+        assert [event["n"] for event in receiver.itercapture(limit=1, timeout=20, wakeup=False)] == [10]
+        assert list(receiver.itercapture(timeout=0.3, wakeup=False)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
+def test_on_sockets_that_lose_a_third_of_everything_nothing_is_lost():
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", n=0)
+        drop(receiver.channel, 0.3)
+        drop(dispatcher._link.socket, 0.3)
+        for n in range(1, 1000):
+            dispatcher.send("step", n=n)
+        wait_until(lambda: len(events) == 1000)
+        assert [event["n"] for event in events] == list(range(1000))
+        assert receiver.stats["lost"] == 0
+        assert receiver.stats["repaired"] > 50
+
+
+def test_what_a_killed_sender_leaves_missing_is_counted_and_the_rest_delivered():
+    frames = captured("a", "b", "c")
+    with watching() as (receiver, events), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        parts = eventmon.parse_url(receiver.url)
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        for data in (frames[0], frames[2]):
+            sender.sendto(data, (parts.host, parts.port))
+        wait_until(lambda: len(events) == 2)
+    assert [event.type for event in events] == ["a", "c"]
+    assert receiver.stats["lost"] == 1
+
+
+def test_with_a_key_events_arrive_and_nothing_else_does():
+    with watching(key="secret") as (receiver, events), Dispatcher(key=b"secret") as dispatcher:
+        with Dispatcher() as open_one, Dispatcher(key="wrong") as wrong:
+            open_one.send("open")
+            wrong.send("wrong")
+            dispatcher.send("right")
+            assert dispatcher.flush(20) == 1
+            assert (open_one.flush(), wrong.flush()) == (0, 0)
+        assert receiver.handle_message(b'{"type":"bare"}', SOURCE) == []
+        wait_until(lambda: events)
+    assert [event.type for event in events] == ["right"]
+    assert receiver.stats["rejected"] >= 3
+    assert "secret" not in repr(receiver) + repr(dispatcher) + dispatcher.url
+
+
+def test_without_a_key_a_sealed_stream_is_counted_as_rejected():
+    receiver = Receiver()
+    (data,) = captured("a", key="secret")
+    assert receiver.handle_message(data, SOURCE) == []
+    assert receiver.stats["rejected"] == 1
+
+
+def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejected(monkeypatch):
+    receiver = Receiver(key="secret")
+    (data,) = captured("a", key="secret")
+    assert len(receiver.handle_message(data, SOURCE)) == 1
+    assert receiver.handle_message(data, SOURCE) == []
+    assert receiver.stats["duplicates"] == 1
+    later = time.time() + 31
+    monkeypatch.setattr(eventmon.time, "time", lambda: later)
+    assert Receiver(key="secret").handle_message(data, SOURCE) == []
+    beat = eventmon.seal(eventmon.format_frame(b"beat", STREAM, (0, 1)), b"secret", later)
+    receiver.handle_message(beat, SOURCE)
+    receiver.handle_message(beat, SOURCE)
+    assert receiver.stats["duplicates"] == 2
+
+
+def test_an_answer_without_the_key_or_seen_before_does_nothing():
+    dispatcher = Dispatcher(key="secret")
+    dispatcher._open = lambda: None
+    dispatcher.send("a")
+    nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, 7, 4096), b"1")
+    sealed = eventmon.seal(nak, b"secret", time.time())
+    assert len(dispatcher._heed(sealed, 1.0)) == 1
+    for bad in (nak, sealed, eventmon.seal(nak, b"wrong", time.time()), b"x", nak + b"1"):
+        assert dispatcher._heed(bad, 2.0) == []
+    assert dispatcher.stats["rejected"] == 5
+
+
+# --- State ---
+
+
+def task_event(subject, host="w1", uuid="t", **fields):
+    return Event(f"task-{subject}", uuid=uuid, hostname=host, **fields)
+
+
+def state_of(*events, **options):
+    state = State(**options)
+    for event in events:
+        state.event(event)
+    return state
+
+
+LIVES = [
+    ("PENDING", [task_event("sent", "c")]),
+    ("RECEIVED", [task_event("sent", "c", clock=9), task_event("received", clock=1)]),
+    ("RECEIVED", [task_event("received"), task_event("sent", "c", clock=9)]),
+    ("STARTED", [task_event("received"), task_event("started")]),
+    ("SUCCESS", [task_event("received"), task_event("started"), task_event("succeeded", result="1")]),
+    ("SUCCESS", [task_event("succeeded"), task_event("started")]),
+    ("SUCCESS", [task_event("succeeded"), task_event("failed", "w2")]),
+    ("SUCCESS", [task_event("failed"), task_event("succeeded", "w2")]),
+    ("FAILURE", [task_event("revoked"), task_event("failed")]),
+    ("PROGRESS", [task_event("started"), task_event("progress", progress=0.5)]),
+    ("STARTED", [task_event("progress"), task_event("started")]),
+    ("PROGRESS", [task_event("progress"), task_event("started", "w2")]),
+    ("RECEIVED", [task_event("succeeded"), task_event("received")]),
+    ("SUCCESS", [task_event("succeeded"), task_event("received", "w2")]),
+    ("RECEIVED", [task_event("succeeded", retries=0), task_event("received", "w2", retries=1)]),
+    ("STARTED", [task_event("started", retries=1), task_event("failed", retries=0)]),
+    ("RECEIVED", [task_event("started"), task_event("received", "w2", retries=1), task_event("retried")]),
+    ("RETRY", [task_event("started"), task_event("retried")]),
+    ("REJECTED", [task_event("received"), task_event("rejected")]),
+]
+
+
+@pytest.mark.parametrize("state, events", LIVES)
+def test_a_task_is_in_the_state_that_its_events_say(state, events):
+    assert state_of(*events).tasks["t"]["state"] == state
+
+
+def test_the_state_of_a_task_does_not_depend_on_how_streams_interleave():
+    streams = [
+        [task_event("sent", "c", clock=50, timestamp=9.0, retries=0)],
+        [
+            task_event("received", "w1", clock=2, timestamp=100.0, retries=0, name="job", args="()"),
+            task_event("started", "w1", clock=3, timestamp=101.0),
+            task_event("retried", "w1", clock=9, timestamp=102.0, exception="E"),
+        ],
+        [task_event("sent", "p", clock=4, timestamp=10.0, retries=1)],
+        [
+            task_event("received", "w2", clock=5, timestamp=3.0, retries=1, name="job", args="()"),
+            task_event("started", "w2", clock=6, timestamp=4.0),
+            task_event("succeeded", "w2", clock=7, timestamp=5.0, result="1", runtime=1.0),
+        ],
+    ]
+    for seed in range(300):
+        chance, rest, order = random.Random(seed), [list(stream) for stream in streams], []
+        while any(rest):
+            order.append(chance.choice([stream for stream in rest if stream]).pop(0))
+        task = state_of(*order).tasks["t"]
+        assert {"state": "SUCCESS", "retries": 1, "worker": "w2", "client": "p", "result": "1"}.items() <= task.items()
+        assert (task["name"], task["sent"], task["received"], task["retried"]) == ("job", 10.0, 100.0, 102.0), seed
+
+
+def test_a_newer_event_overwrites_fields_but_never_with_null_and_a_late_one_fills_in():
+    state = state_of(
+        task_event("received", name="job", args="(1,)", eta=None),
+        task_event("succeeded", result="2", args=None),
+        task_event("started", args="late", queue="q"),
+    )
+    task = state.tasks["t"]
+    assert (task["args"], task["result"], task["queue"], task["state"]) == ("(1,)", "2", "q", "SUCCESS")
+    assert "eta" not in task
+
+
+def test_events_and_received_tasks_are_counted():
+    state = state_of(task_event("sent"), task_event("received"), task_event("received", uuid="u"), Event("hello"))
+    assert (state.event_count, state.task_count) == (4, 2)
+    assert [event.type for event in state.recent][-1] == "hello"
+
+
+def test_the_callback_comes_first_and_then_the_method_for_the_type():
+    calls = []
+
+    class Mine(State):
+        def task_started(self, event):
+            calls.append(("method", event["uuid"]))
+            super().task_started(event)
+
+    state = Mine(lambda state, event: calls.append(("callback", len(state.tasks))))
+    state.event(task_event("started"))
+    assert calls == [("callback", 0), ("method", "t")]
+    assert state.tasks["t"]["state"] == "STARTED"
+
+
+def many_tasks():
+    state = State()
+    for n in range(10):
+        for subject in ("received", "started", "succeeded")[: 1 + n % 3]:
+            state.event(task_event(subject, f"w{n % 2}", str(n), name=f"job{n % 2}", timestamp=float(n)))
+    return state
+
+
+def test_tasks_are_listed_newest_first_or_oldest_by_name_and_by_worker():
+    state = many_tasks()
+    assert [uuid for uuid, _ in state.tasks_by_time()] == list("9876543210")
+    assert [uuid for uuid, _ in state.tasks_by_time(3)] == list("987")
+    assert [uuid for uuid, _ in state.tasks_by_time(2, reverse=False)] == list("01")
+    assert [uuid for uuid, _ in state.tasks_by_type("job1", 2)] == list("97")
+    assert [uuid for uuid, _ in state.tasks_by_worker("w0", 2, reverse=False)] == list("02")
+    assert state.task_types() == ["job0", "job1"]
+    assert len(list(state.itertasks())) == 10
+    state.event(task_event("started", "w0", "0", timestamp=50.0))
+    assert next(state.tasks_by_time())[0] == "0"
+
+
+def test_active_tasks_are_listed_oldest_start_first():
+    state = many_tasks()
+    assert [uuid for uuid, _ in state.iteractive()] == list("0134679")
+    state.event(task_event("sent", uuid="only-sent"))
+    state.event(task_event("started", uuid="z", timestamp=-5.0))
+    assert next(uuid for uuid, _ in state.iteractive()) == "z"
+
+
+def test_task_info_is_a_copy():
+    state = many_tasks()
+    state.get_task_info("1")["state"] = "X"
+    state.get_task_info("1")["children"].append("X")
+    assert state.tasks["1"]["state"] == "STARTED"
+    assert state.tasks["1"]["children"] == []
+    assert state.get_task_info("nope") is None
+
+
+def test_a_parent_has_its_children_whichever_is_heard_of_first():
+    for order in ([0, 1, 2], [1, 2, 0], [1, 0, 2]):
+        events = [task_event("received", uuid="p")]
+        events += [task_event("received", uuid=uuid, parent_id="p") for uuid in "ab"]
+        assert sorted(state_of(*[events[n] for n in order]).tasks["p"]["children"]) == ["a", "b"]
+
+
+def test_the_successful_go_first_then_the_finished_then_the_rest():
+    state = State(max_tasks_in_memory=4)
+    for uuid, subject in (("run", "started"), ("bad", "failed"), ("ok1", "succeeded"), ("ok2", "succeeded")):
+        state.event(task_event(subject, uuid=uuid))
+    gone = []
+    for n in range(6):
+        before = set(state.tasks)
+        state.event(task_event("started", uuid=f"new{n}"))
+        gone += before - set(state.tasks)
+    assert gone == ["ok1", "ok2", "bad", "run", "new0", "new1"]
+    assert state.evicted == 6
+
+
+def test_memory_is_bounded_whatever_the_events_say():
+    state = State(max_tasks_in_memory=50, max_workers_in_memory=20)
+    for n in range(5000):
+        for subject in ("sent", "received", f"custom{n}", "failed", "received", "succeeded"):
+            state.event(task_event(subject, f"w{n}", f"u{n}", parent_id=f"p{n}", name=f"name{n}", timestamp=n * 1e3))
+        state.event(Event("worker-heartbeat", hostname=f"w{n}"))
+        state.event(Event(f"type{n}", hostname=f"h{n}"))
+    assert len(state.tasks) == 50
+    assert len(state.workers) == 20
+    assert len(state._last) <= 20
+    assert len(state._orphans) <= 50
+    assert len(state._active) <= 50
+    assert len(state._successes) + len(state._failures) <= 400
+    assert len(state.recent) == 1000
+    assert len(state._graph) <= eventmon.GRAPH_TICKS
+
+
+JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started"]
+
+
+def test_any_fields_of_any_type_do_no_harm():
+    chance = random.Random(1)
+    state = State(max_tasks_in_memory=20, max_workers_in_memory=20)
+    types = [*eventmon.METHODS, "task-progress", "task-", "hello", None, 5, ["x"]]
+    names = ("uuid", "hostname", "timestamp", "clock", "local_received", "retries", "state", "name", "args", "runtime")
+    names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active")
+    for _ in range(5000):
+        event = {"type": chance.choice(types)}
+        for name in chance.sample(names, chance.randrange(len(names))):
+            event[name] = chance.choice([*JUNK, "t1", "t2", "t3"])
+        state.event(event)
+    assert state.event_count == 5000
+    assert state.task_types() is not None
+    assert list(state.iteractive()) is not None
+    assert state.alive_workers() is not None
+    for page in eventmon.PAGES:
+        for line in eventmon.screen(state, eventmon.View(page), {}, 40, 120, time.time()):
+            assert line.text.isprintable()
+
+
+def test_a_worker_is_alive_while_anything_is_heard_of_it():
+    state = state_of(
+        Event("worker-online", hostname="w1", freq=2.0, local_received=100.0, timestamp=5e6),
+        Event("worker-heartbeat", hostname="w2", local_received=100.0),
+        task_event("received", "w3", local_received=100.0),
+        task_event("sent", "client", local_received=100.0),
+    )
+
+    def alive(now):
+        return [worker["hostname"] for worker in state.alive_workers(now)]
+
+    assert alive(103.9) == ["w1", "w2", "w3"]
+    assert alive(104.1) == ["w2", "w3"]
+    state.event(task_event("started", "w1", local_received=110.0))
+    assert alive(113.0) == ["w2", "w3", "w1"] or alive(113.0) == ["w1", "w2", "w3"]
+    assert alive(161.0) == []
+    state.event(Event("worker-offline", hostname="w2", local_received=111.0))
+    assert "w2" not in alive(112.0)
+    assert "w2" in state.workers
+
+
+def test_workers_that_join_and_leave_are_told():
+    calls = []
+    state = State(
+        on_node_join=lambda worker: calls.append(("join", worker["hostname"])),
+        on_node_leave=lambda worker: calls.append(("leave", worker["hostname"])),
+    )
+    for type in ("worker-online", "worker-heartbeat", "worker-offline"):
+        state.event(Event(type, hostname="w"))
+    state.event(Event("worker-heartbeat", hostname="v"))
+    assert calls == [("join", "w"), ("leave", "w"), ("join", "v")]
+
+
+def test_the_last_event_of_a_worker_is_known():
+    state = State()
+    assert state.last_worker_event() is None
+    for event in (Event("a", hostname="w1"), Event("b", hostname="w2"), Event("c")):
+        state.event(event)
+    assert state.last_worker_event("w1").type == "a"
+    assert state.last_worker_event().type == "b"
+    assert state.last_worker_event("w3") is None
+
+
+def test_the_graph_counts_events_by_the_time_they_came():
+    state = State()
+    assert state.scale_graph(5, 8, 5.0, 100.0) == [0] * 5
+    for second, events in ((90.1, 99), (95.1, 1), (97.1, 100), (99.1, 50)):
+        for _ in range(events):
+            state.event(Event("a", local_received=second))
+    state.event(Event("b", local_received=96.1))
+    assert state.scale_graph(5, 8, 5.0, 100.0) == [1, 1, 8, 0, 4]
+    assert state.scale_graph(5, 8, 5.0, 100.0, types=["b"]) == [0, 8, 0, 0, 0]
+    assert state.scale_graph(0, 8, 5.0, 100.0) == []
+    assert sum(state.scale_graph(60, 8, 60.0, 500.0)) == 0
+
+
+def test_clearing_forgets_the_finished_or_everything():
+    state = many_tasks()
+    state.clear_tasks()
+    assert sorted(state.tasks) == list("0134679")
+    assert (state.event_count, len(state.workers)) == (19, 2)
+    state.clear()
+    assert sorted(state.tasks) == list("0134679")
+    assert (state.event_count, state.task_count, state.workers) == (0, 0, {})
+    state.clear(ready=False)
+    assert state.tasks == {}
+    assert list(state.iteractive()) == []
+
+
+def test_nothing_changes_while_frozen():
+    state = many_tasks()
+    other = threading.Thread(target=state.event, args=(Event("late"),))
+
+    def look(factor):
+        other.start()
+        other.join(0.05)
+        return state.event_count * factor
+
+    assert state.freeze_while(look, 2) == 38
+    other.join()
+    assert state.event_count == 20
+    with pytest.raises(ZeroDivisionError):
+        state.freeze_while(lambda: 1 / 0, clear_after=True)
+    assert "2" not in state.tasks
+
+
+def test_a_state_can_be_pickled_and_used_again():
+    state = many_tasks()
+    state.callback = lambda state, event: None
+    again = pickle.loads(pickle.dumps(state))
+    assert again.tasks == state.tasks
+    again.event(task_event("succeeded", "w0", "0"))
+    assert again.tasks["0"]["state"] == "SUCCESS"
+
+
+# --- the screen ---
+
+
+def shown(state, page="", rows=12, columns=80, now=20.0, **status):
+    return [line.text for line in eventmon.screen(state, eventmon.View(page), status, rows, columns, now)]
+
+
+def test_the_screen_is_exactly_as_large_as_the_terminal():
+    state = many_tasks()
+    for rows, columns in ((24, 80), (40, 120), (10, 40), (5, 20), (2, 3), (1, 1), (100, 300)):
+        for page in ("", *eventmon.PAGES):
+            lines = shown(state, page, rows, columns)
+            assert [eventmon.cells(line) for line in lines] == [columns] * rows
+
+
+def test_an_empty_screen_says_what_to_do_next():
+    assert "try python eventmon.py send hello" in "".join(shown(State(), url="udp://x"))
+    assert "udp://x" in shown(State(), url="udp://x")[0]
+
+
+def test_the_screen_shows_tasks_newest_first(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    state = state_of(
+        task_event("received", uuid="aaaaaaaa-1", name="job", timestamp=3661.0),
+        task_event("started", uuid="aaaaaaaa-1", timestamp=3662.0),
+        task_event("failed", uuid="bbbbbbbb-1", name="日本", exception="E('x')", runtime=0.25, timestamp=3663.0),
+    )
+    lines = shown(state, now=3664.0, lost=3)
+    assert lines[3].rstrip() == "01:01:03 FAILURE   日本             bbbbbbbb w1           250ms  E('x')"
+    assert lines[4].rstrip() == "01:01:02 STARTED   job              aaaaaaaa w1           2.0s"
+    assert "3 lost" in lines[1]
+
+
+def test_hostile_text_becomes_harmless():
+    evil = "\x1b[2J\x07\x9b31m\u202eabc\r\n\t\x00\u2028\ud800"
+    state = state_of(
+        task_event("failed", evil, evil, name=evil, exception=evil), Event(evil, hostname=evil, **{evil: evil})
+    )
+    for page in eventmon.PAGES:
+        assert all(line.isprintable() for line in shown(state, page))
+    assert eventmon.plain_line(Event(evil, x=evil)).isprintable()
+    assert eventmon.json_line(Event("x", x=evil)).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text, width, result", [("abc", 2, "ab"), ("a", 3, "a  "), ("日本", 3, "日 "), ("e\u0301x", 1, "e\u0301")]
+)
+def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
+    assert eventmon.fit(text, width) == result
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0ms"), (0.25, "250ms"), (1.25, "1.2s"), (99, "99.0s"), (600, "10m"), (7200, "2h"), (1e6, "12d"), (-1, "0ms")],
+)
+def test_a_duration_is_short(seconds, text):
+    assert eventmon.duration(seconds) == text
+
+
+def test_keys_move_the_selection_which_stays_on_its_task():
+    state, view = many_tasks(), eventmon.View("1")
+
+    def press(key, view):
+        return eventmon.KEYS[key](view, state, 10, 20.0)
+
+    assert press("j", view).selected == "8"
+    assert press("G", view).selected == "0"
+    assert press("k", press("j", view)).selected is None
+    assert press("g", press("G", view)).selected is None
+    assert press("KEY_NPAGE", view).selected == "0"
+    assert press("^I", view).page == "2"
+    assert press("3", view).page == "3"
+    assert press("q", view).done
+    chosen = press("j", press("j", view))
+    state.event(task_event("received", uuid="new"))
+    lines = eventmon.screen(state, chosen, {}, 24, 80, 20.0)
+    assert next(line.text for line in lines if line.style == "selected").split()[3] == "7"
+
+
+# --- capture_events, on a pseudo-terminal ---
+
+
+@contextmanager
+def terminal(*words, rows=24, columns=80, **environment):
+    """eventmon.py on a pseudo-terminal; yields (process, read), where read() returns all that it has written so far."""
+    ours, theirs = pty.openpty()
+    eventmon_env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
+    import fcntl
+    import termios
+
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    before = termios.tcgetattr(theirs)
+    written = bytearray()
+
+    def read():
+        while select.select([ours], [], [], 0)[0]:
+            written.extend(os.read(ours, 65536))
+        return bytes(written)
+
+    with running(*words, stdin=theirs, stdout=theirs, stderr=theirs, env=eventmon_env) as process:
+        process.type = lambda keys: os.write(ours, keys)
+        process.restored = lambda: termios.tcgetattr(theirs) == before
+        try:
+            yield process, read
+        finally:
+            read()
+            os.close(ours)
+            os.close(theirs)
+
+
+def test_the_monitor_shows_what_is_sent_and_quits():
+    with terminal("watch") as (process, read):
+        wait_until(lambda: b"nothing heard yet" in read())
+        with Dispatcher() as dispatcher, dispatcher.task("visible-job"):
+            dispatcher.send("log-line", text="\x1b]0;evil\x07")
+        wait_until(lambda: b"visible-job" in read())
+        process.type(b"3")
+        wait_until(lambda: b"log-line" in read())
+        process.type(b"q")
+        assert process.wait(20) == 0
+        assert b"\x1b]0;evil" not in read()
+        assert process.restored()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_terminal_comes_back_when_the_monitor_is_ended(ending):
+    with terminal("watch") as (process, read):
+        wait_until(lambda: b"nothing heard yet" in read())
+        process.send_signal(ending)
+        assert process.wait(20) == (0 if ending == signal.SIGINT else 128 + ending)
+        wait_until(process.restored)
+
+
+@pytest.mark.parametrize("term", ["dumb", "no-such-terminal", ""])
+def test_where_no_picture_can_be_drawn_lines_are_printed(term):
+    with terminal("watch", TERM=term) as (_process, read):
+        wait_until(lambda: b"printing lines" in read())
+        wait_until(somebody_watches)
+        with Dispatcher() as dispatcher:
+            dispatcher.send("hello")
+        wait_until(lambda: b"hello" in read())
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 3), (5, 20), (100, 300)])
+def test_the_monitor_runs_in_a_terminal_of_any_size(rows, columns, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(task_event("started", uuid=str(n), name="日本")) + "\n" for n in range(50)))
+    with terminal("watch", str(file), rows=rows, columns=columns) as (process, read):
+        wait_until(read)
+        process.type(b"jG\t3q")
+        assert process.wait(20) == 0
+
+
+# --- the command line ---
+
+
+def test_watch_prints_each_event_as_it_was_sent():
+    recording = [task_event("received", uuid=str(n), x=["日本", None, {"a": 1.5}]) for n in range(200)]
+    lines = "".join(json.dumps(event) + "\n" for event in recording)
+    with running("watch", "--json", "--limit", "200", stdout=subprocess.PIPE) as watch:
+        wait_until(somebody_watches)
+        status, _, errors = run("send", "-", input=lines.encode())
+        assert (status, errors) == (0, ["sent 200 events, confirmed by 1 watcher"])
+        got = [json.loads(line) for line in watch.stdout]
+        assert watch.wait(20) == 0
+    assert [event for event in got if event.pop("local_received")] == recording
+
+
+def test_watch_chooses_types_and_stops_after_a_limit_or_a_while():
+    with Dispatcher() as dispatcher:
+        for type in ("task-sent", "worker-online", "hello", "task-received"):
+            dispatcher.send(type, text="\x1b[2J")
+        status, out, errors = run("watch", "--type", "task-*", "--type", "hello", "--timeout", "1")
+        assert (status, errors) == (0, [])
+        assert [line.split()[1] for line in out.decode().splitlines()] == ["task-sent", "hello", "task-received"]
+        assert b"\x1b" not in out
+        status, out, _ = run("watch", "--plain", "--limit", "1")
+        assert (status, len(out.splitlines())) == (0, 1)
+        assert run("watch", "--json", "--no-history", "--timeout", "0.5") == (0, b"", [])
+
+
+def test_what_watch_records_can_be_watched_and_sent_again(tmp_path):
+    file = tmp_path / "recorded.jsonl"
+    with Dispatcher() as dispatcher:
+        dispatcher.send("hello", n=1)
+        assert run("watch", "--json", "--limit", "1", "--record", str(file))[0] == 0
+    with open(file, "a") as more:
+        more.write('{"type":"cut o')
+    status, out, errors = run("watch", str(file), "--json")
+    assert status == 0
+    assert [json.loads(line)["n"] for line in out.splitlines()] == [1]
+    assert len(errors) == 1
+    assert "line 2" in errors[0]
+    assert run("send", "-", input=file.read_bytes())[0] == 1
+
+
+def test_send_says_how_many_watchers_confirmed():
+    assert run("send", "hello") == (0, b"", ["sent 1 event, confirmed by 0 watchers"])
+    with watching() as (_, one), watching() as (_, two):
+        status, _, errors = run("send", "deploy-done", "version=1.2", "--key-file", "/dev/null", "ok:=true")
+        assert (status, errors) == (1, ["eventmon: key file /dev/null is empty"])
+        status, _, errors = run("send", "deploy-done", "version=1.2", "--url", os.environ["EVENTMON_URL"], "ok:=true")
+        assert (status, errors) == (0, ["sent 1 event, confirmed by 2 watchers"])
+        wait_until(lambda: len(one) == len(two) == 1)
+    assert {"type": "deploy-done", "version": "1.2", "ok": True}.items() <= one[0].items()
+
+
+def test_a_bad_line_of_send_is_named_and_the_rest_is_sent():
+    with watching() as (_, events):
+        status, _, errors = run("send", "-", input=b'{"type":"a"}\n\xff\n\n[1]\n{"type":"b"}')
+        wait_until(lambda: len(events) == 2)
+    assert status == 1
+    assert [re.sub(":.*", "", line.replace("eventmon: ", "")) for line in errors] == [
+        "line 2",
+        "line 4",
+        "sent 2 events, confirmed by 1 watcher",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, status",
+    [
+        ([], 2),
+        (["nonsense"], 2),
+        (["watch", "--nonsense"], 2),
+        (["watch", "--limit", "x"], 2),
+        (["watch", "--limit", "-1"], 2),
+        (["watch", "--json", "--plain"], 2),
+        (["watch", "no/such/file"], 1),
+        (["watch", "--url", "http://x"], 2),
+        (["watch", "--url", "udp://239.1.2.3:7000?interface=nosuchif0"], 1),
+        (["watch", "--key-file", "no/such/file"], 1),
+        (["watch", "--record", "no/such/dir/file", "--timeout", "0"], 1),
+        (["send"], 2),
+        (["send", ""], 2),
+        (["send", "hello", "x"], 2),
+        (["send", "hello", "=x"], 2),
+        (["send", "hello", "x:=oops"], 2),
+        (["send", "hello", "x:=NaN"], 2),
+        (["send", "-", "x=1"], 2),
+        (["send", "hello", "--nonsense"], 2),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(words, status, capsys):
+    assert main(words) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"eventmon: [^\n]+\n", err)
+
+
+def test_help_and_version_go_to_standard_output(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
+    for words in (["--help"], ["watch", "--help"], ["send", "--help"]):
+        assert main(words) == 0
+        assert "usage" in capsys.readouterr().out
+
+
+def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
+    with running("watch", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
+        wait_until(somebody_watches)
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(20) == 0
+        assert watch.stderr.read() == b""
+    with running("watch", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
+        wait_until(somebody_watches)
+        watch.stdout.close()
+        with Dispatcher() as dispatcher:
+            wait_until(lambda: dispatcher.send("x") and watch.poll() is not None)
+        assert watch.stderr.read() == b""
+        assert watch.returncode == 0
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in eventmon.__all__:
+        assert name == "DEFAULT_URL" or getattr(eventmon, name).__doc__, name
+
+
+# --- the README ---
+
+
+def test_the_single_file_works_in_an_empty_folder(tmp_path):
+    shutil.copy(MODULE, tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    with watching() as (_, events):
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=30, check=True)
+        wait_until(lambda: events)
+    assert events[0].type == "deploy-done"
+
+
+def readme_commands():
+    return [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_in_the_readme_runs(line, tmp_path, url):
+    """Run a line of the README's shell blocks as it stands, but on this test's group and with a bound."""
+    if "pytest" in line:
+        assert "/bin/pytest" in line
+        assert "grep" in (MODULE.parent / ".ci" / "run").read_text()  # which runs this line
+        return
+    line = line.partition("  #")[0]
+    words = shlex.split(line)
+    if words[0] != "python" and not shutil.which(words[0]) or "nc " in line and not shutil.which("nc"):
+        pytest.skip(f"{words[0]} is not here")
+    shutil.copy(MODULE, tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    (tmp_path / "recorded.jsonl").write_text('{"type":"old"}\n')
+    (tmp_path / "key").write_text("secret")
+    parts = eventmon.parse_url(url)
+    line = line.replace("239.255.69.86 6986", f"{parts.host} {parts.port}")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "80"}
+    watches = " watch" in line and "recorded.jsonl" not in line.split("--record")[0]
+    options = {"key": "secret"} if "--key-file" in line else {}
+    if watches:
+        with Dispatcher(url, **options) as dispatcher:
+            process = subprocess.Popen(
+                line, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+            )
+            wait_until(
+                lambda: dispatcher.send("task-progress", uuid="1") and select.select([process.stdout], [], [], 0.01)[0]
+            )
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            return
+    with watching(url=url, **options) as (_, events):
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, timeout=30, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if " send" in line or "nc " in line:
+            wait_until(lambda: events)
