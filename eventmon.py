@@ -69,8 +69,6 @@ from itertools import count, islice
 from math import inf, isfinite
 from weakref import WeakSet
 
-from typing_extensions import Self
-
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -810,11 +808,11 @@ class Link:
 
     def nudge(self) -> None:
         """End a wait() in another thread."""
-        host, port = self.socket.getsockname()
         try:
+            host, port = self.socket.getsockname()
             self.socket.sendto(b"", (host if host != "0.0.0.0" else "127.0.0.1", port))
         except OSError:
-            pass  # no loopback: the wait ends by itself
+            pass  # it has ended already; or there is no loopback, and it ends by itself
 
     def close(self) -> None:
         """Close the sockets."""
@@ -894,7 +892,7 @@ class Task:
         """Send task-progress: `fraction` of the work, 0 to 1, is done."""
         self._dispatcher.send("task-progress", uuid=self.uuid, progress=fraction, **fields)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         parent = _current_task.get()
         self._token = _current_task.set(self)
         if parent is not None:
@@ -1082,7 +1080,7 @@ class Dispatcher:
         elif link:
             link.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -1239,7 +1237,8 @@ class Dispatcher:
 
     def _serve(self, link: Link) -> None:
         """Answer watchers, beat, and send what is due, until the link is not ours any more."""
-        beat_at = buffer_at = work_at = time.monotonic()
+        beat_at = work_at = time.monotonic()
+        buffer_at = beat_at + BUFFER_TIME / 2
         while True:
             due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
             link.wait(due - time.monotonic())
@@ -1458,7 +1457,7 @@ class Receiver:
             sock.close()  # type: ignore[union-attr]
         self._channel = self._answers = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
 
     def __exit__(self, *exc_info: object) -> None:
