@@ -94,7 +94,8 @@ DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram 
 MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
 MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
-MAX_HELD = 16 << 20  # held back per stream while something before it is missing
+MAX_HELD = 32 << 20  # held back by a Receiver, of all streams, while something before it is missing
+MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 4096  # sequence numbers looked at for one NAK
 MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
@@ -103,9 +104,11 @@ ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
 GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
 NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
 NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
+NAK_CREDIT = 4  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
 REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask
 REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
 REPAIR_BURST = 2 << 20  # bytes of repairs at once
+MEND_PAUSE = 0.002  # between two looks at what is missing, whoever makes gaps
 ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
 BUFFER_TIME = 0.05  # the longest that a buffered event waits
@@ -485,12 +488,13 @@ class TransmitWindow:
 class Gap:
     """A run of sequence numbers that a ReceiveWindow misses."""
 
-    __slots__ = ("due", "first", "last", "since", "tries")
+    __slots__ = ("due", "first", "known", "last", "since", "tries")
 
-    def __init__(self, first: int, last: int, due: float) -> None:
+    def __init__(self, first: int, last: int, known: float, due: float) -> None:
         self.first = first
         self.last = last
         self.tries = 0
+        self.known = known
         self.since = inf  # when it was first asked for, or last shrank
         self.due = due  # when to ask for it, again
 
@@ -499,7 +503,7 @@ class Gap:
 
     def cut(self, first: int) -> Gap:
         """End before `first`; return a gap for the rest, which begins there."""
-        rest = Gap(first, self.last, self.due)
+        rest = Gap(first, self.last, self.known, self.due)
         rest.tries, rest.since = self.tries, self.since
         self.last = first - 1
         return rest
@@ -510,8 +514,9 @@ class ReceiveWindow:
 
     Pure: `now` is seconds of any clock that only goes forward, `jitter` returns a number from 0 to 1, an item may
     be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. At most `reach`
-    missing datagrams are asked for at a time (16, until it is set). What was lost (given up on), repaired and duplicate is added to
-    `counts`, in datagrams; what was gone before the first item came is history and not lost.
+    missing datagrams are asked for at a time (16, until it is set). Datagrams lost (given up on), repaired and
+    duplicate are added to `counts`, and bytes held back to "held", which several windows may share. What the sender
+    did not have any more before the first item came is not lost.
     """
 
     def __init__(self, start: int, now: float, jitter: Callable[[], float], counts: dict[str, int]) -> None:
@@ -519,9 +524,10 @@ class ReceiveWindow:
         self.end = start  # nothing is known to be sent from here on
         self.gaps: list[Gap] = []  # in order; the first begins at next
         self.size = 0  # bytes held back
-        self.heard = now
         self.reach = 16
         self._held: dict[int, tuple[Any, int]] = {}
+        self._credit = NAK_CREDIT
+        self._repaired_at = now
         self._jump = -1
         self._jitter = jitter
         self._counts = counts
@@ -540,8 +546,8 @@ class ReceiveWindow:
             return []
         if not self._credible(seq, seq + 1):
             return []
-        self.heard = now
-        if seq != self.next and self.size + size > MAX_HELD:
+        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
+        if seq != self.next and self._counts["held"] + size > MAX_HELD:
             return []  # it will be asked for again when there is room
         if seq < self.end:
             self._fill(seq, now)
@@ -549,37 +555,41 @@ class ReceiveWindow:
         self.end = max(self.end, seq + 1)
         self._held[seq] = item, size
         self.size += size
+        self._counts["held"] += size
         return self._deliver()
 
     def announce(self, lead: int, trail: int, now: float) -> list[Any]:
         """Take a heartbeat: there is data up to `lead`, and none can be had from before `trail`."""
         if not self._credible(lead, lead):
             return []
-        self.heard = now
+        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
         self._extend(lead, now)
-        counted = self.next > 1
         items = []
         while self.gaps and self.gaps[0].first < trail:
-            items += self._abandon(min(self.gaps[0].last, trail - 1), counted)
+            items += self._abandon(min(self.gaps[0].last, trail - 1), counted=self.next > 1)
         return items
 
     def missing(self, now: float) -> Ranges:
         """Return what to send NAKs for now."""
         ranges = []
+        soonest, latest = NAK_RETRY
+        if not self._credit:
+            soonest = latest = BEAT
         for gap in self._in_reach():
             if gap.due <= now:
                 ranges.append((gap.first, gap.last))
                 gap.since = min(gap.since, now)
-                soonest, latest = NAK_RETRY
                 gap.due = now + min(soonest * 2**gap.tries, latest) * (0.75 + self._jitter() / 2)
                 gap.tries = min(gap.tries + 1, 10)
+        if ranges and self._credit:
+            self._credit -= 1
         return ranges
 
     def overdue(self, now: float) -> list[Any]:
         """Give up what has been missing for too long; return the items that may now be delivered."""
         items = []
         while self.gaps and now >= self._gives_up():
-            items += self._abandon(self.gaps[0].last, True)
+            items += self._abandon(self.gaps[0].last, counted=True)
         return items
 
     def due(self) -> float:
@@ -599,7 +609,7 @@ class ReceiveWindow:
     def _extend(self, lead: int, now: float) -> None:
         if lead >= self.end:
             soonest, latest = NAK_DELAY
-            self.gaps.append(Gap(self.end, lead, now + soonest + self._jitter() * (latest - soonest)))
+            self.gaps.append(Gap(self.end, lead, now, now + soonest + self._jitter() * (latest - soonest)))
             self.end = lead + 1
 
     def _fill(self, seq: int, now: float) -> None:
@@ -612,15 +622,17 @@ class ReceiveWindow:
             self.gaps.insert(index + 1, gap.cut(seq))
             index, gap = index + 1, self.gaps[index + 1]
         gap.first += 1
-        if gap.tries:
+        self._repaired_at = now
+        if gap.tries:  # the rest of it is on its way
             gap.since = now
+            gap.due = max(gap.due, now + NAK_RETRY[0])
         if gap.first > gap.last:
             del self.gaps[index]
 
     def _in_reach(self) -> Iterator[Gap]:
         """The gaps to ask for; a long one is cut where the reach ends, unless little of the reach is left."""
         reach = self.reach
-        for index, gap in enumerate(self.gaps):
+        for index, gap in enumerate(islice(self.gaps, MAX_GAPS)):
             if gap.last - gap.first >= reach:
                 if reach < self.reach // 2:
                     return
@@ -645,12 +657,15 @@ class ReceiveWindow:
         while self.next in self._held:
             item, size = self._held.pop(self.next)
             self.size -= size
+            self._counts["held"] -= size
             self.next += 1
             items.append(item)
         return items
 
     def _gives_up(self) -> float:
-        return min(self.gaps[0].since, self.heard) + GIVE_UP
+        """When the first gap has been asked for long enough, or is long known and nothing is being repaired."""
+        gap = self.gaps[0]
+        return min(gap.since, max(gap.known, self._repaired_at)) + GIVE_UP
 
 
 # --- URL and sockets ----------------------------------------------------------------------------------------------
@@ -1373,13 +1388,14 @@ def __getattr__(name: str) -> Any:
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "acked", "cost", "joined", "name", "pieces", "source", "stamp", "window")
+    __slots__ = ("ack_at", "acked", "cost", "event", "joined", "name", "pieces", "source", "stamp", "window")
 
     def __init__(self, source: Source, name: bytes, window: ReceiveWindow) -> None:
         self.source = source
         self.name = name
         self.window = window
-        self.pieces: list[bytes] = []  # of an event that arrives in parts
+        self.event = (0, 0)  # one that arrives in parts: its first sequence number, and how many there are
+        self.pieces: list[bytes] = []
         self.joined = 0  # their bytes
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
@@ -1415,8 +1431,8 @@ class Receiver:
         self._answers: socket.socket | None = None  # sends acks and NAKs
         self._space = BUFFER  # what the channel's buffer holds
         self._buffer = memoryview(bytearray(65536))
-        self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0)
-        self._streams: OrderedDict[tuple[Source, bytes], Stream] = OrderedDict()  # silent longest first
+        self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
+        self._streams: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # silent longest first
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when the first of them is to be confirmed
         self._broken: dict[Stream, None] = {}  # streams with gaps
@@ -1431,7 +1447,7 @@ class Receiver:
     @property
     def stats(self) -> dict[str, int]:
         """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
-        return {**self._counts, "streams": len(self._streams)}
+        return {**{name: self._counts[name] for name in self._counts if name != "held"}, "streams": len(self._streams)}
 
     @property
     def channel(self) -> socket.socket:
@@ -1490,9 +1506,10 @@ class Receiver:
                     left -= 1
                     if not self._ready:
                         last = time.monotonic()
-                elif self._read(0.0) or self._read(min(patience, last + patience - time.monotonic())):
-                    continue
-                elif time.monotonic() >= last + patience:
+                elif not (self._read(0.0) or self._read(min(patience, last + patience - time.monotonic()))):
+                    if time.monotonic() >= last + patience:
+                        return
+                elif patience > 0 and not self._ready and time.monotonic() >= last + patience:
                     return
         finally:
             self._confirm(inf)  # the caller turns to other things
@@ -1516,7 +1533,7 @@ class Receiver:
             self._confirm(now)
         return self._stamp(events)
 
-    def pause(self, longest: float) -> float:
+    def _pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, a select() of your own may wait before the next capture."""
         return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
@@ -1539,7 +1556,7 @@ class Receiver:
             self._confirm(now)
         try:
             if patience > 0:
-                channel.settimeout(max(0.0005, min(patience, self.pause(MAX_SLEEP))))
+                channel.settimeout(max(0.0005, min(patience, self._pause(MAX_SLEEP))))
             size, source = channel.recvfrom_into(self._buffer)
         except (BlockingIOError, socket.timeout):
             self._ready.extend(self._stamp(self._advance(time.monotonic(), MAX_SLEEP)))
@@ -1588,18 +1605,20 @@ class Receiver:
         frame = parse_frame(data)
         if frame.kind in (b"ack", b"nak"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
-        stream = self._streams.get((source, frame.stream)) or self._follow(frame, source, now)
+        # A name proves nothing without a key, so that a forger's stream is another one; with a key it may move.
+        identity = None if self._key else source, frame.stream
+        stream = self._streams.get(identity) or self._follow(identity, frame, source, now)
         if frame.kind in (b"data", b"part"):
             return self._take(stream, frame, len(data), now)
         if stamp and stamp <= stream.stamp:
             raise Replay("a heartbeat seen before")
-        stream.stamp = stamp
-        self._streams.move_to_end((source, frame.stream))
+        stream.stamp, stream.source = stamp, source
+        self._streams.move_to_end(identity)
         lead, trail = frame.numbers
         self._plan_ack(stream, now)
         return self._assemble(stream, stream.window.announce(lead, trail, self._clock))
 
-    def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
+    def _follow(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
         """Begin to follow a stream: from the start of what can be had, or from now."""
         first = frame.numbers[0]
         start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
@@ -1607,8 +1626,9 @@ class Receiver:
             _, oldest = self._streams.popitem(last=False)
             self._unconfirmed.pop(oldest, None)
             self._broken.pop(oldest, None)
+            self._counts["held"] -= oldest.window.size + oldest.joined
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
-        stream = self._streams[source, frame.stream] = Stream(source, frame.stream, window)
+        stream = self._streams[identity] = Stream(source, frame.stream, window)
         self._plan_ack(stream, now)
         return stream
 
@@ -1619,7 +1639,7 @@ class Receiver:
             self._plan_ack(stream, now if stream.cost > self._space // 16 else now + ACK_DELAY)
         if stream.window.in_order(seq):
             return self._assemble(stream, [frame])
-        return self._assemble(stream, stream.window.receive(seq, frame, size, self._clock))
+        return self._assemble(stream, stream.window.receive(seq, frame, size + DATAGRAM_COST, self._clock))
 
     def _plan_ack(self, stream: Stream, when: float) -> None:
         stream.ack_at = min(stream.ack_at, max(when, stream.acked + ACK_PAUSE))
@@ -1638,7 +1658,7 @@ class Receiver:
     def _mend(self) -> list[Event]:
         """Ask for what is missing, and give up what is beyond repair; some streams at a time, in turns."""
         events: list[Event] = []
-        self._mend_due = inf if len(self._broken) <= MAX_MENDED else self._clock + NAK_DELAY[0]
+        self._mend_due = inf if len(self._broken) <= MAX_MENDED else self._clock + MEND_PAUSE
         for stream in list(islice(self._broken, MAX_MENDED)):
             window = stream.window
             window.reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._broken))
@@ -1649,7 +1669,7 @@ class Receiver:
                 self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
             if window.gaps:
                 self._broken[stream] = None  # behind the others
-                self._mend_due = min(self._mend_due, window.due())
+                self._mend_due = min(self._mend_due, max(window.due(), self._clock + MEND_PAUSE))
         return events
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes) -> None:
@@ -1667,9 +1687,9 @@ class Receiver:
 
     def _assemble(self, stream: Stream, frames: list[Frame]) -> list[Event]:
         """Return the events of datagrams in order."""
-        if stream.window.gaps and stream not in self._broken:
+        if stream.window.gaps:
             self._broken[stream] = None
-            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[0])
+            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
         events = []
         for frame in frames:
             body = frame.body if frame.kind == b"data" else self._join(stream, frame)
@@ -1682,16 +1702,24 @@ class Receiver:
 
     def _join(self, stream: Stream, frame: Frame) -> bytes | None:
         """Add a piece to the event that arrives in parts; return the event with its last one."""
-        (_, index, total), piece = frame.numbers, frame.body
-        if index != len(stream.pieces) or stream.joined + len(piece) > MAX_EVENT:
-            stream.pieces, stream.joined = [], 0  # something was given up, or we came in the middle
-        if index == len(stream.pieces):
-            stream.pieces.append(piece)
-            stream.joined += len(piece)
-        if index + 1 < total or not stream.pieces:
+        (seq, index, total), piece = frame.numbers, frame.body
+        if index == 0:
+            self._drop_pieces(stream)
+            stream.event = (seq, total)
+        elif stream.event != (seq - index, total) or index != len(stream.pieces):
+            return None  # something was given up, or we came in the middle
+        stream.pieces.append(piece)
+        stream.joined += len(piece)
+        self._counts["held"] += len(piece)
+        if index + 1 < total and stream.joined <= MAX_EVENT and self._counts["held"] <= MAX_HELD:
             return None
-        pieces, stream.pieces, stream.joined = stream.pieces, [], 0
-        return b"".join(pieces)
+        body = b"".join(stream.pieces)
+        self._drop_pieces(stream)
+        return body if index + 1 == total else None
+
+    def _drop_pieces(self, stream: Stream) -> None:
+        self._counts["held"] -= stream.joined
+        stream.pieces, stream.joined = [], 0
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
@@ -2468,7 +2496,7 @@ def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: flo
             paint(window, screen(state, view, status, rows, columns, wall), styles)
             drawn, painted = picture, now
         patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
-        select.select(inputs, [], [], receiver.pause(patience) if receiver else patience)
+        select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)
 
 
 def prepare(window: Any) -> dict[str, int]:
