@@ -52,10 +52,10 @@ HMAC-SHA-256 of everything else.
 from __future__ import annotations
 
 import atexit
-import errno
 import json
 import os
 import re
+import select
 import socket
 import struct
 import sys
@@ -97,7 +97,8 @@ MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 32 << 20  # held back by a Receiver, of all streams, while something before it is missing
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
-MAX_ASKED = 4096  # sequence numbers looked at for one NAK
+MAX_ASKED = 512  # sequence numbers looked at for one NAK, and
+MAX_HEARD = 4  # answers heard at a time, so that no send() waits long for the repairs
 MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
 BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this time
 ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
@@ -113,6 +114,7 @@ ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: le
 ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
 BUFFER_TIME = 0.05  # the longest that a buffered event waits
 MAX_SLEEP = 0.1  # between two looks at should_stop
+LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
 SETTLE = 0.1  # until every watcher has had time to answer a new Dispatcher
 FLUSH_ALL = 60.0  # how long `send` waits for watchers that are alive but behind
@@ -122,6 +124,7 @@ GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
+MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
 MAX_RECENT = 1000  # events kept in State.recent
 WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
@@ -303,9 +306,11 @@ def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes
 
 def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
     """Return a sealed frame without its seal, and its time in microseconds; Rejected if the seal is not good."""
+    import hmac
+
     head, _, body = data.partition(b"\n")
     head, _, mac = head.rpartition(b" ")
-    if not same_mac(mac, mac_of(head, body, key)):
+    if not hmac.compare_digest(mac, mac_of(head, body, key)):
         raise Rejected("not sealed with this key")
     head, _, stamp = head.rpartition(b" ")
     if not stamp.isdigit() or abs(int(stamp) / 1e6 - now) > MAX_SKEW:
@@ -313,10 +318,10 @@ def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
     return b"%b\n%b" % (head, body), int(stamp)
 
 
-def seal(frame: bytes, key: bytes, now: float) -> bytes:
-    """Return a frame with the time and its HMAC at the end of the header; the mirror of unseal."""
+def seal(frame: bytes, key: bytes, stamp: int) -> bytes:
+    """Return a frame with its time, in microseconds, and its HMAC at the end of the header; the mirror of unseal."""
     head, _, body = frame.partition(b"\n")
-    head = b"%b %d" % (head, now * 1e6)
+    head = b"%b %d" % (head, stamp)
     return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
 
 
@@ -327,11 +332,14 @@ def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
     return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
 
 
-def same_mac(one: bytes, other: bytes) -> bool:
-    """Compare in a time that tells nothing of the first difference."""
-    import hmac
+_last_stamp = 0
 
-    return hmac.compare_digest(one, other)
+
+def rising_time() -> int:
+    """Return microseconds since the epoch, more at each call, whatever the clock does."""
+    global _last_stamp
+    _last_stamp = max(_last_stamp + 1, int(time.time() * 1e6))
+    return _last_stamp
 
 
 def parse_ranges(body: bytes) -> Ranges:
@@ -461,7 +469,7 @@ class TransmitWindow:
         """
         self._allowance = min(self._allowance + (now - self._refilled) * REPAIR_RATE, REPAIR_BURST)
         self._refilled = now
-        if len(self._repaired) > MAX_ASKED:
+        if len(self._repaired) > 16 * MAX_ASKED:
             self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < REPAIR_HOLD}
         frames = []
         known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
@@ -776,8 +784,6 @@ class Link:
     """A Dispatcher's sockets: `send` sends a datagram to the URL, what watchers answer arrives at `socket`."""
 
     def __init__(self, url: Url) -> None:
-        import selectors
-
         self.socket = udp_socket(url)
         self._connected = self.socket
         try:
@@ -792,8 +798,6 @@ class Link:
         except BaseException:
             self.close()
             raise
-        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()
-        self._selector.register(self.socket, selectors.EVENT_READ)
 
     def _connect(self, url: Url, target: Source) -> None:
         """Give the same port a second socket, connected to the group.
@@ -807,13 +811,17 @@ class Link:
         self._connected.bind(self.socket.getsockname())
         self._connected.connect(target)
 
-    def wait(self, seconds: float) -> None:
-        """Return when something has arrived, or after `seconds`."""
-        self._selector.select(max(0.0, seconds))
+    def wait(self, seconds: float) -> bool:
+        """Return whether something has arrived, within `seconds`; in any number of threads."""
+        if not hasattr(select, "poll"):
+            return bool(select.select([self.socket], [], [], max(0.0, seconds))[0])
+        poll = select.poll()  # unlike select() not limited to the first 1,024 files
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds * 1000)))
 
     def receive(self) -> Iterator[bytes]:
-        """Yield the datagrams that have arrived, at most a hundred."""
-        for _ in range(100):
+        """Yield datagrams that have arrived, a few."""
+        for _ in range(MAX_HEARD):
             try:
                 yield self.socket.recv(65536)
             except BlockingIOError:
@@ -870,15 +878,6 @@ def url_from(url: str | None) -> str:
     return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
 
 
-def new_uuid() -> str:
-    """Return a random uuid (RFC 9562, version 4) without the cost of importing the module."""
-    digits = bytearray(os.urandom(16))
-    digits[6] = digits[6] & 15 | 64
-    digits[8] = digits[8] & 63 | 128
-    text = digits.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
     """Return the repr of `value`, visibly shortened to `limit` characters."""
     text = readable(value)
@@ -895,8 +894,10 @@ class Task:
     """
 
     def __init__(self, dispatcher: Dispatcher, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
+        from uuid import uuid4
+
         self.name = name
-        self.uuid = uuid or new_uuid()
+        self.uuid = uuid or str(uuid4())
         self.root_id = self.uuid
         self._dispatcher = dispatcher
         self._given = uuid
@@ -909,26 +910,26 @@ class Task:
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         parent = _current_task.get()
-        self._token = _current_task.set(self)
         if parent is not None:
             self.root_id = parent.root_id
         fields = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0, "root_id": self.root_id}
         fields["parent_id"] = parent.uuid if parent else None
         self._start = time.monotonic()
-        self._dispatcher.task_begins(self.uuid, {**fields, **self._fields})
+        self._dispatcher._begin_task(self.uuid, {**fields, **self._fields})
+        self._token = _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         _current_task.reset(self._token)
         outcome = {**self._result, "runtime": time.monotonic() - self._start}
         if problem is None:
-            self._dispatcher.task_ends("task-succeeded", self.uuid, outcome)
+            self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
         else:
             import traceback
 
-            outcome["exception"] = shortened(problem)
-            outcome["traceback"] = "".join(traceback.format_exception(kind, problem, problem.__traceback__))
-            self._dispatcher.task_ends("task-failed", self.uuid, outcome)
+            lines = "".join(traceback.format_exception(kind, problem, problem.__traceback__))
+            outcome.update(exception=shortened(problem), traceback=lines[-MAX_TRACEBACK:])
+            self._dispatcher._end_task("task-failed", self.uuid, outcome)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a function or a coroutine function."""
@@ -1001,13 +1002,13 @@ class Dispatcher:
         """Start a stream, with nothing sent: at first, and in the child of a fork."""
         self.pid = os.getpid()
         self.hostname = self._name or default_hostname()
-        self._lock = threading.Lock()
-        self._moved = threading.Condition(self._lock)  # a watcher has confirmed something
+        self._lock = threading.Lock()  # whoever has it may number datagrams, hear watchers and wait for them
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
         self._buffer: list[bytes] = []
         self._link: Link | None = None
+        self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
         self._offset = utc_offset()
         self._active = self._processed = 0
@@ -1039,7 +1040,7 @@ class Dispatcher:
         """
         with self._lock:
             self._send_buffer()
-            return self._settle(SETTLE, timeout, fresh=True)
+        return self._settle(SETTLE, timeout, fresh=True)
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
         """Return a context manager, and decorator, that sends the events of a task: see Task."""
@@ -1075,25 +1076,28 @@ class Dispatcher:
             self._begin()
 
     def close(self) -> None:
-        """Send what is buffered and a goodbye, and give watchers a moment to ask for repairs. Never raises.
+        """Send what is buffered and a goodbye, and give watchers a moment to ask for repairs.
 
-        Takes at most 50 ms with nobody watching, else 250 ms. Also at the exit of the interpreter.
+        Takes at most 50 ms with nobody watching, else 250 ms. Never raises, but for what a callback of `on_disabled`
+        does. Also called at the exit of the interpreter.
         """
         if self._closed:
             return
-        self.disable()
-        with self._lock:
-            self._closed = True
-            self._send_buffer()
+        try:
+            self.disable()
+        finally:
+            with self._lock:
+                self._closed = True
+                self._send_buffer()
             self._settle(CLOSE_ALONE, CLOSE_WATCHED, fresh=False)
-            link, self._link = self._link, None
-            if link:
-                self._put(self._beat(b"bye"), link)
-        if link and self._thread.is_alive():
-            link.nudge()
-            self._thread.join(CLOSE_ALONE)
-        elif link:
-            link.close()
+            with self._lock:
+                self._put(self._beat(b"bye"))
+                link, self._link = self._link, None
+            if link and self._thread.is_alive():
+                link.nudge()
+                self._thread.join(CLOSE_ALONE)
+            elif link:
+                link.close()
 
     def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1160,34 +1164,36 @@ class Dispatcher:
 
     def _transmit(self, body: bytes) -> None:
         """Number an event, or an array of events, and send it, in parts if it has to be."""
-        window = self._window
         self._open()
         if len(body) <= self._room:
-            if window.cost > window.horizon:
-                self._wait_for_watchers()
-            self._put_data(format_frame(b"data", self._stream, (window.next,), body))
-            return
-        window.pinned = window.next
+            return self._put_data(b"data", (), body)
+        self._window.pinned = self._window.next
         starts = range(0, len(body), self._room)
-        for index, start in enumerate(starts):
-            if window.cost > window.horizon:
-                self._wait_for_watchers()
-            piece = body[start : start + self._room]
-            self._put_data(format_frame(b"part", self._stream, (window.next, index, len(starts)), piece))
-        window.pinned = inf
+        try:
+            for index, start in enumerate(starts):
+                self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
+        finally:
+            self._window.pinned = inf
 
-    def _put_data(self, frame: bytes) -> None:
-        self._window.add(frame)
-        self._put(frame, self._link)
+    def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
+        window = self._window
+        if window.cost > window.horizon:
+            self._wait_for_watchers()
+        elif not window.next % LISTEN_EVERY:
+            self._hear(time.monotonic())  # the thread gets few chances while a loop sends
+        frame = format_frame(kind, self._stream, (window.next, *numbers), body)
+        window.add(frame)
+        self._put(frame)
 
-    def _put(self, frame: bytes, link: Link | None) -> bool:
+    def _put(self, frame: bytes) -> bool:
         """Give the kernel a datagram; what it does not take now is repaired later."""
-        if link is None:
+        if self._link is None:
             return False
         try:
-            link.send(seal(frame, self._key, time.time()) if self._key else frame)
-        except OSError:
+            self._link.send(seal(frame, self._key, rising_time()) if self._key else frame)
+        except OSError as problem:
             self._counts["errors"] += 1
+            self._problem = problem
             return False
         self._counts["datagrams"] += 1
         return True
@@ -1197,87 +1203,36 @@ class Dispatcher:
         if self._link is not None or self._closed:
             return
         now = time.monotonic()
-        try:
-            if now < self._reopens:
-                raise OSError(errno.EAGAIN, "tried too lately")
-            self._link = Link(self._url)
-        except OSError:
+        if now < self._reopens:
             self._counts["errors"] += 1
-            self._reopens = max(self._reopens, now + 10 * (time.monotonic() - now))  # a slow resolver is asked rarely
             return
-        self._opened = now
-        self._put(self._beat(b"beat"), self._link)  # whoever hears it confirms, so that a first flush() knows
-        self._thread = threading.Thread(target=self._serve, args=(self._link,), name="eventmon", daemon=True)
         try:
+            self._link = Link(self._url)
+            self._thread = threading.Thread(target=self._serve, args=(self._link,), name="eventmon", daemon=True)
             self._thread.start()
+        except (OSError, UnicodeError) as problem:
+            self._counts["errors"] += 1
+            self._problem = problem
+            self._reopens = now + 10 * (time.monotonic() - now)  # a slow resolver is asked rarely
+            return
         except RuntimeError:  # no more threads, as at the exit of the interpreter: send without
             self._counts["errors"] += 1
+        self._opened = now
+        self._put(self._beat(b"beat"))  # whoever hears it confirms, so that a first flush() knows
+        util = sys.modules.get("multiprocessing.util")
+        if util:  # whose processes end without atexit
+            util.Finalize(None, self.close, exitpriority=0)
 
     def _beat(self, kind: bytes) -> bytes:
         return format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
 
-    # Waiting for watchers; the thread hears them meanwhile, since a Condition lets go of the lock.
+    # Listening to watchers.
 
-    def _wait_for_watchers(self) -> None:
-        """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
-        start = now = time.monotonic()
-        waited = self._window.behind(now)
-        while self._window.behind(now) and now < start + self._max_wait:
-            if not self._moved.wait(min(POLL, start + self._max_wait - now)):
-                self._put(self._beat(b"poll"), self._link)
-            now = time.monotonic()
-        self._window.pass_over(waited, now)
-
-    def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
-        """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
-
-        Watchers not heard yet get `patience` seconds from the first datagram; where none is live and they are to
-        be asked afresh, from now.
-        """
-        start = now = time.monotonic()
-        polled = -inf
-        while self._link:
-            done, live = self._window.confirmed(now)
-            asked = start if fresh and not live else self._opened
-            if now >= start + timeout or done == live and now >= asked + patience:
-                return done
-            if now >= polled + POLL:
-                self._put(self._beat(b"poll"), self._link)
-                polled = now
-            self._moved.wait(POLL)
-            now = time.monotonic()
-        return 0
-
-    # The thread.
-
-    def _serve(self, link: Link) -> None:
-        """Answer watchers, beat, and send what is due, until the link is not ours any more."""
-        beat_at = work_at = time.monotonic()
-        buffer_at = beat_at + BUFFER_TIME / 2
-        while True:
-            due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
-            link.wait(due - time.monotonic())
-            now = time.monotonic()
-            with self._lock:
-                if self._link is not link:
-                    break
-                repairs = [frame for data in link.receive() for frame in self._heed(data, now)]
-                self._moved.notify_all()
-                if now >= beat_at:
-                    beat_at = now + BEAT
-                    self._offset = utc_offset()
-                    self._window.behind(now)  # forgets watchers that are gone
-                    self._put(self._beat(b"beat"), link)
-                if now >= buffer_at:
-                    buffer_at = now + BUFFER_TIME / 2
-                    self._send_buffer()
-            for frame in repairs:  # with a lock for each, so that senders get theirs in between
-                with self._lock:
-                    self._counts["repairs"] += self._put(frame, link)
-            if self._freq and now >= work_at + self._freq:
-                work_at = now
-                self._send_worker("worker-heartbeat")
-        link.close()
+    def _hear(self, now: float) -> None:
+        """Take what watchers have answered and repair what they ask for."""
+        for data in self._link.receive() if self._link else ():
+            for frame in self._heed(data, now):
+                self._counts["repairs"] += self._put(frame)
 
     def _heed(self, data: bytes, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
@@ -1296,24 +1251,87 @@ class Dispatcher:
             self._counts["rejected"] += bool(data)  # not our own nudge
             return []
         if any(first < self._window.trail for first, _ in ranges):
-            self._put(self._beat(b"beat"), self._link)  # tells what cannot be had any more
+            self._put(self._beat(b"beat"))  # tells what cannot be had any more
         return self._window.repairs(ranges, room, now)
+
+    def _wait_for_watchers(self) -> None:
+        """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
+        start = now = time.monotonic()
+        waited = self._window.behind(now)
+        while self._link and self._window.behind(now) and now < start + self._max_wait:
+            if not self._link.wait(min(POLL, start + self._max_wait - now)):
+                self._put(self._beat(b"poll"))
+            now = time.monotonic()
+            self._hear(now)
+        self._window.pass_over(waited, now)
+
+    def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
+        """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
+
+        Watchers not heard yet get `patience` seconds from the first datagram; where none is live and they are to
+        be asked afresh, from now.
+        """
+        start = now = time.monotonic()
+        polled = -inf
+        while True:
+            with self._lock:
+                self._hear(now)
+                link = self._link
+                done, live = self._window.confirmed(now)
+                asked = start if fresh and not live else self._opened
+                if link is None or now >= start + timeout or done == live and now >= asked + patience:
+                    return done
+                if now >= polled + POLL:
+                    self._put(self._beat(b"poll"))
+                    polled = now
+            link.wait(POLL)
+            now = time.monotonic()
+
+    # The thread.
+
+    def _serve(self, link: Link) -> None:
+        """Answer watchers, beat, and send what is due, until the link is not ours any more."""
+        beat_at = work_at = time.monotonic()
+        buffer_at = beat_at + BUFFER_TIME / 2
+        try:
+            while True:
+                due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
+                link.wait(due - time.monotonic())
+                now = time.monotonic()
+                with self._lock:
+                    if self._link is not link:
+                        return
+                    self._hear(now)
+                    if now >= beat_at:
+                        beat_at = now + BEAT
+                        self._offset = utc_offset()
+                        self._window.behind(now)  # forgets watchers that are gone
+                        self._put(self._beat(b"beat"))
+                    if now >= buffer_at:
+                        buffer_at = now + BUFFER_TIME / 2
+                        self._send_buffer()
+                if self._freq and now >= work_at + self._freq:
+                    work_at = now
+                    self._send_worker("worker-heartbeat")
+        finally:
+            link.close()
 
     # The worker and its tasks.
 
-    def task_begins(self, uuid: str, fields: Mapping[str, Any]) -> None:
-        """Send task-received and task-started, and count the task as active."""
-        with self._lock:
-            self._active += 1
+    def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
         self._send("task-received", {"uuid": uuid, **fields}, False)
         self._send("task-started", {"uuid": uuid}, False)
+        with self._lock:
+            self._active += 1
 
-    def task_ends(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
-        """Send task-succeeded or task-failed, and count the task as processed."""
+    def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
         with self._lock:
             self._active -= 1
             self._processed += 1
-        self._send(type, {"uuid": uuid, **outcome}, False)
+        try:
+            self._send(type, {"uuid": uuid, **outcome}, False)
+        except ValueError:
+            pass  # closed meanwhile: the task's own end matters more
 
     def _send_worker(self, type: str) -> None:
         fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
@@ -1338,7 +1356,10 @@ def after_fork() -> None:
 def at_exit() -> None:
     """When the interpreter exits: close what is open."""
     for dispatcher in list(_dispatchers):
-        dispatcher.close()
+        try:
+            dispatcher.close()
+        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
+            sys.excepthook(*sys.exc_info())
 
 
 atexit.register(at_exit)
@@ -1681,7 +1702,7 @@ class Receiver:
             return
         data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room), body)
         try:
-            self._answers.sendto(seal(data, self._key, time.time()) if self._key else data, stream.source)
+            self._answers.sendto(seal(data, self._key, rising_time()) if self._key else data, stream.source)
         except OSError:
             pass  # as good as lost on the way: what matters is asked again
 
@@ -2472,8 +2493,6 @@ def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", n
 
 def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any) -> None:
     """The monitor's one thread: events first, then keys, then a picture if there is something new."""
-    import select
-
     styles = prepare(window)
     inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
     view = View()

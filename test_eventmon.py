@@ -1,6 +1,7 @@
 """The specification of eventmon.py, in the order of the module: each test's name is a sentence about it."""
 
 import asyncio
+import errno
 import heapq
 import json
 import logging
@@ -282,7 +283,7 @@ def test_json_that_is_no_event_is_a_wire_error(body):
 
 def test_a_sealed_frame_opens_with_its_key_alone_and_for_a_while():
     frame = eventmon.format_frame(b"data", STREAM, (1,), b"{}")
-    data = eventmon.seal(frame, b"key", 1000.0)
+    data = eventmon.seal(frame, b"key", 1000 * 10**6)
     assert eventmon.unseal(data, b"key", 1029.0) == (frame, 1000 * 10**6)
     for changed in (
         data.replace(b" 1 ", b" 2 "),
@@ -873,7 +874,7 @@ def test_the_network_never_raises(monkeypatch):
         assert dispatcher.flush() == 0
 
     def refuse(url):
-        raise OSError(eventmon.errno.ENETUNREACH, "no network")
+        raise OSError(errno.ENETUNREACH, "no network")
 
     with Dispatcher() as dispatcher, watching() as (_, events):
         with monkeypatch.context() as broken:
@@ -1074,8 +1075,8 @@ def captured(*types, **options):
     frames = []
     dispatcher = Dispatcher(**options)
     dispatcher._open = lambda: None
-    dispatcher._put = lambda frame, link: (
-        frames.append(eventmon.seal(frame, dispatcher._key, time.time())) if dispatcher._key else frames.append(frame)
+    dispatcher._put = lambda frame: (
+        frames.append(eventmon.seal(frame, dispatcher._key, eventmon.rising_time())) if dispatcher._key else frames.append(frame)
     )
     for type in types:
         dispatcher.send(type)
@@ -1256,7 +1257,7 @@ def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejecte
     later = time.time() + 31
     monkeypatch.setattr(eventmon.time, "time", lambda: later)
     assert Receiver(key="secret").handle_message(data, SOURCE) == []
-    beat = eventmon.seal(eventmon.format_frame(b"beat", STREAM, (0, 1)), b"secret", later)
+    beat = eventmon.seal(eventmon.format_frame(b"beat", STREAM, (0, 1)), b"secret", int(later * 1e6))
     receiver.handle_message(beat, SOURCE)
     receiver.handle_message(beat, SOURCE)
     assert receiver.stats["duplicates"] == 2
@@ -1267,9 +1268,9 @@ def test_an_answer_without_the_key_or_seen_before_does_nothing():
     dispatcher._open = lambda: None
     dispatcher.send("a")
     nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, 7, 4096), b"1")
-    sealed = eventmon.seal(nak, b"secret", time.time())
+    sealed = eventmon.seal(nak, b"secret", eventmon.rising_time())
     assert len(dispatcher._heed(sealed, 1.0)) == 1
-    for bad in (nak, sealed, eventmon.seal(nak, b"wrong", time.time()), b"x", nak + b"1"):
+    for bad in (nak, sealed, eventmon.seal(nak, b"wrong", eventmon.rising_time()), b"x", nak + b"1"):
         assert dispatcher._heed(bad, 2.0) == []
     assert dispatcher.stats["rejected"] == 5
 
