@@ -117,14 +117,16 @@ MAX_SLEEP = 0.1  # between two looks at should_stop
 LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
 SETTLE = 0.1  # until every watcher has had time to answer a new Dispatcher
-FLUSH_ALL = 60.0  # how long `send` waits for watchers that are alive but behind
+FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
 MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_FIELDS = 200  # of a task or a worker
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
+MAX_SHOWN = 1000  # characters of any value on the screen
 MAX_RECENT = 1000  # events kept in State.recent
 WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
@@ -227,7 +229,7 @@ def format_json(value: Any) -> bytes:
     """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
     try:
         return _encode(value).encode()
-    except (TypeError, ValueError, RecursionError):  # a key, NaN, a lone surrogate; a container inside itself
+    except Exception:  # noqa: BLE001 - a key, NaN, a lone surrogate, a container inside itself, a class of the user's
         return _encode(plain(value)).encode()
 
 
@@ -241,10 +243,13 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
         return value.encode("utf-8", "backslashreplace").decode()
     if id(value) not in above and len(above) < MAX_DEPTH:
         above += (id(value),)
-        if isinstance(value, dict):
-            return {plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value}
-        if isinstance(value, (list, tuple)):
-            return [plain(item, above) for item in value]
+        try:
+            if isinstance(value, dict):
+                return {plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value}
+            if isinstance(value, (list, tuple)):
+                return [plain(item, above) for item in value]
+        except Exception:  # noqa: BLE001 - of the user's own class
+            return readable(value)
     return readable(value)
 
 
@@ -534,7 +539,7 @@ class ReceiveWindow:
         self.size = 0  # bytes held back
         self.reach = 16
         self._held: dict[int, tuple[Any, int]] = {}
-        self._credit = NAK_CREDIT
+        self._credit = 0
         self._repaired_at = now
         self._jump = -1
         self._jitter = jitter
@@ -681,38 +686,6 @@ class ReceiveWindow:
 Url = namedtuple("Url", ["host", "port", "interface", "ttl"])  # str, int, str or "", int
 
 
-def parse_url(text: str) -> Url:
-    """Return the parts of "udp://HOST:PORT?interface=ADDRESS-OR-NAME&ttl=N", or raise ValueError naming the bad one.
-
-    A group without an interface is on the loopback interface; the ttl is 0 if it is not given.
-    """
-    from urllib.parse import parse_qsl, urlsplit
-
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
-        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-    except (ValueError, AttributeError) as problem:
-        raise ValueError(f"url {text!r}: {problem}") from None
-    known = dict(options)
-    ttl = known.get("ttl", "0")
-    for wrong, message in (
-        (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
-        ("@" in parts.netloc, "a user or password stands in it, expected none"),
-        (not re.fullmatch(r"[A-Za-z0-9._-]+", host), f"host is {host!r}, expected an IPv4 address or a name"),
-        (re.fullmatch(r"[0-9.]+", host) and not is_address(host), f"host is {host!r}, expected an IPv4 address"),
-        (not port, f"port is {port}, expected 1 to 65535"),
-        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
-        (len(known) < len(options), "an option stands twice"),
-        (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
-        (known.get("interface") == "", "interface is empty, expected an address or a name"),
-        (not ttl.isascii() or not ttl.isdigit() or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
-    ):
-        if wrong:
-            raise ValueError(f"url {text!r}: {message}")
-    return Url(host, port, known.get("interface", "127.0.0.1" if is_group(host) else ""), int(ttl))
-
-
 def is_address(host: str) -> bool:
     """Whether `host` is an IPv4 address in its usual form."""
     try:
@@ -724,6 +697,43 @@ def is_address(host: str) -> bool:
 def is_group(host: str) -> bool:
     """Whether `host` is the address of a multicast group (RFC 1112: 224.0.0.0 to 239.255.255.255)."""
     return is_address(host) and 224 <= int(host.split(".")[0]) <= 239
+
+
+def is_host(name: str) -> bool:
+    """Whether `name` is an IPv4 address, or may be the name of a host or an interface (RFC 1123, section 2.1)."""
+    label = r"[A-Za-z0-9_]([A-Za-z0-9_@-]{0,61}[A-Za-z0-9_])?"
+    return is_address(name) if re.fullmatch(r"[0-9.]*", name) else bool(re.fullmatch(rf"{label}(\.{label})*\.?", name))
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of "udp://HOST:PORT?interface=ADDRESS-OR-NAME&ttl=N", or raise ValueError naming the bad one.
+
+    A group without an interface is on the loopback interface; the ttl is 0 if it is not given.
+    """
+    from urllib.parse import parse_qsl, urlsplit
+
+    try:
+        parts = urlsplit(str(text))
+        host, port = parts.hostname or "", parts.port
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as problem:
+        raise ValueError(f"url {text!r}: {problem}") from None
+    known = dict(options)
+    interface, ttl = known.get("interface", "127.0.0.1" if is_group(host) else ""), known.get("ttl", "0")
+    for wrong, message in (
+        (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
+        ("@" in parts.netloc, "a user or password stands in it, expected none"),
+        (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
+        (not port, f"port is {port}, expected 1 to 65535"),
+        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
+        (len(known) < len(options), "an option stands twice"),
+        (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
+        ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
+        (not re.fullmatch(r"[0-9]{1,3}", ttl) or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
+    ):
+        if wrong:
+            raise ValueError(f"url {text!r}: {message}")
+    return Url(host, port, interface, int(ttl))
 
 
 def on_loopback(url: Url) -> bool:
@@ -1391,6 +1401,8 @@ def log_handler() -> type:
                 if task:
                     fields["uuid"] = task.uuid
                 self.dispatcher._send(f"log-{record.levelname.lower()}", fields, False)
+            except ValueError:
+                pass  # the dispatcher is closed
             except Exception:  # noqa: BLE001 - as in logging's own handlers
                 self.handleError(record)
 
@@ -1766,7 +1778,7 @@ NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has i
     ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
     + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
 )
-NOT_WORKERS = frozenset(("type", "hostname", "online", "heard", "local_received"))
+NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
 
 
 def number(value: Any, default: float) -> float:
@@ -1784,7 +1796,7 @@ class State:
 
     A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
     of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
-    client of the task-sent. A worker has hostname, online, heard (this machine's clock) and the fields of its last event.
+    client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
     heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
@@ -1808,10 +1820,11 @@ class State:
         self.workers: dict[str, dict[str, Any]] = {}
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
-        self._active: OrderedDict[str, dict[str, Any]] = OrderedDict()  # neither finished nor only sent
+        self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
+        self._waiting: dict[str, None] = {}  # all in the order in which they became so, for eviction
+        self._succeeded: dict[str, None] = {}
+        self._failed: dict[str, None] = {}
         self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
-        self._successes: deque[str] = deque()  # finished tasks in order, to evict; some are not any more
-        self._failures: deque[str] = deque()
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
         self._lock = threading.RLock()
@@ -1928,7 +1941,7 @@ class State:
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
-            active = list(self._active.items())
+            active = [(uuid, self.tasks[uuid]) for uuid in self._active]
         return iter(sorted(active, key=lambda item: item[1].get("started", item[1]["timestamp"])))
 
     def last_worker_event(self, hostname: str | None = None) -> Mapping[str, Any] | None:
@@ -1942,12 +1955,12 @@ class State:
         """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
         now = time.time() if now is None else now
         with self._lock:
-            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
+            return [worker for worker in self.workers.values() if self._is_alive(worker, now)]
 
-    def is_alive(self, worker: Mapping[str, Any], now: float) -> bool:
-        """Whether a worker's dict is one of alive_workers()."""
+    @staticmethod
+    def _is_alive(worker: Mapping[str, Any], now: float) -> bool:
         freq = number(worker.get("freq"), 0.0)
-        return bool(worker["online"]) and now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE)
+        return bool(now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE))
 
     def scale_graph(
         self,
@@ -1962,20 +1975,22 @@ class State:
         The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
         of an hour, by the quarter second.
         """
-        columns = self.tally(width, span, time.time() if now is None else now, types)
+        columns = self._tally(width, span, time.time() if now is None else now, types)
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
+    def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
         """Return the counts that scale_graph() scales."""
         wanted = None if types is None else frozenset(types)
         columns = [0] * max(0, width)
+        if not columns or not 0 < span < inf:
+            return columns
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
             for tick in range(first, last + 1):
                 counts = self._graph.get(tick)
-                if counts and columns:
+                if counts:
                     age = now - (tick + 0.5) * GRAPH_TICK
                     column = min(max(int((1 - age / span) * width), 0), width - 1)
                     columns[column] += sum(counts[type] for type in counts if wanted is None or type in wanted)
@@ -1984,7 +1999,7 @@ class State:
     # Forgetting.
 
     def clear(self, ready: bool = True) -> None:
-        """Forget workers, counts and tasks; with `ready` only the finished ones of these."""
+        """Forget workers, event_count, task_count, and the tasks; of these, with `ready`, the finished only."""
         with self._lock:
             self.clear_tasks(ready)
             self.workers.clear()
@@ -2034,8 +2049,11 @@ class State:
         known = self.workers.pop(hostname, None)
         worker = known or self._new_worker(hostname, event)
         self.workers[hostname] = worker  # now the last to be forgotten
-        worker.update((key, value) for key, value in event.items() if value is not None and key not in NOT_WORKERS)
-        worker["online"] = online
+        for key, value in event.items():
+            if value is not None and key not in NOT_WORKERS and (key in worker or len(worker) < MAX_FIELDS):
+                worker[key] = value
+        if not online:
+            worker["heard"] = -inf
         if self.on_node_join and (joins or known is None and online):
             self.on_node_join(worker)
         if self.on_node_leave and not online:
@@ -2044,7 +2062,7 @@ class State:
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
             del self.workers[next(iter(self.workers))]
-        return {"hostname": hostname, "online": True, "heard": heard_at(event)}
+        return {"hostname": hostname, "heard": heard_at(event)}
 
     def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
         """Apply the event to its task: wholly if it is news, else only where something is missing."""
@@ -2056,6 +2074,8 @@ class State:
         task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
         before = task["state"]
         fields = {key: value for key, value in event.items() if value is not None and key not in NOT_FIELDS}
+        if len(task) + len(fields) > MAX_FIELDS:
+            fields = {key: value for key, value in fields.items() if key in task or len(task) < MAX_FIELDS // 2}
         if self._is_news(task, event, state, transition):
             task.update(fields, state=state, timestamp=timestamp)
             if event.get("clock") is not None:
@@ -2063,8 +2083,9 @@ class State:
             if hostname is not None and transition != "sent":
                 task["worker"] = hostname
             self.tasks[uuid] = self.tasks.pop(uuid)  # now the newest
-            if state != before:
-                self._index(uuid, task)
+            if self._class_of(state) is not self._class_of(before):
+                del self._class_of(before)[uuid]
+                self._class_of(state)[uuid] = None
         else:
             for key, value in fields.items():
                 task.setdefault(key, value)
@@ -2097,6 +2118,7 @@ class State:
             self._evict()
         children = self._orphans.pop(uuid, [])
         task = self.tasks[uuid] = {"uuid": uuid, "state": "PENDING", "timestamp": timestamp, "children": children}
+        self._waiting[uuid] = None
         return task
 
     def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
@@ -2107,28 +2129,17 @@ class State:
         else:
             self._orphans.setdefault(parent, []).append(uuid)
 
-    def _index(self, uuid: str, task: dict[str, Any]) -> None:
-        """Enter the task where its new state belongs."""
-        if task["state"] not in FINISHED:
-            self._active[uuid] = task
-            return
-        self._active.pop(uuid, None)
-        queue = self._successes if task["state"] == "SUCCESS" else self._failures
-        queue.append(uuid)
-        if len(queue) > 2 * self.max_tasks_in_memory + 100:  # the same ones reopened and finished again and again
-            current = dict.fromkeys(reversed(queue))
-            queue.clear()
-            queue.extend(reversed([uuid for uuid in current if uuid in self.tasks]))
+    def _class_of(self, state: str) -> dict[str, None]:
+        """Where a task of this state is listed."""
+        if state in FINISHED:
+            return self._succeeded if state == "SUCCESS" else self._failed
+        return self._waiting if state == "PENDING" else self._active
 
     def _evict(self) -> None:
-        """Forget a task to make room: the oldest successful one, else finished one, else any."""
+        """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
         self.evicted += 1
-        for queue, wanted in ((self._successes, {"SUCCESS"}), (self._failures, FINISHED - {"SUCCESS"})):
-            while queue:
-                uuid = queue.popleft()
-                if uuid in self.tasks and self.tasks[uuid]["state"] in wanted:
-                    return self._forget(uuid)
-        self._forget(next(iter(self.tasks)))
+        classes = (self._succeeded, self._failed, self._waiting, self._active)
+        self._forget(next(uuid for some in classes for uuid in some))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks[uuid]
@@ -2140,19 +2151,20 @@ class State:
                 self._orphans.pop(parent, None)
         if task["children"]:
             self._orphans[uuid] = task["children"]
-        del self.tasks[uuid]
-        self._active.pop(uuid, None)
+        del self.tasks[uuid], self._class_of(task["state"])[uuid]
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
 
 def printable(value: Any) -> str:
-    """Return text that does nothing to a terminal but show: control, bidirectional and unassigned characters go."""
+    """Return the start of a text so that it does nothing to a terminal but show.
+
+    Control, bidirectional and unassigned characters go, and so do those beyond what any terminal has room for.
+    """
     text = value if isinstance(value, str) else "" if value is None else format_json(value).decode()
-    return (
-        text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
-    )
+    text = text[:MAX_SHOWN]
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
 
 
 def cells(text: str) -> int:
@@ -2184,8 +2196,10 @@ def fit(text: str, width: int, fill: bool = True) -> str:
 
 def clock_time(seconds: Any) -> str:
     """Return local time of day, "" for what is no time."""
-    moment = number(seconds, -1.0)
-    return time.strftime("%H:%M:%S", time.localtime(moment)) if 0 <= moment < 1e11 else ""
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(number(seconds, inf)))
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
 def duration(seconds: float) -> str:
@@ -2262,9 +2276,10 @@ def worker_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequen
 
     def row(worker: dict[str, Any], alive: bool) -> Sequence[str]:
         values = [printable(worker.get(name)) for name in ("hostname", "pid", "active", "processed", "loadavg")]
-        return (values[0], "alive" if alive else "gone", *values[1:], duration(now - worker["heard"]))
+        heard = duration(now - worker["heard"]) if worker["heard"] > 0 else ""
+        return (values[0], "alive" if alive else "gone", *values[1:], heard)
 
-    with_life = [(worker, state.is_alive(worker, now)) for _, worker in sorted(state.workers.items())]
+    with_life = [(worker, state._is_alive(worker, now)) for _, worker in sorted(state.workers.items())]
     return [
         (worker["hostname"], partial(row, worker, alive), "green" if alive else "dim") for worker, alive in with_life
     ]
@@ -2374,7 +2389,7 @@ KEYS: dict[str, Callable[[View, State, int, float], View]] = {
 
 def header(state: State, page: str, status: Mapping[str, Any], width: int, now: float) -> list[Line]:
     """Return the lines above the table: what is heard, what became of it, the headings."""
-    rate = sum(state.tally(1, 5.0, now)) / 5
+    rate = sum(state._tally(1, 5.0, now)) / 5
     parts = [f"eventmon {status.get('url', '')}", f"{state.event_count:,} events", f"{rate:,.0f}/s"]
     parts.append(f"{len(state.alive_workers(now))} workers")
     alarms = [f"{status[name]:,} {name}" for name in ("lost", "rejected", "malformed") if status.get(name)]
@@ -2442,7 +2457,7 @@ class Tap:
         self,
         types: Sequence[str] = (),
         record: TextIO | None = None,
-        limit: int | None = None,
+        limit: float | None = None,
         timeout: float | None = None,
         wakeup: bool = True,
     ) -> None:
@@ -2496,6 +2511,7 @@ def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: flo
     styles = prepare(window)
     inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
     view = View()
+    silent = 0
     drawn: tuple[Any, ...] = ()
     painted = heard = time.monotonic()
     while not view.done and tap.left > 0:
@@ -2508,6 +2524,7 @@ def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: flo
         wall = time.time() if then is None else then
         for key in iter(partial(read_key, window), ""):
             view = KEYS[key](view, state, window.getmaxyx()[0], wall) if key in KEYS else view
+            silent = 0
         picture = (state.event_count, view, window.getmaxyx(), int(now))
         if picture != drawn and now >= painted + FRAME_TIME:
             status = {"url": receiver.url, **receiver.stats} if receiver else {"url": name}
@@ -2515,7 +2532,10 @@ def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: flo
             paint(window, screen(state, view, status, rows, columns, wall), styles)
             drawn, painted = picture, now
         patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
-        select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)
+        ready = select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)[0]
+        silent = silent + 1 if sys.stdin in ready else 0
+        if silent > 100:  # something to read, and no key comes of it: the terminal is gone
+            return
 
 
 def prepare(window: Any) -> dict[str, int]:
@@ -2563,16 +2583,19 @@ def paint(window: Any, lines: Sequence[Line], styles: Mapping[str, int]) -> None
 
 
 class Failure(Exception):
-    """Ends a command with one line on standard error; the second argument is the exit status, 1 if not given."""
+    """Ends a command with one line on standard error, the first argument; the second is the exit status."""
 
 
 def complain(message: str) -> None:
-    """Print a line on standard error."""
-    print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+    """Print a line on standard error, if there is one."""
+    if sys.stderr is not None:
+        print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def describe(problem: OSError) -> str:
+def describe(problem: Exception | None) -> str:
     """Return what an error of the system says, and of which file."""
+    if not isinstance(problem, OSError):
+        return str(problem)
     reason = problem.strerror or str(problem)
     return f"{problem.filename}: {reason}" if problem.filename else reason
 
@@ -2580,7 +2603,7 @@ def describe(problem: OSError) -> str:
 def lines_of(path: str) -> Iterator[bytes]:
     """Yield the lines of a file, or of standard input for "-"."""
     if path == "-":
-        yield from sys.stdin.buffer
+        yield from sys.stdin.buffer if sys.stdin else ()
     else:
         with open(path, "rb") as file:
             yield from file
@@ -2612,7 +2635,7 @@ def plain_line(event: Mapping[str, Any]) -> str:
 
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
         return False
     try:
         import curses
@@ -2639,12 +2662,28 @@ def listening(options: Any) -> Receiver:
     return receiver
 
 
+def end_with_reader(receiver: Receiver | None) -> None:
+    """End the receiver's capture when whoever reads standard output from a pipe has gone, event or no event."""
+    if receiver is None or not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # which waits for nothing but the end
+
+    def wait() -> None:
+        poll.poll()
+        receiver.should_stop = True
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
         record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
+        if record and options.file and os.path.sameopenfile(record.fileno(), stack.enter_context(open(options.file)).fileno()):
+            raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
         receiver = None if options.file else stack.enter_context(listening(options))
         in_monitor = not (options.json or options.plain) and has_terminal()
@@ -2658,6 +2697,9 @@ def watch(options: Any) -> int:
                 state.event(event)
             monitor(None, state, Tap(), options.file, heard_at(state.recent[-1]) if state.recent else None)
             return 0
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            end_with_reader(receiver)
         for event in events:
             print(json_line(event) if options.json else plain_line(event), flush=True)
     return 0
@@ -2676,6 +2718,8 @@ def send(options: Any) -> int:
             dispatcher._send(options.type, fields, False)
         watchers = dispatcher.flush(FLUSH_ALL)
         sent = dispatcher.stats["events"]
+        if sent and not dispatcher.stats["datagrams"]:
+            raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher._problem)}", 1)
     events, by = f"{sent} event{'s' * (sent != 1)}", f"{watchers} watcher{'s' * (watchers != 1)}"
     print(f"sent {events}, confirmed by {by}", file=sys.stderr, flush=True)
     return 1 if failures else 0
@@ -2749,8 +2793,8 @@ def parser() -> Any:
     sub.add_argument(
         "--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated"
     )
-    sub.add_argument("--limit", type=at_least_0(int), metavar="N", help="stop after N events")
-    sub.add_argument("--timeout", type=at_least_0(float), metavar="S", help="stop after S seconds without an event")
+    sub.add_argument("--limit", type=amount, metavar="N", help="stop after N events")
+    sub.add_argument("--timeout", type=amount, metavar="S", help="stop after S seconds without an event")
     sub.add_argument("--no-history", action="store_true", help="begin with what is sent from now on")
     sub = command(
         "send",
@@ -2758,21 +2802,18 @@ def parser() -> Any:
         "  python eventmon.py send deploy-done version=1.2 seconds:=8.5\n  python eventmon.py send - < recorded.jsonl",
     )
     sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
-    sub.add_argument("field", nargs="*", metavar="NAME=TEXT | NAME:=JSON", help="a field of the event")
+    sub.add_argument("field", nargs="*", metavar="FIELD", help="name=text, or name:=json")
     return top
 
 
-def at_least_0(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a converter of command line words to numbers that are not negative."""
+def amount(word: str) -> float:
+    """Return a number from the command line that is not negative."""
+    value = float(word) if re.fullmatch(r"[0-9]*\.?[0-9]*", word) and word not in ("", ".") else -1.0
+    if value < 0:
+        from argparse import ArgumentTypeError
 
-    def convert(word: str) -> float:
-        value = kind(word)
-        if not 0 <= value < inf:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"number of at least 0, {kind.__name__}"
-    return convert
+        raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
+    return value
 
 
 def read_key_file(path: str) -> bytes:
@@ -2786,6 +2827,7 @@ def read_key_file(path: str) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
+    options = None
     try:
         options, rest = parser().parse_known_args(argv)
         if not hasattr(options, "run"):
@@ -2801,7 +2843,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(failure.args[0])
         return int(failure.args[1])
     except KeyboardInterrupt:
-        return 0 if options.run is watch else 1
+        return 0 if options and options.run is watch else 1
     except BrokenPipeError:  # whoever read us has gone; let the interpreter's last flush find no pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

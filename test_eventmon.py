@@ -233,6 +233,14 @@ class Rude:
         raise RuntimeError("no")
 
 
+class Fickle(dict):
+    def items(self):
+        raise RuntimeError("no")
+
+    def __iter__(self):
+        raise RuntimeError("no")
+
+
 def circular():
     value = []
     value.append(value)
@@ -252,6 +260,7 @@ def circular():
         (Rude(), "<Rude whose repr raises RuntimeError>"),
         ([Rude()], ["<Rude whose repr raises RuntimeError>"]),
         (circular(), ["[[...]]"]),
+        (Fickle(a=1), "{'a': 1}"),
         ((1, (2,)), [1, [2]]),
         ({"a": {"b": math.nan}}, {"a": {"b": "nan"}}),
     ],
@@ -455,6 +464,30 @@ def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late
     assert late.announce(100, 98, 0.0) == []
     assert late.missing(1.0) == [(98, 99)]
     assert counts["lost"] == 0
+
+
+def test_only_what_was_gone_before_the_first_came_is_not_lost():
+    window, counts = receive_window()
+    arrive(window, 50)
+    assert window.announce(100, 90, 0.0) == [50]
+    assert counts["lost"] == 39
+
+
+def test_a_gap_beyond_the_reach_is_given_up_after_a_second_as_well():
+    window, counts = receive_window()
+    arrive(window, 1, 20001)
+    for tenth in range(9):
+        window.missing(tenth / 10)
+        window.announce(20001, 1, tenth / 10)
+    assert window.overdue(0.95) == [20001]
+    assert counts["lost"] == 19999
+
+
+def test_a_stream_that_sends_one_heartbeat_draws_few_naks():
+    window, _ = receive_window()
+    window.announce(100, 1, 0.0)
+    asked = [now for now in range(900) if window.missing(now / 1000)]
+    assert len(asked) <= 8
 
 
 def test_a_long_history_is_asked_for_piece_by_piece():
@@ -664,6 +697,11 @@ def test_a_url_names_host_port_interface_and_ttl(text, parts):
         ("udp://239.1.2.3:7000?ttl=-1", "ttl"),
         ("udp://239.1.2.3:7000?ttl=", "ttl"),
         ("udp://239.1.2.3:7000?interface=", "interface"),
+        ("udp://239.1.2.3:7000?interface=999.1.1.1", "interface"),
+        ("udp://239.1.2.3:7000?interface=%00", "interface"),
+        ("udp://a..b:7000", "host"),
+        (f"udp://{'a' * 64}:7000", "host"),
+        (None, "url None"),
         ("udp://239.1.2.3:7000?key=secret", "option"),
         ("udp://239.1.2.3:7000?ttl=1&ttl=1", "twice"),
         ("udp://239.1.2.3:7000?ttl", "ttl|query|field"),
@@ -673,9 +711,9 @@ def test_a_bad_url_is_a_value_error_that_says_which_part(text, part):
     with pytest.raises(ValueError, match=part):
         eventmon.parse_url(text)
     with pytest.raises(ValueError):
-        Dispatcher(text)
+        Dispatcher(text or "udp://")
     with pytest.raises(ValueError):
-        Receiver(text)
+        Receiver(text or "udp://")
 
 
 def test_the_environment_overrides_the_default_url_and_an_argument_overrides_both(monkeypatch):
@@ -905,6 +943,34 @@ def test_threads_share_a_dispatcher():
         assert [event["n"] for event in events if event["name"] == name] == list(range(200))
 
 
+def test_threads_do_not_tear_each_others_large_events():
+    with watching() as (_, events), Dispatcher(max_wait=0.2) as dispatcher:
+
+        def work(name):
+            for _ in range(5):
+                dispatcher.send("big", text=name * 300000)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 20)
+    assert sorted(event["text"] for event in events) == sorted(name * 300000 for name in "abcd" for _ in range(5))
+
+
+def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
+    code = (
+        "import eventmon, multiprocessing\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
+        "if __name__ == '__main__':\n    p = multiprocessing.get_context('fork').Process(target=d.send, args=('task-x',))\n"
+        "    p.start()\n    p.join()\n"
+    )
+    with watching() as (_, events):
+        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
+        wait_until(lambda: events)
+
+
 def test_children_of_a_fork_go_on_sending():
     with watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", who="parent", n=0)
@@ -952,6 +1018,16 @@ def test_a_watcher_that_stands_still_is_waited_for_once():
             dispatcher.send("step", x="x" * 5000)
         assert len(waits) <= 1
         watch.send_signal(signal.SIGCONT)
+
+
+def test_a_callback_that_raises_does_not_keep_a_dispatcher_open():
+    dispatcher = Dispatcher()
+    dispatcher.on_disabled.add(lambda: 1 / 0)
+    dispatcher.send("x")
+    with pytest.raises(ZeroDivisionError):
+        dispatcher.close()
+    with pytest.raises(ValueError, match="closed"):
+        dispatcher.send("x")
 
 
 def test_close_sends_what_is_buffered_and_is_done_once():
@@ -1022,6 +1098,16 @@ def test_a_task_that_raises_has_failed():
     assert "1 / 0" in event["traceback"]
 
 
+def test_a_task_never_replaces_the_exception_that_ended_it():
+    dispatcher = Dispatcher()
+    with pytest.raises(RuntimeError, match="mine"), dispatcher.task("job"):
+        dispatcher.close()
+        raise RuntimeError("mine" * 10**6)
+    with pytest.raises(ValueError, match="closed"), dispatcher.task("job"):
+        pass
+    assert eventmon._current_task.get() is None
+
+
 def test_a_decorated_function_or_coroutine_function_is_a_task_at_each_call():
     with Receiver() as receiver, Dispatcher() as dispatcher:
         receiver.fileno()
@@ -1076,7 +1162,9 @@ def captured(*types, **options):
     dispatcher = Dispatcher(**options)
     dispatcher._open = lambda: None
     dispatcher._put = lambda frame: (
-        frames.append(eventmon.seal(frame, dispatcher._key, eventmon.rising_time())) if dispatcher._key else frames.append(frame)
+        frames.append(eventmon.seal(frame, dispatcher._key, eventmon.rising_time()))
+        if dispatcher._key
+        else frames.append(frame)
     )
     for type in types:
         dispatcher.send(type)
@@ -1150,6 +1238,31 @@ def test_without_a_channel_a_gap_is_given_up_at_a_call_a_second_later(monkeypatc
     now[0] += 1
     assert [event.type for event in receiver.handle_message(frames[3], SOURCE)] == ["c", "d"]
     assert receiver.stats["lost"] == 1
+
+
+def test_parts_of_two_events_are_never_joined(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(eventmon.time, "monotonic", lambda: now[0])
+    receiver, size = Receiver(), eventmon.MAX_LOOPBACK
+
+    def part(seq, index, body):
+        return eventmon.format_frame(b"part", STREAM, (seq, index, 3), body)
+
+    for data in (part(1, 0, b'{"type":'), part(2, 1, b'"a","x":"'), part(6, 2, b'b"}'), part(7, 0, b'{"type"')):
+        assert receiver.handle_message(data, SOURCE) == []
+    now[0] += 1
+    assert receiver.handle_message(part(8, 1, b':"whole'), SOURCE) == []
+    assert [event.type for event in receiver.handle_message(part(9, 2, b'"}'), SOURCE)] == ["whole"]
+    assert (receiver.stats["lost"], receiver._counts["held"], size > 0) == (3, 0, True)
+
+
+def test_what_all_streams_hold_back_together_is_bounded():
+    receiver, body = Receiver(), b"x" * 60000
+    for n in range(3000):
+        stream = b"%016x" % (n % 40)
+        receiver.handle_message(eventmon.format_frame(b"data", stream, (2 + n // 40,), body), SOURCE)
+        receiver.handle_message(eventmon.format_frame(b"part", b"%016x" % (100 + n), (1, 0, 300), body), SOURCE)
+    assert receiver._counts["held"] <= eventmon.MAX_HELD + 61440
 
 
 def test_any_bytes_are_counted_and_never_raise():
@@ -1253,14 +1366,15 @@ def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejecte
     (data,) = captured("a", key="secret")
     assert len(receiver.handle_message(data, SOURCE)) == 1
     assert receiver.handle_message(data, SOURCE) == []
-    assert receiver.stats["duplicates"] == 1
+    assert receiver.handle_message(data, ("127.0.0.1", 1)) == []
+    assert receiver.stats["duplicates"] == 2
     later = time.time() + 31
     monkeypatch.setattr(eventmon.time, "time", lambda: later)
     assert Receiver(key="secret").handle_message(data, SOURCE) == []
     beat = eventmon.seal(eventmon.format_frame(b"beat", STREAM, (0, 1)), b"secret", int(later * 1e6))
     receiver.handle_message(beat, SOURCE)
     receiver.handle_message(beat, SOURCE)
-    assert receiver.stats["duplicates"] == 2
+    assert receiver.stats["duplicates"] == 3
 
 
 def test_an_answer_without_the_key_or_seen_before_does_nothing():
@@ -1442,9 +1556,26 @@ def test_memory_is_bounded_whatever_the_events_say():
     assert len(state._last) <= 20
     assert len(state._orphans) <= 50
     assert len(state._active) <= 50
-    assert len(state._successes) + len(state._failures) <= 400
+    assert sum(map(len, (state._active, state._waiting, state._succeeded, state._failed))) == 50
     assert len(state.recent) == 1000
     assert len(state._graph) <= eventmon.GRAPH_TICKS
+
+
+def test_a_task_that_runs_goes_after_one_that_was_only_sent():
+    state = State(max_tasks_in_memory=3)
+    for event in (task_event("started", uuid="run"), task_event("sent", uuid="s1"), task_event("sent", uuid="s2")):
+        state.event(event)
+    state.event(task_event("sent", uuid="s3"))
+    assert list(state.tasks) == ["run", "s2", "s3"]
+
+
+def test_a_task_has_a_bounded_number_of_fields():
+    state = State()
+    for n in range(1000):
+        state.event(task_event("progress", **{f"field{n}": n}))
+        state.event(Event("worker-heartbeat", hostname="w", **{f"field{n}": n}))
+    assert len(state.tasks["t"]) <= eventmon.MAX_FIELDS
+    assert len(state.workers["w"]) <= eventmon.MAX_FIELDS
 
 
 JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started"]
@@ -1523,6 +1654,7 @@ def test_the_graph_counts_events_by_the_time_they_came():
     assert state.scale_graph(5, 8, 5.0, 100.0) == [1, 1, 8, 0, 4]
     assert state.scale_graph(5, 8, 5.0, 100.0, types=["b"]) == [0, 8, 0, 0, 0]
     assert state.scale_graph(0, 8, 5.0, 100.0) == []
+    assert state.scale_graph(3, 8, 0.0, 100.0) == [0, 0, 0]
     assert sum(state.scale_graph(60, 8, 60.0, 500.0)) == 0
 
 
@@ -1816,6 +1948,32 @@ def test_an_error_is_one_line_and_a_status(words, status, capsys):
     assert re.fullmatch(r"eventmon: [^\n]+\n", err)
 
 
+def test_send_says_when_nothing_could_be_sent():
+    status, _, errors = run("send", "hello", "--url", "udp://no.such.host.invalid:7000")
+    assert status == 1
+    assert "cannot send" in errors[0]
+
+
+def test_a_file_is_not_recorded_into_itself(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"type":"x"}\n')
+    assert run("watch", str(file), "--json", "--record", str(file))[0] == 2
+    assert file.read_text() == '{"type":"x"}\n'
+
+
+def test_any_encoding_and_missing_streams_will_do(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"type":"x","y":"日本"}\n', encoding="utf-8")
+    status, out, errors = run("watch", str(file), "--plain", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (status, errors) == (0, [])
+    assert b"y=\\u65e5\\u672c" in out
+    code = f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))}"
+    for line in (f"{code} watch {file} <&- >&-", f"{code} send - <&-", f"{code} watch --timeout 0 <&- 2>&-"):
+        done = subprocess.run(line, shell=True, capture_output=True, timeout=30, check=False)
+        assert b"Traceback" not in done.stdout + done.stderr
+        assert done.returncode == 0
+
+
 def test_help_and_version_go_to_standard_output(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
@@ -1830,13 +1988,16 @@ def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
         assert watch.stderr.read() == b""
-    with running("watch", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
-        wait_until(somebody_watches)
-        watch.stdout.close()
-        with Dispatcher() as dispatcher:
-            wait_until(lambda: dispatcher.send("x") and watch.poll() is not None)
-        assert watch.stderr.read() == b""
-        assert watch.returncode == 0
+    for sends in (True, False):
+        with running("watch", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
+            wait_until(somebody_watches)
+            watch.stdout.close()
+            with Dispatcher(enabled=sends) as dispatcher:
+                wait_until(
+                    lambda dispatcher=dispatcher, watch=watch: (dispatcher.send("x"), watch.poll())[1] is not None
+                )
+            assert watch.stderr.read() == b""
+            assert watch.returncode == 0
 
 
 def test_every_public_name_is_there_and_documented():
