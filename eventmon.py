@@ -152,6 +152,22 @@ class Replay(WireError):
 # --- Event ------------------------------------------------------------------------------------------------------
 
 
+def readable(value: Any) -> str:
+    """Return the repr of any value, also of one whose repr fails or is no Unicode."""
+    try:
+        text = repr(value)
+    except Exception as problem:  # noqa: BLE001 - it is the user's, and may be any
+        text = f"<{type(value).__name__} whose repr raises {type(problem).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def checked_type(type: Any) -> str:
+    """Return `type` if it may be an event's, or raise ValueError."""
+    if not isinstance(type, str) or not type:
+        raise ValueError(f"event type is {readable(type)}, expected a non-empty str")
+    return type
+
+
 class Event(dict["str", "Any"]):
     """A dict with a "type", a non-empty str, and a "timestamp", seconds since the epoch, filled in if absent.
 
@@ -183,22 +199,6 @@ class Event(dict["str", "Any"]):
         return self.type.partition("-")[2]
 
 
-def checked_type(type: Any) -> str:
-    """Return `type` if it may be an event's, or raise ValueError."""
-    if not isinstance(type, str) or not type:
-        raise ValueError(f"event type is {readable(type)}, expected a non-empty str")
-    return type
-
-
-def readable(value: Any) -> str:
-    """Return the repr of any value, also of one whose repr fails or is no Unicode."""
-    try:
-        text = repr(value)
-    except Exception as problem:  # noqa: BLE001 - it is the user's, and may be any
-        text = f"<{type(value).__name__} whose repr raises {type(problem).__name__}>"
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 # --- the wire: what is parsed and what is formatted, side by side -------------------------------------------------
 
 
@@ -225,14 +225,6 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-def format_json(value: Any) -> bytes:
-    """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
-    try:
-        return _encode(value).encode()
-    except Exception:  # noqa: BLE001 - a key, NaN, a lone surrogate, a container inside itself, a class of the user's
-        return _encode(plain(value)).encode()
-
-
 def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
     """Return `value` made of what JSON has; `above` names the containers that it stands in."""
     if value is None or isinstance(value, bool) or isinstance(value, int) and -(2**64) < value < 2**64:
@@ -245,7 +237,9 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
         above += (id(value),)
         try:
             if isinstance(value, dict):
-                return {plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value}
+                return {
+                    plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value
+                }
             if isinstance(value, (list, tuple)):
                 return [plain(item, above) for item in value]
         except Exception:  # noqa: BLE001 - of the user's own class
@@ -253,10 +247,12 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
     return readable(value)
 
 
-def parse_events(body: bytes) -> list[Event]:
-    """Return the events of a JSON object or array, or raise WireError."""
-    value = parse_json(body)
-    return [parse_event(item) for item in value] if isinstance(value, list) else [parse_event(value)]
+def format_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
+    try:
+        return _encode(value).encode()
+    except Exception:  # noqa: BLE001 - a key, NaN, a lone surrogate, a container inside itself, a class of the user's
+        return _encode(plain(value)).encode()
 
 
 def parse_event(value: Any) -> Event:
@@ -271,6 +267,12 @@ def parse_event(value: Any) -> Event:
     if "timestamp" not in value:
         event["timestamp"] = time.time()
     return event
+
+
+def parse_events(body: bytes) -> list[Event]:
+    """Return the events of a JSON object or array, or raise WireError."""
+    value = parse_json(body)
+    return [parse_event(item) for item in value] if isinstance(value, list) else [parse_event(value)]
 
 
 def format_events(bodies: list[bytes]) -> bytes:
@@ -298,15 +300,22 @@ def parse_frame(data: bytes) -> Frame:
         raise Rejected("the stream is sealed with a key, and there is none here")
     if len(numbers) != expected or len(stream) != 16:
         raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
-    for number in numbers:
-        if len(number) > 19 or not number.isdigit():
-            raise WireError(f"number is {number[:40]!r}, expected up to 19 decimal digits")
+    for digits in numbers:
+        if len(digits) > 19 or not digits.isdigit():
+            raise WireError(f"number is {digits[:40]!r}, expected up to 19 decimal digits")
     return Frame(kind, stream, tuple(map(int, numbers)), body)
 
 
 def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
     """Return a frame; the mirror of parse_frame."""
-    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join(b"%d" % number for number in numbers), body)
+    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join([b"%d" % n for n in numbers]), body)
+
+
+def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
+    """Return 128 bits of HMAC-SHA-256 (RFC 2104) in hex."""
+    import hmac
+
+    return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
 
 
 def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
@@ -328,13 +337,6 @@ def seal(frame: bytes, key: bytes, stamp: int) -> bytes:
     head, _, body = frame.partition(b"\n")
     head = b"%b %d" % (head, stamp)
     return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
-
-
-def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
-    """Return 128 bits of HMAC-SHA-256 (RFC 2104) in hex."""
-    import hmac
-
-    return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
 
 
 _last_stamp = 0
@@ -816,10 +818,13 @@ class Link:
         group's address; so answers go on arriving at the first one.
         """
         self._connected = udp_socket(url)
+        share = socket.SO_REUSEADDR if sys.platform == "linux" else socket.SO_REUSEPORT  # Linux's would share out
         for sock in (self.socket, self._connected):
-            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_REUSEPORT", socket.SO_REUSEADDR), 1)
+            sock.setsockopt(socket.SOL_SOCKET, share, 1)
         self._connected.bind(self.socket.getsockname())
         self._connected.connect(target)
+        for sock in (self.socket, self._connected):
+            sock.setsockopt(socket.SOL_SOCKET, share, 0)  # with nobody else
 
     def wait(self, seconds: float) -> bool:
         """Return whether something has arrived, within `seconds`; in any number of threads."""
@@ -903,7 +908,7 @@ class Task:
     it as parent_id. `uuid` is its name among all tasks.
     """
 
-    def __init__(self, dispatcher: Dispatcher, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
+    def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
         from uuid import uuid4
 
         self.name = name
@@ -2164,12 +2169,9 @@ def printable(value: Any) -> str:
     """
     text = value if isinstance(value, str) else "" if value is None else format_json(value).decode()
     text = text[:MAX_SHOWN]
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
-
-
-def cells(text: str) -> int:
-    """Return how many columns of a terminal printable text takes."""
-    return len(text) if text.isascii() else sum(map(cells_of, text))
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
+    )
 
 
 def cells_of(char: str) -> int:
@@ -2179,6 +2181,11 @@ def cells_of(char: str) -> int:
     if unicodedata.category(char) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cells(text: str) -> int:
+    """Return how many columns of a terminal printable text takes."""
+    return len(text) if text.isascii() else sum(map(cells_of, text))
 
 
 def fit(text: str, width: int, fill: bool = True) -> str:
@@ -2390,16 +2397,16 @@ KEYS: dict[str, Callable[[View, State, int, float], View]] = {
 def header(state: State, page: str, status: Mapping[str, Any], width: int, now: float) -> list[Line]:
     """Return the lines above the table: what is heard, what became of it, the headings."""
     rate = sum(state._tally(1, 5.0, now)) / 5
-    parts = [f"eventmon {status.get('url', '')}", f"{state.event_count:,} events", f"{rate:,.0f}/s"]
-    parts.append(f"{len(state.alive_workers(now))} workers")
+    workers = len(state.alive_workers(now))
+    parts = [f"eventmon  {state.event_count:,} events  {rate:,.0f}/s  {workers} worker{'s' * (workers != 1)}"]
     alarms = [f"{status[name]:,} {name}" for name in ("lost", "rejected", "malformed") if status.get(name)]
     alarms += [f"{state.evicted:,} evicted"] if state.evicted else []
     tally = Counter(task["state"] for _, task in state.itertasks())
     states = "  ".join(f"{printable(name)} {count:,}" for name, count in tally.most_common(8))
     tabs = "  ".join(f"[{key} {PAGES[key].title}]" if key == page else f" {key} {PAGES[key].title} " for key in PAGES)
     return [
-        Line(printable("  ".join(parts)), "bold"),
-        Line("  ".join(alarms), "red") if alarms else Line(f"{tabs}   {states}", ""),
+        Line(printable("  ".join(parts + alarms + [status.get("url", "")])), "red" if alarms else "bold"),
+        Line(f"{tabs}   {states}", ""),
         Line(PAGES[page].line([heading for heading, _, _ in PAGES[page].columns], width), "reverse"),
     ]
 
@@ -2440,16 +2447,6 @@ DRAIN = 500  # events taken between two looks at the keyboard
 COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 
 
-def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
-    """Show live tasks, workers and events in the terminal until the user quits.
-
-    `receiver` defaults to one on the default URL, `state` to a new one. Raises ImportError without curses, and
-    OSError when the socket cannot be opened.
-    """
-    with receiver or Receiver() as source:
-        monitor(source, State() if state is None else state, Tap())
-
-
 class Tap:
     """What happens to events on their way to be shown: some are chosen, recorded, and counted up to a limit."""
 
@@ -2480,62 +2477,6 @@ class Tap:
             yield event
             if self.left <= 0:
                 return
-
-
-def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", now: float | None = None) -> None:
-    """Paint the screen and take keys until the user quits; what a receiver hears goes through `tap` to `state` first.
-
-    Without a receiver it shows what `state` holds, called `name`, as it was at `now`.
-    """
-    import curses
-    import signal
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    if receiver:
-        receiver.channel  # noqa: B018 - opened while an error can still be read
-    if hasattr(curses, "set_escdelay"):
-        curses.set_escdelay(25)
-    mine = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, terminate) if mine else None
-    try:
-        curses.wrapper(partial(loop, receiver, state, tap, name, now))
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any) -> None:
-    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
-    styles = prepare(window)
-    inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
-    view = View()
-    silent = 0
-    drawn: tuple[Any, ...] = ()
-    painted = heard = time.monotonic()
-    while not view.done and tap.left > 0:
-        now = time.monotonic()
-        for event in tap(receiver.itercapture(DRAIN, 0, tap.wakeup)) if receiver else ():
-            state.event(event)
-            heard = now
-        if tap.timeout is not None and now > heard + tap.timeout:
-            return
-        wall = time.time() if then is None else then
-        for key in iter(partial(read_key, window), ""):
-            view = KEYS[key](view, state, window.getmaxyx()[0], wall) if key in KEYS else view
-            silent = 0
-        picture = (state.event_count, view, window.getmaxyx(), int(now))
-        if picture != drawn and now >= painted + FRAME_TIME:
-            status = {"url": receiver.url, **receiver.stats} if receiver else {"url": name}
-            rows, columns = window.getmaxyx()
-            paint(window, screen(state, view, status, rows, columns, wall), styles)
-            drawn, painted = picture, now
-        patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
-        ready = select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)[0]
-        silent = silent + 1 if sys.stdin in ready else 0
-        if silent > 100:  # something to read, and no key comes of it: the terminal is gone
-            return
 
 
 def prepare(window: Any) -> dict[str, int]:
@@ -2577,6 +2518,76 @@ def paint(window: Any, lines: Sequence[Line], styles: Mapping[str, int]) -> None
         except curses.error:
             pass  # the last cell, after which the cursor has nowhere to go; or the terminal has just shrunk
     window.refresh()
+
+
+def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any) -> None:
+    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
+    styles = prepare(window)
+    inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
+    view = View()
+    silent = 0
+    drawn: tuple[Any, ...] = ()
+    painted = heard = time.monotonic()
+    while not view.done and tap.left > 0:
+        now = time.monotonic()
+        for event in tap(receiver.itercapture(DRAIN, 0, tap.wakeup)) if receiver else ():
+            state.event(event)
+            heard = now
+        if tap.timeout is not None and now > heard + tap.timeout:
+            return
+        wall = time.time() if then is None else then
+        for key in iter(partial(read_key, window), ""):
+            view = KEYS[key](view, state, window.getmaxyx()[0], wall) if key in KEYS else view
+            silent = 0
+        picture = (state.event_count, view, window.getmaxyx(), int(now))
+        if picture != drawn and now >= painted + FRAME_TIME:
+            status = {"url": receiver.url, **receiver.stats} if receiver else {"url": name}
+            rows, columns = window.getmaxyx()
+            paint(window, screen(state, view, status, rows, columns, wall), styles)
+            drawn, painted = picture, now
+        patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
+        ready = select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)[0]
+        silent = silent + 1 if sys.stdin in ready else 0
+        if silent > 100:  # something to read, and no key comes of it: the terminal is gone
+            return
+
+
+def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", now: float | None = None) -> None:
+    """Paint the screen and take keys until the user quits; what a receiver hears goes through `tap` to `state` first.
+
+    Without a receiver it shows what `state` holds, called `name`, as it was at `now`.
+    """
+    import curses
+    import signal
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if receiver:
+        receiver.channel  # noqa: B018 - opened while an error can still be read
+    if hasattr(curses, "set_escdelay"):
+        curses.set_escdelay(25)
+    mine = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if mine else None
+    try:
+        curses.wrapper(partial(loop, receiver, state, tap, name, now))
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
+    """Show live tasks, workers and events in the terminal until the user quits.
+
+    `receiver` defaults to one on the default URL, `state` to a new one. Raises ImportError without curses, and
+    OSError when the socket cannot be opened.
+    """
+    source = Receiver() if receiver is None else receiver
+    try:
+        monitor(source, State() if state is None else state, Tap())
+    finally:
+        if receiver is None:
+            source.close()
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -2682,7 +2693,11 @@ def watch(options: Any) -> int:
 
     with ExitStack() as stack:
         record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
-        if record and options.file and os.path.sameopenfile(record.fileno(), stack.enter_context(open(options.file)).fileno()):
+        if (
+            record
+            and options.file
+            and os.path.sameopenfile(record.fileno(), stack.enter_context(open(options.file)).fileno())
+        ):
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
         receiver = None if options.file else stack.enter_context(listening(options))
@@ -2705,6 +2720,33 @@ def watch(options: Any) -> int:
     return 0
 
 
+def parse_field(word: str) -> tuple[str, Any]:
+    """Return name and value of "name=text" or "name:=json"."""
+    name, equals, text = word.partition("=")
+    if not equals or not name.rstrip(":"):
+        raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
+    if not name.endswith(":"):
+        return name, text
+    try:
+        return name[:-1], parse_json(text.encode("utf-8", "surrogateescape"))
+    except WireError as problem:
+        raise Failure(f"field is {word!r}: {problem}", 2) from None
+
+
+def send_lines(dispatcher: Dispatcher) -> int:
+    """Send the NDJSON on standard input; return how many lines were bad."""
+    failures = 0
+    for line, event in recorded("-"):
+        try:
+            if isinstance(event, WireError):
+                raise event
+            dispatcher.publish(event)
+        except (WireError, ValueError) as problem:
+            complain(f"line {line}: {problem}")
+            failures += 1
+    return failures
+
+
 def send(options: Any) -> int:
     """Send one event, or those on standard input, and say how many watchers confirmed."""
     fields = dict(map(parse_field, options.field))
@@ -2725,31 +2767,14 @@ def send(options: Any) -> int:
     return 1 if failures else 0
 
 
-def send_lines(dispatcher: Dispatcher) -> int:
-    """Send the NDJSON on standard input; return how many lines were bad."""
-    failures = 0
-    for line, event in recorded("-"):
-        try:
-            if isinstance(event, WireError):
-                raise event
-            dispatcher.publish(event)
-        except (WireError, ValueError) as problem:
-            complain(f"line {line}: {problem}")
-            failures += 1
-    return failures
+def amount(word: str) -> float:
+    """Return a number from the command line that is not negative."""
+    value = float(word) if re.fullmatch(r"[0-9]*\.?[0-9]*", word) and word not in ("", ".") else -1.0
+    if value < 0:
+        from argparse import ArgumentTypeError
 
-
-def parse_field(word: str) -> tuple[str, Any]:
-    """Return name and value of "name=text" or "name:=json"."""
-    name, equals, text = word.partition("=")
-    if not equals or not name.rstrip(":"):
-        raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
-    if not name.endswith(":"):
-        return name, text
-    try:
-        return name[:-1], parse_json(text.encode("utf-8", "surrogateescape"))
-    except WireError as problem:
-        raise Failure(f"field is {word!r}: {problem}", 2) from None
+        raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
+    return value
 
 
 def parser() -> Any:
@@ -2804,16 +2829,6 @@ def parser() -> Any:
     sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
     sub.add_argument("field", nargs="*", metavar="FIELD", help="name=text, or name:=json")
     return top
-
-
-def amount(word: str) -> float:
-    """Return a number from the command line that is not negative."""
-    value = float(word) if re.fullmatch(r"[0-9]*\.?[0-9]*", word) and word not in ("", ".") else -1.0
-    if value < 0:
-        from argparse import ArgumentTypeError
-
-        raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
-    return value
 
 
 def read_key_file(path: str) -> bytes:

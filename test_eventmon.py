@@ -1728,7 +1728,7 @@ def test_the_screen_shows_tasks_newest_first(monkeypatch):
     lines = shown(state, now=3664.0, lost=3)
     assert lines[3].rstrip() == "01:01:03 FAILURE   日本             bbbbbbbb w1           250ms  E('x')"
     assert lines[4].rstrip() == "01:01:02 STARTED   job              aaaaaaaa w1           2.0s"
-    assert "3 lost" in lines[1]
+    assert "3 lost" in lines[0]
 
 
 def test_hostile_text_becomes_harmless():
