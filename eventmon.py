@@ -2673,12 +2673,13 @@ def listening(options: Any) -> Receiver:
     return receiver
 
 
-def end_with_reader(receiver: Receiver | None) -> None:
+def end_with_reader(receiver: Receiver) -> None:
     """End the receiver's capture when whoever reads standard output from a pipe has gone, event or no event."""
-    if receiver is None or not hasattr(select, "poll"):
-        return
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # which waits for nothing but the end
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # which waits for nothing but the end
+    except (AttributeError, OSError):
+        return  # Windows has no poll(); a standard output that is no file has no reader
 
     def wait() -> None:
         poll.poll()
@@ -2693,11 +2694,7 @@ def watch(options: Any) -> int:
 
     with ExitStack() as stack:
         record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
-        if (
-            record
-            and options.file
-            and os.path.sameopenfile(record.fileno(), stack.enter_context(open(options.file)).fileno())
-        ):
+        if record and options.file and os.path.samefile(options.record, options.file):
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
         receiver = None if options.file else stack.enter_context(listening(options))
@@ -2712,8 +2709,9 @@ def watch(options: Any) -> int:
                 state.event(event)
             monitor(None, state, Tap(), options.file, heard_at(state.recent[-1]) if state.recent else None)
             return 0
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        if receiver:
             end_with_reader(receiver)
         for event in events:
             print(json_line(event) if options.json else plain_line(event), flush=True)
@@ -2763,7 +2761,8 @@ def send(options: Any) -> int:
         if sent and not dispatcher.stats["datagrams"]:
             raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher._problem)}", 1)
     events, by = f"{sent} event{'s' * (sent != 1)}", f"{watchers} watcher{'s' * (watchers != 1)}"
-    print(f"sent {events}, confirmed by {by}", file=sys.stderr, flush=True)
+    if sys.stderr:
+        print(f"sent {events}, confirmed by {by}", file=sys.stderr, flush=True)
     return 1 if failures else 0
 
 

@@ -1948,6 +1948,13 @@ def test_an_error_is_one_line_and_a_status(words, status, capsys):
     assert re.fullmatch(r"eventmon: [^\n]+\n", err)
 
 
+def test_the_command_line_can_be_called_from_python(capsys):
+    with Dispatcher() as dispatcher:
+        dispatcher.send("hello", n=1)
+        assert main(["watch", "--json", "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 1
+
+
 def test_send_says_when_nothing_could_be_sent():
     status, _, errors = run("send", "hello", "--url", "udp://no.such.host.invalid:7000")
     assert status == 1
