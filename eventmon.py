@@ -95,6 +95,7 @@ MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
 MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 32 << 20  # held back by a Receiver, of all streams, while something before it is missing
+MAX_JOINED = 32 << 20  # of all the events that arrive in parts
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 512  # sequence numbers looked at for one NAK, and
@@ -372,7 +373,7 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("heard", "position", "room", "stalled", "stamp")
+    __slots__ = ("address", "heard", "position", "room", "stalled", "stamp")
 
     def __init__(self, position: int) -> None:
         self.position = position  # everything up to this sequence number has arrived there
@@ -380,6 +381,7 @@ class Watcher:
         self.heard = -inf
         self.stalled = True  # not waited for, until it is seen to move on
         self.stamp = -1
+        self.address: Source | None = None
 
 
 class TransmitWindow:
@@ -407,9 +409,9 @@ class TransmitWindow:
     def add(self, frame: bytes) -> None:
         """Keep the datagram that has the sequence number `next`."""
         size = len(frame)
-        self.next += 1
         self.cost += size + DATAGRAM_COST
         self._kept.append((self.cost, frame))
+        self.next += 1
         self._size += size
         while self._size > self._limit and self.trail < self.pinned:
             self._forgotten, oldest = self._kept.popleft()
@@ -563,6 +565,8 @@ class ReceiveWindow:
             return []
         self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
         if seq != self.next and self._counts["held"] + size > MAX_HELD:
+            if seq < self.end:
+                self._gap_of(seq)[1].since = now
             return []  # it will be asked for again when there is room
         if seq < self.end:
             self._fill(seq, now)
@@ -629,8 +633,7 @@ class ReceiveWindow:
 
     def _fill(self, seq: int, now: float) -> None:
         """Take `seq`, which is missing, out of its gap."""
-        index = bisect_right(self.gaps, seq) - 1
-        gap = self.gaps[index]
+        index, gap = self._gap_of(seq)
         if gap.tries:
             self._counts["repaired"] += 1
         if seq > gap.first:
@@ -643,6 +646,10 @@ class ReceiveWindow:
             gap.due = max(gap.due, now + NAK_RETRY[0])
         if gap.first > gap.last:
             del self.gaps[index]
+
+    def _gap_of(self, seq: int) -> tuple[int, Gap]:
+        index = bisect_right(self.gaps, seq) - 1
+        return index, self.gaps[index]
 
     def _in_reach(self) -> Iterator[Gap]:
         """The gaps to ask for; a long one is cut where the reach ends, unless little of the reach is left."""
@@ -834,11 +841,11 @@ class Link:
         poll.register(self.socket, select.POLLIN)
         return bool(poll.poll(max(0.0, seconds * 1000)))
 
-    def receive(self) -> Iterator[bytes]:
-        """Yield datagrams that have arrived, a few."""
+    def receive(self) -> Iterator[tuple[bytes, Source]]:
+        """Yield datagrams that have arrived, a few, and their sources."""
         for _ in range(MAX_HEARD):
             try:
-                yield self.socket.recv(65536)
+                yield self.socket.recvfrom(65536)
             except BlockingIOError:
                 return
             except OSError:  # a watcher that is gone (ICMP; 10054 on Windows): nothing to read here
@@ -978,7 +985,7 @@ class Dispatcher:
     in `buffer_group` are held and sent together at `buffer_limit` events, at flush(), or 50 ms later. `freq`
     makes it a worker with a heartbeat every so many seconds. `key` (str or bytes, $EVENTMON_KEY if None)
     authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. A bad url
-    raises ValueError; the sockets are opened by the first event.
+    raises ValueError; the sockets are opened by the first event. Close it, or it lives as long as the process.
     """
 
     def __init__(
@@ -1007,7 +1014,7 @@ class Dispatcher:
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
-        self._closed = False
+        self._closed = self._exits = False
         self._begin()
         _dispatchers.add(self)
         if enabled:
@@ -1025,6 +1032,7 @@ class Dispatcher:
         self._link: Link | None = None
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
+        self._until = inf  # when the send() in hand has waited enough
         self._offset = utc_offset()
         self._active = self._processed = 0
 
@@ -1096,6 +1104,9 @@ class Dispatcher:
         Takes at most 50 ms with nobody watching, else 250 ms. Never raises, but for what a callback of `on_disabled`
         does. Also called at the exit of the interpreter.
         """
+        self._close(CLOSE_WATCHED)
+
+    def _close(self, timeout: float) -> None:
         if self._closed:
             return
         try:
@@ -1104,9 +1115,9 @@ class Dispatcher:
             with self._lock:
                 self._closed = True
                 self._send_buffer()
-            self._settle(CLOSE_ALONE, CLOSE_WATCHED, fresh=False)
+            self._settle(CLOSE_ALONE, timeout, fresh=False)
             with self._lock:
-                self._put(self._beat(b"bye"))
+                self._put_aside(b"bye")
                 link, self._link = self._link, None
             if link and self._thread.is_alive():
                 link.nudge()
@@ -1138,22 +1149,31 @@ class Dispatcher:
 
     def _wants(self, type: str) -> bool:
         if self._closed:
-            raise ValueError("the dispatcher is closed")
+            return self._refuse()
         return self.enabled and (self._groups is None or type.partition("-")[0] in self._groups)
+
+    def _refuse(self) -> bool:
+        """Say that nothing is sent any more: to the user who closed it, not to a thread that outlives the program."""
+        if self._exits:
+            return False
+        raise ValueError("the dispatcher is closed")
 
     def _post(self, type: str, event: Mapping[str, Any]) -> bool:
         body = format_json(event)
         if len(body) > MAX_EVENT:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
+        until = time.monotonic() + self._max_wait
         with self._lock:
             if self._closed:  # by another thread, since we looked
-                raise ValueError("the dispatcher is closed")
+                return self._refuse()
+            self._until = until  # a thread that has waited for the lock does not wait as long again
             self._counts["events"] += 1
             if self._buffered and type.partition("-")[0] in self._buffered:
                 self._hold(body)
             else:
                 self._send_buffer()  # what came first goes first
                 self._transmit(body)
+            self._until = inf
         return True
 
     def _hold(self, body: bytes) -> None:
@@ -1238,6 +1258,18 @@ class Dispatcher:
         if util:  # whose processes end without atexit
             util.Finalize(None, self.close, exitpriority=0)
 
+    def _put_aside(self, kind: bytes) -> None:
+        """Send a heartbeat to everyone, and to each live watcher aside, where no data stands in the way."""
+        self._put(self._beat(kind))
+        for watcher in self._window.live(time.monotonic()).values():
+            try:
+                frame = self._beat(kind)
+                frame = seal(frame, self._key, rising_time()) if self._key else frame
+                if self._link and watcher.address:
+                    self._link.socket.sendto(frame, watcher.address)
+            except OSError:
+                self._counts["errors"] += 1
+
     def _beat(self, kind: bytes) -> bytes:
         return format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
 
@@ -1245,11 +1277,11 @@ class Dispatcher:
 
     def _hear(self, now: float) -> None:
         """Take what watchers have answered and repair what they ask for."""
-        for data in self._link.receive() if self._link else ():
-            for frame in self._heed(data, now):
+        for data, source in self._link.receive() if self._link else ():
+            for frame in self._heed(data, source, now):
                 self._counts["repairs"] += self._put(frame)
 
-    def _heed(self, data: bytes, now: float) -> list[bytes]:
+    def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
         try:
             stamp = 0
@@ -1262,6 +1294,7 @@ class Dispatcher:
             position, name, room = frame.numbers
             if not self._window.confirm(name, position, room, stamp, now):
                 raise WireError("confirms what was not sent, or again")
+            self._window.watchers[name].address = source
         except WireError:
             self._counts["rejected"] += bool(data)  # not our own nudge
             return []
@@ -1273,12 +1306,14 @@ class Dispatcher:
         """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
         start = now = time.monotonic()
         waited = self._window.behind(now)
-        while self._link and self._window.behind(now) and now < start + self._max_wait:
-            if not self._link.wait(min(POLL, start + self._max_wait - now)):
+        until, self._until = min(self._until, start + self._max_wait), inf
+        while self._link and self._window.behind(now) and now < until:
+            if not self._link.wait(min(POLL, until - now)):
                 self._put(self._beat(b"poll"))
             now = time.monotonic()
             self._hear(now)
-        self._window.pass_over(waited, now)
+        if now >= start + self._max_wait:
+            self._window.pass_over(waited, now)
 
     def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
         """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
@@ -1297,7 +1332,7 @@ class Dispatcher:
                 if link is None or now >= start + timeout or done == live and now >= asked + patience:
                     return done
                 if now >= polled + POLL:
-                    self._put(self._beat(b"poll"))
+                    self._put_aside(b"poll")
                     polled = now
             link.wait(POLL)
             now = time.monotonic()
@@ -1369,10 +1404,12 @@ def after_fork() -> None:
 
 
 def at_exit() -> None:
-    """When the interpreter exits: close what is open."""
+    """When the interpreter exits: close what is open, all in the time of one."""
+    end = time.monotonic() + CLOSE_WATCHED
     for dispatcher in list(_dispatchers):
+        dispatcher._exits = True
         try:
-            dispatcher.close()
+            dispatcher._close(max(0.0, end - time.monotonic()))
         except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
             sys.excepthook(*sys.exc_info())
 
@@ -1426,7 +1463,7 @@ def __getattr__(name: str) -> Any:
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "acked", "cost", "event", "joined", "name", "pieces", "source", "stamp", "window")
+    __slots__ = ("ack_at", "acked", "cost", "event", "name", "pieces", "source", "stamp", "window")
 
     def __init__(self, source: Source, name: bytes, window: ReceiveWindow) -> None:
         self.source = source
@@ -1434,7 +1471,6 @@ class Stream:
         self.window = window
         self.event = (0, 0)  # one that arrives in parts: its first sequence number, and how many there are
         self.pieces: list[bytes] = []
-        self.joined = 0  # their bytes
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
         self.acked = -inf  # when we did
@@ -1479,6 +1515,7 @@ class Receiver:
         self._drained = inf  # up to this time, everything that arrived has been read
         self._mark = inf  # when we began to count what is read
         self._read_since = 0
+        self._joined = 0  # bytes of events that arrive in parts
         self._history = True
         self._ready: deque[Event] = deque()
 
@@ -1597,7 +1634,8 @@ class Receiver:
                 channel.settimeout(max(0.0005, min(patience, self._pause(MAX_SLEEP))))
             size, source = channel.recvfrom_into(self._buffer)
         except (BlockingIOError, socket.timeout):
-            self._ready.extend(self._stamp(self._advance(time.monotonic(), MAX_SLEEP)))
+            now = time.monotonic()
+            self._ready.extend(self._stamp(self._read_aside(now) + self._advance(now, MAX_SLEEP)))
             return bool(self._ready)
         except ConnectionError:  # Windows: an answer of ours found nobody
             return True
@@ -1612,6 +1650,15 @@ class Receiver:
         events += self._accept(bytes(self._buffer[:size]), source, now)
         self._ready.extend(self._stamp(events))
         return True
+
+    def _read_aside(self, now: float) -> list[Event]:
+        """Take a heartbeat that was sent to this watcher alone: what it tells of may have found the channel full."""
+        if self._answers is None or self._answers is self._channel:
+            return []
+        try:
+            return self._accept(*self._answers.recvfrom(MAX_DATAGRAM), now)
+        except OSError:
+            return []
 
     def _advance(self, drained: float, most: float) -> list[Event]:
         """Note that all that arrived before `drained` has been read, and mend what that shows to be broken.
@@ -1664,7 +1711,8 @@ class Receiver:
             _, oldest = self._streams.popitem(last=False)
             self._unconfirmed.pop(oldest, None)
             self._broken.pop(oldest, None)
-            self._counts["held"] -= oldest.window.size + oldest.joined
+            self._counts["held"] -= oldest.window.size
+            self._drop_pieces(oldest)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[identity] = Stream(source, frame.stream, window)
         self._plan_ack(stream, now)
@@ -1730,7 +1778,11 @@ class Receiver:
             self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
         events = []
         for frame in frames:
-            body = frame.body if frame.kind == b"data" else self._join(stream, frame)
+            if frame.kind == b"part":
+                body = self._join(stream, frame)
+            else:
+                self._drop_pieces(stream)
+                body = frame.body
             try:
                 if body is not None:
                     events += parse_events(body)
@@ -1745,19 +1797,24 @@ class Receiver:
             self._drop_pieces(stream)
             stream.event = (seq, total)
         elif stream.event != (seq - index, total) or index != len(stream.pieces):
-            return None  # something was given up, or we came in the middle
+            self._drop_pieces(stream)  # something was given up, or we came in the middle
+            return None
         stream.pieces.append(piece)
-        stream.joined += len(piece)
-        self._counts["held"] += len(piece)
-        if index + 1 < total and stream.joined <= MAX_EVENT and self._counts["held"] <= MAX_HELD:
+        self._joined += len(piece)
+        while self._joined > MAX_JOINED:  # what dead senders began goes first
+            self._drop_pieces(next(other for other in self._streams.values() if other.pieces))
+        if index + 1 < total or not stream.pieces:
             return None
         body = b"".join(stream.pieces)
-        self._drop_pieces(stream)
-        return body if index + 1 == total else None
+        self._joined -= len(body)
+        stream.pieces = []
+        return body
 
     def _drop_pieces(self, stream: Stream) -> None:
-        self._counts["held"] -= stream.joined
-        stream.pieces, stream.joined = [], 0
+        """Give up an event of which parts have come."""
+        self._counts["lost"] += len(stream.pieces)
+        self._joined -= sum(map(len, stream.pieces))
+        stream.pieces = []
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
@@ -2454,7 +2511,7 @@ class Tap:
         self,
         types: Sequence[str] = (),
         record: TextIO | None = None,
-        limit: float | None = None,
+        limit: int | None = None,
         timeout: float | None = None,
         wakeup: bool = True,
     ) -> None:
@@ -2748,6 +2805,8 @@ def send_lines(dispatcher: Dispatcher) -> int:
 def send(options: Any) -> int:
     """Send one event, or those on standard input, and say how many watchers confirmed."""
     fields = dict(map(parse_field, options.field))
+    if "type" in fields:
+        raise Failure("a field is called type, which is the first argument", 2)
     if options.type == "-" and fields:
         raise Failure("send - takes no fields", 2)
     failures = 0
@@ -2768,12 +2827,20 @@ def send(options: Any) -> int:
 
 def amount(word: str) -> float:
     """Return a number from the command line that is not negative."""
-    value = float(word) if re.fullmatch(r"[0-9]*\.?[0-9]*", word) and word not in ("", ".") else -1.0
-    if value < 0:
-        from argparse import ArgumentTypeError
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", word):
+        return float(word)
+    from argparse import ArgumentTypeError
 
-        raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
-    return value
+    raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
+
+
+def whole(word: str) -> int:
+    """Return a whole number from the command line that is not negative."""
+    if amount(word).is_integer():
+        return int(float(word))
+    from argparse import ArgumentTypeError
+
+    raise ArgumentTypeError(f"{word!r} is not a whole number")
 
 
 def parser() -> Any:
@@ -2817,7 +2884,7 @@ def parser() -> Any:
     sub.add_argument(
         "--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated"
     )
-    sub.add_argument("--limit", type=amount, metavar="N", help="stop after N events")
+    sub.add_argument("--limit", type=whole, metavar="N", help="stop after N events")
     sub.add_argument("--timeout", type=amount, metavar="S", help="stop after S seconds without an event")
     sub.add_argument("--no-history", action="store_true", help="begin with what is sent from now on")
     sub = command(
@@ -2826,7 +2893,7 @@ def parser() -> Any:
         "  python eventmon.py send deploy-done version=1.2 seconds:=8.5\n  python eventmon.py send - < recorded.jsonl",
     )
     sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
-    sub.add_argument("field", nargs="*", metavar="FIELD", help="name=text, or name:=json")
+    sub.add_argument("field", nargs="*", default=[], metavar="FIELD", help="name=text, or name:=json")
     return top
 
 
@@ -2848,7 +2915,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Failure("no command, expected one of watch and send; see --help", 2)
         if rest and (options.run is not send or rest[0].startswith("-")):
             raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
-        options.field = getattr(options, "field", []) + rest  # argparse leaves those behind an option
+        options.field = [*getattr(options, "field", []), *rest]  # argparse leaves those behind an option
         options.key = read_key_file(options.key_file) if options.key_file else None
         return int(options.run(options))
     except SystemExit as stop:
