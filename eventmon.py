@@ -350,6 +350,16 @@ def rising_time() -> int:
     return _last_stamp
 
 
+def opened(data: bytes, key: bytes) -> tuple[bytes, int]:
+    """Return a datagram as it is without a key, else unsealed, and its time in microseconds, 0 without a key."""
+    return unseal(data, key, time.time()) if key else (data, 0)
+
+
+def sealed(frame: bytes, key: bytes) -> bytes:
+    """Return a frame as it is without a key, else sealed now; the mirror of opened."""
+    return seal(frame, key, rising_time()) if key else frame
+
+
 def parse_ranges(body: bytes) -> Ranges:
     """Return the (first, last) pairs of a NAK, or raise WireError."""
     ranges = []
@@ -440,7 +450,7 @@ class TransmitWindow:
         watcher.stamp = stamp
         watcher.room = room
         watcher.heard = now
-        self._look_ahead(now)
+        self.look_ahead(now)
         return True
 
     def live(self, now: float) -> dict[int, Watcher]:
@@ -454,7 +464,7 @@ class TransmitWindow:
 
     def behind(self, now: float) -> dict[int, int]:
         """Return name -> position of the watchers to wait for: live ones that move on, with no room for more."""
-        self._look_ahead(now)
+        self.look_ahead(now)
         if self.cost <= self.horizon:
             return {}
         return {
@@ -469,7 +479,7 @@ class TransmitWindow:
             watcher = self.watchers.get(name)
             if watcher and watcher.position == position:
                 watcher.stalled = True
-        self._look_ahead(now)
+        self.look_ahead(now)
 
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
@@ -497,7 +507,8 @@ class TransmitWindow:
     def _cost_at(self, position: int) -> int:
         return self._kept[position - self.trail][0] if position >= self.trail else self._forgotten
 
-    def _look_ahead(self, now: float) -> None:
+    def look_ahead(self, now: float) -> None:
+        """Set the horizon by who is live and moves on."""
         waited = (watcher for watcher in self.live(now).values() if not watcher.stalled)
         self.horizon = min((self._cost_at(watcher.position) + watcher.room for watcher in waited), default=inf)
 
@@ -563,7 +574,6 @@ class ReceiveWindow:
             return []
         if not self._credible(seq, seq + 1):
             return []
-        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
         if seq != self.next and self._counts["held"] + size > MAX_HELD:
             if seq < self.end:
                 self._gap_of(seq)[1].since = now
@@ -581,7 +591,6 @@ class ReceiveWindow:
         """Take a heartbeat: there is data up to `lead`, and none can be had from before `trail`."""
         if not self._credible(lead, lead):
             return []
-        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
         self._extend(lead, now)
         items = []
         while self.gaps and self.gaps[0].first < trail:
@@ -618,8 +627,9 @@ class ReceiveWindow:
         return min(self._gives_up(), min(gap.due for gap in self._in_reach()))
 
     def _credible(self, lead: int, following: int) -> bool:
-        """Believe a long jump only when the next datagram confirms it (RFC 3550, appendix A.1)."""
+        """Believe a long jump only when the next datagram confirms it (RFC 3550, appendix A.1); what is earns credit."""
         if lead < self.end + MAX_AHEAD or lead == self._jump:
+            self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
             return True
         self._jump = following
         self._counts["malformed"] += 1
@@ -1117,7 +1127,7 @@ class Dispatcher:
                 self._send_buffer()
             self._settle(CLOSE_ALONE, timeout, fresh=False)
             with self._lock:
-                self._put_aside(b"bye")
+                self._put_everywhere(b"bye")
                 link, self._link = self._link, None
             if link and self._thread.is_alive():
                 link.nudge()
@@ -1139,12 +1149,11 @@ class Dispatcher:
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool) -> Event | None:
         if not self._wants(checked_type(type)):
             return None
-        event = Event(type, {"type": type, "timestamp": time.time(), "hostname": self.hostname, "pid": self.pid})
-        event["utcoffset"] = self._offset
+        ours = {"type": type, "timestamp": time.time(), "hostname": self.hostname, "pid": self.pid}
+        ours["utcoffset"] = self._offset
         if not blind:
-            event["clock"] = next(_ticks)
-        event.update(fields)
-        event["type"] = type
+            ours["clock"] = next(_ticks)
+        event = Event(type, {**ours, **fields})
         return event if self._post(type, event) else None
 
     def _wants(self, type: str) -> bool:
@@ -1220,12 +1229,15 @@ class Dispatcher:
         window.add(frame)
         self._put(frame)
 
-    def _put(self, frame: bytes) -> bool:
-        """Give the kernel a datagram; what it does not take now is repaired later."""
+    def _put(self, frame: bytes, aside: Source | None = None) -> bool:
+        """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
         if self._link is None:
             return False
         try:
-            self._link.send(seal(frame, self._key, rising_time()) if self._key else frame)
+            if aside:
+                self._link.socket.sendto(sealed(frame, self._key), aside)
+            else:
+                self._link.send(sealed(frame, self._key))
         except OSError as problem:
             self._counts["errors"] += 1
             self._problem = problem
@@ -1258,17 +1270,12 @@ class Dispatcher:
         if util:  # whose processes end without atexit
             util.Finalize(None, self.close, exitpriority=0)
 
-    def _put_aside(self, kind: bytes) -> None:
+    def _put_everywhere(self, kind: bytes) -> None:
         """Send a heartbeat to everyone, and to each live watcher aside, where no data stands in the way."""
-        self._put(self._beat(kind))
+        frame = self._beat(kind)
+        self._put(frame)
         for watcher in self._window.live(time.monotonic()).values():
-            try:
-                frame = self._beat(kind)
-                frame = seal(frame, self._key, rising_time()) if self._key else frame
-                if self._link and watcher.address:
-                    self._link.socket.sendto(frame, watcher.address)
-            except OSError:
-                self._counts["errors"] += 1
+            self._put(frame, watcher.address)
 
     def _beat(self, kind: bytes) -> bytes:
         return format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
@@ -1284,9 +1291,7 @@ class Dispatcher:
     def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
         try:
-            stamp = 0
-            if self._key:
-                data, stamp = unseal(data, self._key, time.time())
+            data, stamp = opened(data, self._key)
             frame = parse_frame(data)
             if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
                 raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
@@ -1332,7 +1337,7 @@ class Dispatcher:
                 if link is None or now >= start + timeout or done == live and now >= asked + patience:
                     return done
                 if now >= polled + POLL:
-                    self._put_aside(b"poll")
+                    self._put_everywhere(b"poll")
                     polled = now
             link.wait(POLL)
             now = time.monotonic()
@@ -1355,7 +1360,7 @@ class Dispatcher:
                     if now >= beat_at:
                         beat_at = now + BEAT
                         self._offset = utc_offset()
-                        self._window.behind(now)  # forgets watchers that are gone
+                        self._window.look_ahead(now)  # past watchers that are gone
                         self._put(self._beat(b"beat"))
                     if now >= buffer_at:
                         buffer_at = now + BUFFER_TIME / 2
@@ -1581,11 +1586,11 @@ class Receiver:
                     left -= 1
                     if not self._ready:
                         last = time.monotonic()
-                elif not (self._read(0.0) or self._read(min(patience, last + patience - time.monotonic()))):
-                    if time.monotonic() >= last + patience:
+                else:
+                    found = self._read(0.0) or self._read(min(patience, last + patience - time.monotonic()))
+                    expired = not self._ready and time.monotonic() >= last + patience
+                    if expired and (patience > 0 or not found):
                         return
-                elif patience > 0 and not self._ready and time.monotonic() >= last + patience:
-                    return
         finally:
             self._confirm(inf)  # the caller turns to other things
 
@@ -1609,7 +1614,7 @@ class Receiver:
         return self._stamp(events)
 
     def _pause(self, longest: float) -> float:
-        """Return for how many seconds, at most `longest`, a select() of your own may wait before the next capture."""
+        """Return for how many seconds, at most `longest`, nothing is to be confirmed or asked for."""
         return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
     # From here on: a datagram on its way to an event.
@@ -1684,9 +1689,7 @@ class Receiver:
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
             return parse_events(data)
-        stamp = 0
-        if self._key:
-            data, stamp = unseal(data, self._key, time.time())
+        data, stamp = opened(data, self._key)
         frame = parse_frame(data)
         if frame.kind in (b"ack", b"nak"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
@@ -1767,7 +1770,7 @@ class Receiver:
             return
         data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room), body)
         try:
-            self._answers.sendto(seal(data, self._key, rising_time()) if self._key else data, stream.source)
+            self._answers.sendto(sealed(data, self._key), stream.source)
         except OSError:
             pass  # as good as lost on the way: what matters is asked again
 
@@ -1778,11 +1781,9 @@ class Receiver:
             self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
         events = []
         for frame in frames:
-            if frame.kind == b"part":
-                body = self._join(stream, frame)
-            else:
+            if stream.pieces and frame.kind == b"data":
                 self._drop_pieces(stream)
-                body = frame.body
+            body = frame.body if frame.kind == b"data" else self._join(stream, frame)
             try:
                 if body is not None:
                     events += parse_events(body)

@@ -75,6 +75,15 @@ def watching(count=math.inf, **options):
             thread.join()
 
 
+def in_threads(work, names):
+    """Call work(name) for each name in a thread of its own, and wait for them."""
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def drop(sock, share):
     """Lose a share of what the socket receives, inside the kernel (a classic BPF filter over a random number)."""
     import ctypes
@@ -932,11 +941,7 @@ def test_threads_share_a_dispatcher():
             for n in range(200):
                 dispatcher.send("step", name=name, n=n)
 
-        threads = [threading.Thread(target=work, args=(name,)) for name in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, range(20))
         assert dispatcher.flush(20) == 1
         wait_until(lambda: len(events) == 4000)
     for name in range(20):
@@ -960,11 +965,7 @@ def test_threads_do_not_tear_each_others_large_events():
             for _ in range(5):
                 dispatcher.send("big", text=name * 300000)
 
-        threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, "abcd")
         assert dispatcher.flush(20) == 1
         wait_until(lambda: len(events) == 20)
     assert sorted(event["text"] for event in events) == sorted(name * 300000 for name in "abcd" for _ in range(5))
