@@ -123,7 +123,7 @@ CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first ans
 MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_FIELDS = 200  # of a task or a worker
+MAX_FIELDS = 200  # of a task or a worker from its events
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
@@ -1040,6 +1040,7 @@ class Dispatcher:
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
         self._buffer: list[bytes] = []
         self._link: Link | None = None
+        self._finalizer: Any = None
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
         self._until = inf  # when the send() in hand has waited enough
@@ -1129,6 +1130,8 @@ class Dispatcher:
             with self._lock:
                 self._put_everywhere(b"bye")
                 link, self._link = self._link, None
+            if self._finalizer:
+                self._finalizer.cancel()
             if link and self._thread.is_alive():
                 link.nudge()
                 self._thread.join(CLOSE_ALONE)
@@ -1268,7 +1271,7 @@ class Dispatcher:
         self._put(self._beat(b"beat"))  # whoever hears it confirms, so that a first flush() knows
         util = sys.modules.get("multiprocessing.util")
         if util:  # whose processes end without atexit
-            util.Finalize(None, self.close, exitpriority=0)
+            self._finalizer = util.Finalize(None, self.close, exitpriority=0)
 
     def _put_everywhere(self, kind: bytes) -> None:
         """Send a heartbeat to everyone, and to each live watcher aside, where no data stands in the way."""
@@ -1383,20 +1386,21 @@ class Dispatcher:
         with self._lock:
             self._active -= 1
             self._processed += 1
-        try:
-            self._send(type, {"uuid": uuid, **outcome}, False)
-        except ValueError:
-            pass  # closed meanwhile: the task's own end matters more
+        self._send_quietly(type, {"uuid": uuid, **outcome})
 
     def _send_worker(self, type: str) -> None:
         fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
         if hasattr(os, "getloadavg"):
             fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
         system = os.uname().sysname if hasattr(os, "uname") else sys.platform
+        self._send_quietly(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system})
+
+    def _send_quietly(self, type: str, fields: Mapping[str, Any]) -> None:
+        """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
         try:
-            self._send(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system}, False)
+            self._send(type, fields, False)
         except ValueError:
-            pass  # closed meanwhile, by another thread
+            pass  # closed meanwhile, or too large
 
 
 _dispatchers: WeakSet[Dispatcher] = WeakSet()
@@ -1447,9 +1451,7 @@ def log_handler() -> type:
                 task = _current_task.get()
                 if task:
                     fields["uuid"] = task.uuid
-                self.dispatcher._send(f"log-{record.levelname.lower()}", fields, False)
-            except ValueError:
-                pass  # the dispatcher is closed
+                self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
                 self.handleError(record)
 
@@ -1854,6 +1856,15 @@ def heard_at(event: Mapping[str, Any]) -> float:
     return number(event.get("local_received"), time.time())
 
 
+def fields_for(record: Mapping[str, Any], event: Mapping[str, Any], others: frozenset[str]) -> dict[str, Any]:
+    """Return the fields of an event, but for nulls and `others`, that a task's or a worker's dict has room for."""
+    fields = {key: value for key, value in event.items() if value is not None and key not in others}
+    if len(record) + len(fields) > MAX_FIELDS:
+        for key in [key for key in fields if key not in record][max(0, MAX_FIELDS - len(record)) :]:
+            del fields[key]
+    return fields
+
+
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
@@ -2112,9 +2123,7 @@ class State:
         known = self.workers.pop(hostname, None)
         worker = known or self._new_worker(hostname, event)
         self.workers[hostname] = worker  # now the last to be forgotten
-        for key, value in event.items():
-            if value is not None and key not in NOT_WORKERS and (key in worker or len(worker) < MAX_FIELDS):
-                worker[key] = value
+        worker.update(fields_for(worker, event, NOT_WORKERS))
         if not online:
             worker["heard"] = -inf
         if self.on_node_join and (joins or known is None and online):
@@ -2136,9 +2145,7 @@ class State:
         hostname = event.get("hostname")
         task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
         before = task["state"]
-        fields = {key: value for key, value in event.items() if value is not None and key not in NOT_FIELDS}
-        if len(task) + len(fields) > MAX_FIELDS:
-            fields = {key: value for key, value in fields.items() if key in task or len(task) < MAX_FIELDS // 2}
+        fields = fields_for(task, event, NOT_FIELDS)
         if self._is_news(task, event, state, transition):
             task.update(fields, state=state, timestamp=timestamp)
             if event.get("clock") is not None:

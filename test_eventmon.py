@@ -973,13 +973,30 @@ def test_threads_do_not_tear_each_others_large_events():
 
 def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
     code = (
-        "import eventmon, multiprocessing\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
+        "import eventmon, multiprocessing.util\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
         "if __name__ == '__main__':\n    p = multiprocessing.get_context('fork').Process(target=d.send, args=('task-x',))\n"
         "    p.start()\n    p.join()\n"
     )
     with watching() as (_, events):
         subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
         wait_until(lambda: events)
+
+
+def test_a_closed_dispatcher_is_not_kept_for_the_exit():
+    import gc
+    import multiprocessing.util
+    import weakref
+
+    dispatcher = Dispatcher()
+    dispatcher.send("x")
+    assert multiprocessing.util.__name__ in sys.modules
+    kept = weakref.ref(dispatcher)
+    dispatcher.close()
+    thread = dispatcher._thread
+    del dispatcher
+    thread.join()
+    gc.collect()
+    assert kept() is None
 
 
 def test_children_of_a_fork_go_on_sending():
@@ -1145,8 +1162,9 @@ def test_a_decorated_function_or_coroutine_function_is_a_task_at_each_call():
     assert len({event["uuid"] for event in events}) == 3
 
 
-def test_log_records_become_events():
+def test_log_records_become_events(capsys):
     logger = logging.getLogger("shop")
+    logger.propagate = False  # or the test runner's own handler gets them too
     with Receiver() as receiver, Dispatcher() as dispatcher:
         receiver.fileno()
         logger.addHandler(eventmon.LogHandler(dispatcher))
@@ -1157,6 +1175,11 @@ def test_log_records_become_events():
         except KeyError:
             logger.exception("lost it")
         events = [event for event in receiver.itercapture(limit=5, timeout=20) if event.group == "log"]
+    dispatcher.close()
+    logger.warning("nobody hears this")
+    logger.warning("%y", 1)
+    assert "ValueError" in capsys.readouterr().err
+    logger.handlers.clear()
     assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= events[
         0
     ].items()
@@ -1606,6 +1629,13 @@ def test_a_task_has_a_bounded_number_of_fields():
         state.event(Event("worker-heartbeat", hostname="w", **{f"field{n}": n}))
     assert len(state.tasks["t"]) <= eventmon.MAX_FIELDS
     assert len(state.workers["w"]) <= eventmon.MAX_FIELDS
+    many = {f"other{n}": n for n in range(1000)}
+    state.event(task_event("progress", uuid="u", field=1, **many))
+    state.event(Event("worker-online", hostname="v", field=1, **many))
+    for record in (state.tasks["u"], state.workers["v"]):
+        assert 0 < len(record.keys() & many.keys()) < eventmon.MAX_FIELDS
+    state.event(task_event("progress", uuid="u", field=2, new=2))
+    assert (state.tasks["u"]["field"], "new" in state.tasks["u"]) == (2, False)
 
 
 JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started"]
