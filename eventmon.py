@@ -2239,6 +2239,11 @@ def printable(value: Any) -> str:
     )
 
 
+def plural(noun: str, n: int) -> str:
+    """Return the noun as it stands behind `n`."""
+    return noun if n == 1 else f"{noun}s"
+
+
 def cells_of(char: str) -> int:
     """Return 2 for a wide character, 0 for a combining one, else 1 (Unicode Standard Annex 11)."""
     import unicodedata
@@ -2462,8 +2467,8 @@ KEYS: dict[str, Callable[[View, State, int, float], View]] = {
 def header(state: State, page: str, status: Mapping[str, Any], width: int, now: float) -> list[Line]:
     """Return the lines above the table: what is heard, what became of it, the headings."""
     rate = sum(state._tally(1, 5.0, now)) / 5
-    workers = len(state.alive_workers(now))
-    parts = [f"eventmon  {state.event_count:,} events  {rate:,.0f}/s  {workers} worker{'s' * (workers != 1)}"]
+    events, workers = state.event_count, len(state.alive_workers(now))
+    parts = [f"eventmon  {events:,} {plural('event', events)}  {rate:,.0f}/s  {workers} {plural('worker', workers)}"]
     alarms = [f"{status[name]:,} {name}" for name in ("lost", "rejected", "malformed") if status.get(name)]
     alarms += [f"{state.evicted:,} evicted"] if state.evicted else []
     tally = Counter(task["state"] for _, task in state.itertasks())
@@ -2827,9 +2832,9 @@ def send(options: Any) -> int:
         sent = dispatcher.stats["events"]
         if sent and not dispatcher.stats["datagrams"]:
             raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher._problem)}", 1)
-    events, by = f"{sent} event{'s' * (sent != 1)}", f"{watchers} watcher{'s' * (watchers != 1)}"
     if sys.stderr:
-        print(f"sent {events}, confirmed by {by}", file=sys.stderr, flush=True)
+        report = f"sent {sent} {plural('event', sent)}, confirmed by {watchers} {plural('watcher', watchers)}"
+        print(report, file=sys.stderr, flush=True)
     return 1 if failures else 0
 
 
