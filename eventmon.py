@@ -30,10 +30,12 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
               receive window puts it in order again, and knows what is missing
     gap       sequence numbers that a receiver misses; it sends a NAK (negative acknowledgement) for them and
               the sender repairs them: sends the same datagrams again
-    beat      heartbeat: lead and trail, sent every quarter second; poll is one to be confirmed at once, bye the last
+    beat      heartbeat: lead and trail, sent every quarter second, to be confirmed at once; bye is the last. A poll
+              only asks for a confirmation, since it may overtake data
     watcher   a Receiver as a Dispatcher knows it, by a random number; it confirms with an ack a position:
-              everything up to it has arrived. Its room is how much more fits its socket's buffer
-    cost      what a datagram takes of that buffer, in bytes
+              everything up to it has arrived. Its room is how much more fits its socket's buffer; what it has
+              taken, from all streams together, shows that it moves on
+    cost      what a datagram takes of that buffer, in bytes; room and taken are counted in it
     task, worker, state     as in Celery
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
@@ -41,8 +43,8 @@ The wire. A datagram is either bare JSON (an object with a "type", or an array o
     EM1 data STREAM SEQ                              body: an event, or an array of events, as JSON
     EM1 part STREAM SEQ INDEX COUNT                  body: piece INDEX (from 0) of COUNT of an event too big for one
     EM1 beat STREAM LEAD TRAIL                       also poll and bye; no body
-    EM1 ack STREAM POSITION WATCHER ROOM             from a watcher, by unicast; no body
-    EM1 nak STREAM POSITION WATCHER ROOM             body: the sequence numbers missing, as in "7 9-12"
+    EM1 ack STREAM POSITION WATCHER ROOM TAKEN       from a watcher, by unicast; no body
+    EM1 nak STREAM POSITION WATCHER ROOM TAKEN       body: the sequence numbers missing, as in "7 9-12"
 
 Fields are separated by one space, the header ends with a newline, numbers are decimal and below 10**19. With a
 key, two more fields end the header: the time of sending in microseconds since the epoch, and 32 hex digits of the
@@ -105,13 +107,15 @@ BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this 
 ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
 GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
 NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
-NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
+NAK_RETRY = 0.005, 0.01  # before the second one, doubling up to the longest
 NAK_CREDIT = 4  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
 REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask
 REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
 REPAIR_BURST = 2 << 20  # bytes of repairs at once
 MEND_PAUSE = 0.002  # between two looks at what is missing, whoever makes gaps
 ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
+ROOM = 1 << 20  # of a watcher's buffer that all senders together may fill
+SHARE_TIME = 0.05  # streams that send within this time share the room
 ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
 BUFFER_TIME = 0.05  # the longest that a buffered event waits
 MAX_SLEEP = 0.1  # between two looks at should_stop
@@ -282,7 +286,7 @@ def format_events(bodies: list[bytes]) -> bytes:
 
 
 MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
-LAYOUT = {b"data": 1, b"part": 3, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 3, b"nak": 3}  # kind -> numbers
+LAYOUT = {b"data": 1, b"part": 3, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
 
@@ -383,13 +387,14 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "heard", "position", "room", "stalled", "stamp")
+    __slots__ = ("address", "heard", "moved", "position", "room", "stamp", "taken")
 
     def __init__(self, position: int) -> None:
         self.position = position  # everything up to this sequence number has arrived there
         self.room = 0
+        self.taken = -1  # of all streams
         self.heard = -inf
-        self.stalled = True  # not waited for, until it is seen to move on
+        self.moved = -inf  # when it was last seen to move on; -inf: not waited for until it does
         self.stamp = -1
         self.address: Source | None = None
 
@@ -428,7 +433,7 @@ class TransmitWindow:
             self._size -= len(oldest)
             self.trail += 1
 
-    def confirm(self, name: int, position: int, room: int, stamp: int, now: float) -> bool:
+    def confirm(self, name: int, position: int, room: int, taken: int, stamp: int, now: float) -> bool:
         """Take note of what a watcher has confirmed; False if it cannot be true, or there are too many.
 
         `stamp` is the time in its seal, 0 without a key: one that does not go up is a replay.
@@ -444,11 +449,12 @@ class TransmitWindow:
             watcher = self.watchers[name] = Watcher(position)
         elif stamp and stamp <= watcher.stamp:
             return False
-        elif position > watcher.position:
-            watcher.position = position
-            watcher.stalled = False
+        if position > watcher.position or taken > watcher.taken:
+            watcher.position = max(position, watcher.position)
+            watcher.moved = now
         watcher.stamp = stamp
         watcher.room = room
+        watcher.taken = taken
         watcher.heard = now
         self.look_ahead(now)
         return True
@@ -462,24 +468,26 @@ class TransmitWindow:
         live = self.live(now).values()
         return sum(watcher.position == self.next - 1 for watcher in live), len(live)
 
-    def behind(self, now: float) -> dict[int, int]:
-        """Return name -> position of the watchers to wait for: live ones that move on, with no room for more."""
-        self.look_ahead(now)
-        if self.cost <= self.horizon:
-            return {}
-        return {
-            name: watcher.position
-            for name, watcher in self.live(now).items()
-            if not watcher.stalled and self._cost_at(watcher.position) + watcher.room < self.cost
-        }
+    def behind(self, now: float) -> list[Watcher]:
+        """Return the watchers to wait for: live ones that move on, with no room for more."""
+        return [watcher for watcher in self._waited_for(now) if self._limit_of(watcher) < self.cost]
 
-    def pass_over(self, waited: dict[int, int], now: float) -> None:
-        """Do not wait again for watchers that are where they were, until they move on."""
-        for name, position in waited.items():
-            watcher = self.watchers.get(name)
-            if watcher and watcher.position == position:
-                watcher.stalled = True
+    def pass_over(self, since: float, now: float) -> None:
+        """Wait no more for the watchers that have not moved on since then, until they do."""
+        for watcher in self.behind(now):
+            if watcher.moved < since:
+                watcher.moved = -inf
         self.look_ahead(now)
+
+    def look_ahead(self, now: float) -> None:
+        """Set the horizon by who is live and moves on."""
+        self.horizon = min(map(self._limit_of, self._waited_for(now)), default=inf)
+
+    def _waited_for(self, now: float) -> list[Watcher]:
+        return [watcher for watcher in self.live(now).values() if watcher.moved > -inf]
+
+    def _limit_of(self, watcher: Watcher) -> int:
+        return self._cost_at(watcher.position) + watcher.room
 
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
@@ -506,11 +514,6 @@ class TransmitWindow:
 
     def _cost_at(self, position: int) -> int:
         return self._kept[position - self.trail][0] if position >= self.trail else self._forgotten
-
-    def look_ahead(self, now: float) -> None:
-        """Set the horizon by who is live and moves on."""
-        waited = (watcher for watcher in self.live(now).values() if not watcher.stalled)
-        self.horizon = min((self._cost_at(watcher.position) + watcher.room for watcher in waited), default=inf)
 
 
 class Gap:
@@ -843,13 +846,17 @@ class Link:
         for sock in (self.socket, self._connected):
             sock.setsockopt(socket.SOL_SOCKET, share, 0)  # with nobody else
 
-    def wait(self, seconds: float) -> bool:
-        """Return whether something has arrived, within `seconds`; in any number of threads."""
-        if not hasattr(select, "poll"):
-            return bool(select.select([self.socket], [], [], max(0.0, seconds))[0])
-        poll = select.poll()  # unlike select() not limited to the first 1,024 files
-        poll.register(self.socket, select.POLLIN)
-        return bool(poll.poll(max(0.0, seconds * 1000)))
+    def wait(self, seconds: float) -> None:
+        """Wait until something has arrived, or for `seconds`; in any number of threads."""
+        try:
+            if not hasattr(select, "poll"):
+                select.select([self.socket], [], [], max(0.0, seconds))
+                return
+            poll = select.poll()  # unlike select() not limited to the first 1,024 files
+            poll.register(self.socket, select.POLLIN)
+            poll.poll(max(0.0, seconds * 1000))
+        except (OSError, ValueError):
+            pass  # closed meanwhile
 
     def receive(self) -> Iterator[tuple[bytes, Source]]:
         """Yield datagrams that have arrived, a few, and their sources."""
@@ -1034,7 +1041,7 @@ class Dispatcher:
         """Start a stream, with nothing sent: at first, and in the child of a fork."""
         self.pid = os.getpid()
         self.hostname = self._name or default_hostname()
-        self._lock = threading.Lock()  # whoever has it may number datagrams, hear watchers and wait for them
+        self._lock = threading.RLock()  # whoever has it may number datagrams and hear watchers
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
@@ -1043,7 +1050,6 @@ class Dispatcher:
         self._finalizer: Any = None
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
-        self._until = inf  # when the send() in hand has waited enough
         self._offset = utc_offset()
         self._active = self._processed = 0
 
@@ -1174,26 +1180,23 @@ class Dispatcher:
         body = format_json(event)
         if len(body) > MAX_EVENT:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        until = time.monotonic() + self._max_wait
+        buffered = self._buffered and type.partition("-")[0] in self._buffered
+        if self._window.cost > self._window.horizon and not (buffered and len(self._buffer) + 1 < self._buffer_limit):
+            self._wait_for_watchers()  # without the lock: each thread waits for itself
         with self._lock:
             if self._closed:  # by another thread, since we looked
                 return self._refuse()
-            self._until = until  # a thread that has waited for the lock does not wait as long again
             self._counts["events"] += 1
-            if self._buffered and type.partition("-")[0] in self._buffered:
-                self._hold(body)
-            else:
+            if not buffered:
                 self._send_buffer()  # what came first goes first
                 self._transmit(body)
-            self._until = inf
+            else:
+                self._buffer.append(body)
+                if len(self._buffer) >= self._buffer_limit:
+                    self._send_buffer()
+                else:
+                    self._open()  # whose thread sends it in time
         return True
-
-    def _hold(self, body: bytes) -> None:
-        self._buffer.append(body)
-        if len(self._buffer) >= self._buffer_limit:
-            self._send_buffer()
-        else:
-            self._open()  # whose thread sends it in time
 
     def _send_buffer(self) -> None:
         """Send what is buffered, as many events to a datagram as fit."""
@@ -1218,15 +1221,15 @@ class Dispatcher:
         starts = range(0, len(body), self._room)
         try:
             for index, start in enumerate(starts):
+                if self._window.cost > self._window.horizon:
+                    self._wait_for_watchers()
                 self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
         finally:
             self._window.pinned = inf
 
     def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
         window = self._window
-        if window.cost > window.horizon:
-            self._wait_for_watchers()
-        elif not window.next % LISTEN_EVERY:
+        if not window.next % LISTEN_EVERY:
             self._hear(time.monotonic())  # the thread gets few chances while a loop sends
         frame = format_frame(kind, self._stream, (window.next, *numbers), body)
         window.add(frame)
@@ -1299,8 +1302,8 @@ class Dispatcher:
             if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
                 raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
             ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
-            position, name, room = frame.numbers
-            if not self._window.confirm(name, position, room, stamp, now):
+            position, name, room, taken = frame.numbers
+            if not self._window.confirm(name, position, room, taken, stamp, now):
                 raise WireError("confirms what was not sent, or again")
             self._window.watchers[name].address = source
         except WireError:
@@ -1312,16 +1315,21 @@ class Dispatcher:
 
     def _wait_for_watchers(self) -> None:
         """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
-        start = now = time.monotonic()
-        waited = self._window.behind(now)
-        until, self._until = min(self._until, start + self._max_wait), inf
-        while self._link and self._window.behind(now) and now < until:
-            if not self._link.wait(min(POLL, until - now)):
-                self._put(self._beat(b"poll"))
+        start = now = polled = time.monotonic()
+        while True:
+            with self._lock:
+                self._hear(now)
+                link, behind = self._link, self._window.behind(now)
+                if not behind or link is None:
+                    return self._window.look_ahead(now)
+                if now >= start + self._max_wait:
+                    return self._window.pass_over(start, now)
+                if now >= polled + POLL:
+                    polled = now
+                    for watcher in behind:
+                        self._put(self._beat(b"poll"), watcher.address)
+            link.wait(min(POLL, start + self._max_wait - now))
             now = time.monotonic()
-            self._hear(now)
-        if now >= start + self._max_wait:
-            self._window.pass_over(waited, now)
 
     def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
         """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
@@ -1340,7 +1348,7 @@ class Dispatcher:
                 if link is None or now >= start + timeout or done == live and now >= asked + patience:
                     return done
                 if now >= polled + POLL:
-                    self._put_everywhere(b"poll")
+                    self._put_everywhere(b"beat")
                     polled = now
             link.wait(POLL)
             now = time.monotonic()
@@ -1522,6 +1530,10 @@ class Receiver:
         self._drained = inf  # up to this time, everything that arrived has been read
         self._mark = inf  # when we began to count what is read
         self._read_since = 0
+        self._taken = 0  # the cost of all data so far
+        self._busy: set[Stream] = set()  # streams confirmed with data since
+        self._busy_since = -inf
+        self._rivals = 0  # how many those were in the time before
         self._joined = 0  # bytes of events that arrive in parts
         self._history = True
         self._ready: deque[Event] = deque()
@@ -1635,6 +1647,7 @@ class Receiver:
         channel = self.channel
         now = time.monotonic()
         if now >= self._ack_due:
+            self._ready.extend(self._stamp(self._read_aside(now)))
             self._confirm(now)
         try:
             if patience > 0:
@@ -1659,13 +1672,15 @@ class Receiver:
         return True
 
     def _read_aside(self, now: float) -> list[Event]:
-        """Take a heartbeat that was sent to this watcher alone: what it tells of may have found the channel full."""
-        if self._answers is None or self._answers is self._channel:
-            return []
-        try:
-            return self._accept(*self._answers.recvfrom(MAX_DATAGRAM), now)
-        except OSError:
-            return []
+        """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
+        events: list[Event] = []
+        if self._answers is not self._channel:
+            for _ in range(MAX_HEARD):
+                try:
+                    events += self._accept(*self._answers.recvfrom(MAX_DATAGRAM), now)
+                except OSError:
+                    break
+        return events
 
     def _advance(self, drained: float, most: float) -> list[Event]:
         """Note that all that arrived before `drained` has been read, and mend what that shows to be broken.
@@ -1706,6 +1721,8 @@ class Receiver:
         self._streams.move_to_end(identity)
         lead, trail = frame.numbers
         self._plan_ack(stream, now)
+        if frame.kind == b"poll":  # it may have overtaken the data
+            return []
         return self._assemble(stream, stream.window.announce(lead, trail, self._clock))
 
     def _follow(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
@@ -1726,6 +1743,7 @@ class Receiver:
     def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
         seq = frame.numbers[0]
         stream.cost += size + DATAGRAM_COST
+        self._taken += size + DATAGRAM_COST
         if stream.ack_at == inf or stream.cost > self._space // 16:
             self._plan_ack(stream, now if stream.cost > self._space // 16 else now + ACK_DELAY)
         if stream.window.in_order(seq):
@@ -1765,12 +1783,18 @@ class Receiver:
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes) -> None:
         """Send an ack, or a NAK, which confirms as well, if there is a socket to send it with."""
-        room = self._space // 2 // max(1, len(self._unconfirmed))
+        now = time.monotonic()
+        if now > self._busy_since + SHARE_TIME:
+            self._rivals, self._busy, self._busy_since = len(self._busy), set(), now
+        if stream.cost:
+            self._busy.add(stream)
+        room = min(self._space // 2, ROOM) // max(1, self._rivals, len(self._busy))
+        room += min(stream.window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
-        stream.cost, stream.ack_at, stream.acked = 0, inf, time.monotonic()
+        stream.cost, stream.ack_at, stream.acked = 0, inf, now
         if self._answers is None:
             return
-        data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room), body)
+        data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room, self._taken), body)
         try:
             self._answers.sendto(sealed(data, self._key), stream.source)
         except OSError:

@@ -161,8 +161,8 @@ FRAMES = [
     ((b"beat", STREAM, (9, 2), b""), b"EM1 beat 0123456789abcdef 9 2\n"),
     ((b"poll", STREAM, (0, 1), b""), b"EM1 poll 0123456789abcdef 0 1\n"),
     ((b"bye", STREAM, (9, 2), b""), b"EM1 bye 0123456789abcdef 9 2\n"),
-    ((b"ack", STREAM, (9, 5, 4096), b""), b"EM1 ack 0123456789abcdef 9 5 4096\n"),
-    ((b"nak", STREAM, (9, 5, 4096), b"10 12-14"), b"EM1 nak 0123456789abcdef 9 5 4096\n10 12-14"),
+    ((b"ack", STREAM, (9, 5, 4096, 777), b""), b"EM1 ack 0123456789abcdef 9 5 4096 777\n"),
+    ((b"nak", STREAM, (9, 5, 4096, 777), b"10 12-14"), b"EM1 nak 0123456789abcdef 9 5 4096 777\n10 12-14"),
 ]
 
 
@@ -363,37 +363,53 @@ def test_repairs_are_bounded_whatever_is_asked():
     assert sent * 1000 <= eventmon.REPAIR_BURST + eventmon.REPAIR_RATE
 
 
+def names_behind(window, now):
+    return [name for name, watcher in window.watchers.items() if watcher in window.behind(now)]
+
+
 def test_a_sender_waits_for_a_live_watcher_without_room_that_moves_on():
     window = eventmon.TransmitWindow()
     room = 10 * eventmon.DATAGRAM_COST
     frames_in(window, 5)
-    window.confirm(1, 0, room, 0, now=0.0)
-    assert window.horizon == math.inf  # not seen to move on yet
-    window.confirm(1, 5, room, 0, now=0.1)
+    assert window.horizon == math.inf  # nobody watches
+    window.confirm(1, 5, room, 0, 0, now=0.0)
     frames_in(window, 14)
-    assert window.behind(0.1) == {}
+    assert names_behind(window, 0.1) == []
     frames_in(window, 15)
-    assert window.behind(0.1) == {1: 5}
-    window.pass_over({1: 5}, 0.11)
-    assert window.behind(0.11) == {}
-    window.confirm(1, 6, 0, 0, now=0.2)
-    assert window.behind(0.2) == {1: 6}
-    assert window.behind(0.2 + eventmon.ALIVE) == {}
+    assert names_behind(window, 0.1) == [1]
+    assert names_behind(window, eventmon.ALIVE) == []
+
+
+def test_a_watcher_that_stands_still_is_passed_over_until_it_moves_on():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 9)
+    window.confirm(1, 5, 0, 700, 0, now=0.0)
+    window.pass_over(since=0.0, now=0.01)  # it has just moved
+    assert names_behind(window, 0.01) == [1]
+    window.confirm(1, 5, 0, 700, 0, now=0.02)
+    window.pass_over(since=0.01, now=0.02)
+    assert names_behind(window, 0.02) == []
+    assert window.horizon == math.inf
+    window.confirm(1, 5, 0, 701, 0, now=0.03)  # busy with another stream
+    assert names_behind(window, 0.03) == [1]
+    window.pass_over(since=0.04, now=0.05)
+    window.confirm(1, 6, 0, 701, 0, now=0.06)
+    assert names_behind(window, 0.06) == [1]
 
 
 def test_a_confirmation_of_what_was_not_sent_is_refused():
     window = eventmon.TransmitWindow()
     frames_in(window, 5)
-    assert not window.confirm(1, 6, 0, 0, 0.0)
-    assert window.confirm(1, 5, 0, 0, 0.0)
+    assert not window.confirm(1, 6, 0, 0, 0, 0.0)
+    assert window.confirm(1, 5, 0, 0, 0, 0.0)
     assert window.confirmed(0.0) == (1, 1)
     assert window.confirmed(5.0) == (0, 0)
 
 
 def test_a_sender_listens_to_a_bounded_number_of_watchers():
     window = eventmon.TransmitWindow()
-    assert [window.confirm(name, 0, 0, 0, 0.0) for name in range(100)].count(True) == eventmon.MAX_WATCHERS
-    assert window.confirm(1000, 0, 0, 0, 2.0)  # the others are gone
+    assert [window.confirm(name, 0, 0, 0, 0, 0.0) for name in range(100)].count(True) == eventmon.MAX_WATCHERS
+    assert window.confirm(1000, 0, 0, 0, 0, 2.0)  # the others are gone
 
 
 def receive_window(start=1):
@@ -588,7 +604,7 @@ class VirtualSender:
     def asked(self, watcher, position, ranges):
         if self.dead:
             return
-        assert self.window.confirm(id(watcher), position, 10**6, 0, self.network.now)
+        assert self.window.confirm(id(watcher), position, 10**6, 0, 0, self.network.now)
         if ranges and ranges[0][0] < self.window.trail:
             self.everyone("hear_beat", self.window.next - 1, self.window.trail)
         for frame in self.window.repairs(ranges, 10**6, self.network.now):
@@ -1434,7 +1450,7 @@ def test_an_answer_without_the_key_or_seen_before_does_nothing():
     dispatcher = Dispatcher(key="secret")
     dispatcher._open = lambda: None
     dispatcher.send("a")
-    nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, 7, 4096), b"1")
+    nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, 7, 4096, 0), b"1")
     sealed = eventmon.seal(nak, b"secret", eventmon.rising_time())
     assert len(dispatcher._heed(sealed, SOURCE, 1.0)) == 1
     for bad in (nak, sealed, eventmon.seal(nak, b"wrong", eventmon.rising_time()), b"x", nak + b"1"):
