@@ -559,6 +559,8 @@ class ReceiveWindow:
         self._held: dict[int, tuple[Any, int]] = {}
         self._credit = 0
         self._repaired_at = now
+        self._origin = 1  # when next is there, nothing has come yet
+        self._trail = 0  # of the sender: nothing before it can be had
         self._jump = -1
         self._jitter = jitter
         self._counts = counts
@@ -590,15 +592,11 @@ class ReceiveWindow:
         self._counts["held"] += size
         return self._deliver()
 
-    def announce(self, lead: int, trail: int, now: float) -> list[Any]:
+    def announce(self, lead: int, trail: int, now: float) -> None:
         """Take a heartbeat: there is data up to `lead`, and none can be had from before `trail`."""
-        if not self._credible(lead, lead):
-            return []
-        self._extend(lead, now)
-        items = []
-        while self.gaps and self.gaps[0].first < trail:
-            items += self._abandon(min(self.gaps[0].last, trail - 1), counted=self.next > 1)
-        return items
+        if self._credible(lead, lead):
+            self._extend(lead, now)
+            self._trail = max(self._trail, trail)
 
     def missing(self, now: float) -> Ranges:
         """Return what to send NAKs for now."""
@@ -617,10 +615,20 @@ class ReceiveWindow:
         return ranges
 
     def overdue(self, now: float) -> list[Any]:
-        """Give up what has been missing for too long; return the items that may now be delivered."""
+        """Give up what cannot be had, or is missing for too long; return the items that may now be delivered."""
         items = []
         while self.gaps and now >= self._gives_up():
-            items += self._abandon(self.gaps[0].last, counted=True)
+            gap = self.gaps[0]
+            gone = gap.first < self._trail
+            last = min(gap.last, self._trail - 1) if gone else gap.last
+            if gone and gap.first == self._origin:  # it was gone before we came
+                self._origin = last + 1
+            else:
+                self._counts["lost"] += last - gap.first + 1
+            self.next = gap.first = last + 1
+            if gap.first > gap.last:
+                del self.gaps[0]
+            items += self._deliver()
         return items
 
     def due(self) -> float:
@@ -677,16 +685,6 @@ class ReceiveWindow:
             if not reach:
                 return
 
-    def _abandon(self, last: int, counted: bool) -> list[Any]:
-        """Give up the first gap up to and with `last`; return the items that were held back for it."""
-        gap = self.gaps[0]
-        if counted:
-            self._counts["lost"] += last - gap.first + 1
-        self.next = gap.first = last + 1
-        if gap.first > gap.last:
-            del self.gaps[0]
-        return self._deliver()
-
     def _deliver(self) -> list[Any]:
         items = []
         while self.next in self._held:
@@ -698,8 +696,10 @@ class ReceiveWindow:
         return items
 
     def _gives_up(self) -> float:
-        """When the first gap has been asked for long enough, or is long known and nothing is being repaired."""
+        """When the first gap is asked for long enough, or long known and nothing is being repaired, or beyond repair."""
         gap = self.gaps[0]
+        if gap.first < self._trail:
+            return -inf
         return min(gap.since, max(gap.known, self._repaired_at)) + GIVE_UP
 
 
@@ -1723,7 +1723,8 @@ class Receiver:
         self._plan_ack(stream, now)
         if frame.kind == b"poll":  # it may have overtaken the data
             return []
-        return self._assemble(stream, stream.window.announce(lead, trail, self._clock))
+        stream.window.announce(lead, trail, self._clock)
+        return self._assemble(stream, [])
 
     def _follow(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
         """Begin to follow a stream: from the start of what can be had, or from now."""

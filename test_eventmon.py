@@ -459,7 +459,7 @@ def test_a_gap_is_asked_for_after_a_moment_and_again():
 def test_the_loss_of_the_last_is_noticed_by_a_heartbeat():
     window, _ = receive_window()
     arrive(window, 1)
-    assert window.announce(3, 1, 0.0) == []
+    window.announce(3, 1, 0.0)
     assert window.missing(1.0) == [(2, 3)]
 
 
@@ -481,12 +481,16 @@ def test_what_a_silent_sender_leaves_missing_is_given_up_after_a_second():
 def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late():
     window, counts = receive_window()
     assert arrive(window, 1, 8) == [1]
-    assert window.announce(9, 7, 0.0) == []
+    window.announce(9, 7, 0.0)
+    assert window.due() == -math.inf
+    assert window.overdue(0.0) == []
     assert counts["lost"] == 5
     assert arrive(window, 7) == [7, 8]
     late, counts = receive_window()
     assert arrive(late, 100) == []
-    assert late.announce(100, 98, 0.0) == []
+    late.missing(0.0)  # which looks at the gap piece by piece
+    late.announce(100, 98, 0.0)
+    assert late.overdue(0.0) == []
     assert late.missing(1.0) == [(98, 99)]
     assert counts["lost"] == 0
 
@@ -494,7 +498,8 @@ def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late
 def test_only_what_was_gone_before_the_first_came_is_not_lost():
     window, counts = receive_window()
     arrive(window, 50)
-    assert window.announce(100, 90, 0.0) == [50]
+    window.announce(100, 90, 0.0)
+    assert window.overdue(0.0) == [50]
     assert counts["lost"] == 39
 
 
@@ -633,7 +638,7 @@ class VirtualWatcher:
     def hear_beat(self, sender, lead, trail):
         if self.network.now >= self.joins:
             window = self.window(sender)
-            self.got[sender] += window.announce(lead, trail, self.network.now)
+            window.announce(lead, trail, self.network.now)
             self.network.carry(sender.asked, self, window.next - 1, [])
             self.plan(sender)
 
