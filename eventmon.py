@@ -96,7 +96,7 @@ DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram 
 MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
 MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
-MAX_HELD = 32 << 20  # held back by a Receiver, of all streams, while something before it is missing
+MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
 MAX_JOINED = 32 << 20  # of all the events that arrive in parts
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
@@ -402,18 +402,18 @@ class Watcher:
 class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes; an event
-    larger than that is kept whole until the next one.
+    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes; but the last two
+    events in parts are kept whole as long as a receiver asks for them, even if they are larger.
     """
 
     def __init__(self, limit: int = HISTORY) -> None:
         self.trail = 1
         self.next = 1
-        self.pinned: float = inf  # the first datagram of an event that is being sent in parts
         self.cost = 0  # of everything sent so far
         self.horizon: float = inf  # the cost from which on a watcher has to be waited for
         self.watchers: dict[int, Watcher] = {}
         self._limit = limit
+        self._whole: deque[list[float]] = deque(maxlen=2)  # events in parts: first datagram, until when to keep it
         self._kept: deque[tuple[int, bytes]] = deque()  # trail to lead: the cost up to and with it, the datagram
         self._size = 0
         self._forgotten = 0  # the cost of everything before the trail
@@ -428,7 +428,20 @@ class TransmitWindow:
         self._kept.append((self.cost, frame))
         self.next += 1
         self._size += size
-        while self._size > self._limit and self.trail < self.pinned:
+        if self._size > self._limit:
+            self._forget()
+
+    def begin(self) -> None:
+        """Keep what is added from now on until end(), and then for as long as a receiver may ask for it."""
+        self._whole.append([self.next, inf])
+
+    def end(self, now: float) -> None:
+        """End what begin() began."""
+        self._whole[-1][1] = now + GIVE_UP
+
+    def _forget(self) -> None:
+        kept_from = self._whole[0][0] if self._whole else inf
+        while self._size > self._limit and self.trail < kept_from:
             self._forgotten, oldest = self._kept.popleft()
             self._size -= len(oldest)
             self.trail += 1
@@ -480,7 +493,10 @@ class TransmitWindow:
         self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:
-        """Set the horizon by who is live and moves on."""
+        """Set the horizon by who is live and moves on; forget what nobody asks for any more."""
+        while self._whole and now > self._whole[0][1]:
+            self._whole.popleft()
+            self._forget()
         self.horizon = min(map(self._limit_of, self._waited_for(now)), default=inf)
 
     def _waited_for(self, now: float) -> list[Watcher]:
@@ -1217,7 +1233,7 @@ class Dispatcher:
         self._open()
         if len(body) <= self._room:
             return self._put_data(b"data", (), body)
-        self._window.pinned = self._window.next
+        self._window.begin()
         starts = range(0, len(body), self._room)
         try:
             for index, start in enumerate(starts):
@@ -1225,7 +1241,7 @@ class Dispatcher:
                     self._wait_for_watchers()
                 self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
         finally:
-            self._window.pinned = inf
+            self._window.end(time.monotonic())
 
     def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
         window = self._window

@@ -335,16 +335,20 @@ def test_the_history_is_bounded_and_keeps_the_newest():
     assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
 
 
-def test_an_event_larger_than_the_history_is_kept_whole_until_the_next_one():
+def test_the_last_two_events_in_parts_are_kept_whole_while_a_receiver_may_ask_for_them():
     window = eventmon.TransmitWindow(limit=10)
+    for now in (0.0, 0.1, 0.2):
+        window.add(b"xxx")
+        window.begin()
+        for _ in range(20):
+            window.add(b"part")
+        window.end(now)
     window.add(b"xxx")
-    window.pinned = window.next
-    for _ in range(20):
-        window.add(b"part")
-    assert window.trail == 2
-    window.pinned = math.inf
-    window.add(b"xxx")
-    assert window.trail == 21
+    assert window.trail == 23
+    window.look_ahead(0.2 + eventmon.GIVE_UP)
+    assert window.trail == 44
+    window.look_ahead(0.3 + eventmon.GIVE_UP)
+    assert window.trail == 63
 
 
 def test_a_repair_asked_for_by_several_watchers_goes_out_once():
