@@ -98,6 +98,7 @@ MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
 MAX_JOINED = 32 << 20  # of all the events that arrive in parts
+MAX_PARTS = MAX_EVENT // 1024  # of an event; each but the last is longer than that
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 512  # sequence numbers looked at for one NAK, and
@@ -837,7 +838,8 @@ class Link:
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
             self.socket.bind((url.interface if is_address(url.interface) else "", 0))
-            target = socket.gethostbyname(url.host), url.port
+            host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
+            target: Source = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)[0][4]  # type: ignore[assignment]
             if is_group(url.host) and sys.platform != "win32":
                 self._connect(url, target)
                 self.send: Callable[[bytes], int] = self._connected.send
@@ -925,6 +927,8 @@ def utc_offset() -> float:
 def key_from(key: str | bytes | None) -> bytes:
     """Return the key to use, the environment's where none is given, b"" for none."""
     key = os.environ.get("EVENTMON_KEY", "") if key is None else key
+    if key:
+        import hmac  # noqa: F401 - not in a send(), beside which the program may fork while it is being imported
     return key.encode() if isinstance(key, str) else bytes(key)
 
 
@@ -1361,7 +1365,8 @@ class Dispatcher:
                 link = self._link
                 done, live = self._window.confirmed(now)
                 asked = start if fresh and not live else self._opened
-                if link is None or now >= start + timeout or done == live and now >= asked + patience:
+                mute = link is None or not self._counts["datagrams"]  # nobody can have heard us
+                if mute or now >= start + timeout or done == live and now >= asked + patience:
                     return done
                 if now >= polled + POLL:
                     self._put_everywhere(b"beat")
@@ -1550,7 +1555,8 @@ class Receiver:
         self._busy: set[Stream] = set()  # streams confirmed with data since
         self._busy_since = -inf
         self._rivals = 0  # how many those were in the time before
-        self._joined = 0  # bytes of events that arrive in parts
+        self._joining: dict[Stream, None] = {}  # streams of which an event arrives in parts, the oldest first
+        self._joined = 0  # bytes of all those parts
         self._history = True
         self._ready: deque[Event] = deque()
 
@@ -1824,12 +1830,14 @@ class Receiver:
             self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
         events = []
         for frame in frames:
-            if stream.pieces and frame.kind == b"data":
-                self._drop_pieces(stream)
-            body = frame.body if frame.kind == b"data" else self._join(stream, frame)
             try:
-                if body is not None:
-                    events += parse_events(body)
+                if frame.kind == b"part":
+                    body = self._join(stream, frame)
+                    events += parse_events(body) if body else []
+                else:
+                    if stream.pieces:
+                        self._drop_pieces(stream)
+                    events += parse_events(frame.body)
             except WireError as problem:
                 self._counts[problem.counted] += 1
         return events
@@ -1837,6 +1845,8 @@ class Receiver:
     def _join(self, stream: Stream, frame: Frame) -> bytes | None:
         """Add a piece to the event that arrives in parts; return the event with its last one."""
         (seq, index, total), piece = frame.numbers, frame.body
+        if total > MAX_PARTS:
+            raise WireError(f"an event of {total} parts, expected at most {MAX_PARTS}")
         if index == 0:
             self._drop_pieces(stream)
             stream.event = (seq, total)
@@ -1844,21 +1854,23 @@ class Receiver:
             self._drop_pieces(stream)  # something was given up, or we came in the middle
             return None
         stream.pieces.append(piece)
+        self._joining[stream] = None
         self._joined += len(piece)
         while self._joined > MAX_JOINED:  # what dead senders began goes first
-            self._drop_pieces(next(other for other in self._streams.values() if other.pieces))
-        if index + 1 < total or not stream.pieces:
-            return None
+            self._drop_pieces(next(iter(self._joining)))
+        return self._take_pieces(stream) if index + 1 == total and stream.pieces else None
+
+    def _take_pieces(self, stream: Stream) -> bytes:
         body = b"".join(stream.pieces)
-        self._joined -= len(body)
         stream.pieces = []
+        self._joining.pop(stream, None)
+        self._joined -= len(body)
         return body
 
     def _drop_pieces(self, stream: Stream) -> None:
         """Give up an event of which parts have come."""
         self._counts["lost"] += len(stream.pieces)
-        self._joined -= sum(map(len, stream.pieces))
-        stream.pieces = []
+        self._take_pieces(stream)
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
