@@ -101,8 +101,8 @@ MAX_JOINED = 32 << 20  # of all the events that arrive in parts
 MAX_PARTS = MAX_EVENT // 1024  # of an event; each but the last is longer than that
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
-MAX_ASKED = 512  # sequence numbers looked at for one NAK, and
-MAX_HEARD = 4  # answers heard at a time, so that no send() waits long for the repairs
+MAX_ASKED = 512  # sequence numbers looked at for one NAK, so that no send() waits long for the repairs
+MAX_ASIDE = 16  # heartbeats that a watcher reads at a time beside the data
 MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
 BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this time
 ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
@@ -876,15 +876,12 @@ class Link:
         except (OSError, ValueError):
             pass  # closed meanwhile
 
-    def receive(self) -> Iterator[tuple[bytes, Source]]:
-        """Yield datagrams that have arrived, a few, and their sources."""
-        for _ in range(MAX_HEARD):
-            try:
-                yield self.socket.recvfrom(65536)
-            except BlockingIOError:
-                return
-            except OSError:  # a watcher that is gone (ICMP; 10054 on Windows): nothing to read here
-                return
+    def receive(self) -> tuple[bytes, Source] | None:
+        """Return a datagram that has arrived and its source, or None."""
+        try:
+            return self.socket.recvfrom(65536)
+        except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
+            return None
 
     def nudge(self) -> None:
         """End a wait() in another thread."""
@@ -1309,10 +1306,10 @@ class Dispatcher:
     # Listening to watchers.
 
     def _hear(self, now: float) -> None:
-        """Take what watchers have answered and repair what they ask for."""
-        for data, source in self._link.receive() if self._link else ():
-            for frame in self._heed(data, source, now):
-                self._counts["repairs"] += self._put(frame)
+        """Take an answer of a watcher, if there is one, and repair what it asks for."""
+        answer = self._link and self._link.receive()
+        for frame in self._heed(*answer, now) if answer else ():
+            self._counts["repairs"] += self._put(frame)
 
     def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
@@ -1697,7 +1694,7 @@ class Receiver:
         """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
         events: list[Event] = []
         if self._answers is not self._channel:
-            for _ in range(MAX_HEARD):
+            for _ in range(MAX_ASIDE):
                 try:
                     events += self._accept(*self._answers.recvfrom(MAX_DATAGRAM), now)
                 except OSError:
