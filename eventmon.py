@@ -404,7 +404,7 @@ class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
     Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes; but the last two
-    events in parts are kept whole as long as a receiver asks for them, even if they are larger.
+    large events are kept whole for as long as a receiver asks for them.
     """
 
     def __init__(self, limit: int = HISTORY) -> None:
@@ -414,7 +414,7 @@ class TransmitWindow:
         self.horizon: float = inf  # the cost from which on a watcher has to be waited for
         self.watchers: dict[int, Watcher] = {}
         self._limit = limit
-        self._whole: deque[list[float]] = deque(maxlen=2)  # events in parts: first datagram, until when to keep it
+        self._whole: deque[list[float]] = deque(maxlen=2)  # large events: first datagram, until when to keep it
         self._kept: deque[tuple[int, bytes]] = deque()  # trail to lead: the cost up to and with it, the datagram
         self._size = 0
         self._forgotten = 0  # the cost of everything before the trail
@@ -1234,7 +1234,9 @@ class Dispatcher:
         self._open()
         if len(body) <= self._room:
             return self._put_data(b"data", (), body)
-        self._window.begin()
+        large = len(body) > HISTORY // 2
+        if large:
+            self._window.begin()
         starts = range(0, len(body), self._room)
         try:
             for index, start in enumerate(starts):
@@ -1242,7 +1244,8 @@ class Dispatcher:
                     self._wait_for_watchers()
                 self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
         finally:
-            self._window.end(time.monotonic())
+            if large:
+                self._window.end(time.monotonic())
 
     def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
         window = self._window

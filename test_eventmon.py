@@ -338,7 +338,7 @@ def test_the_history_is_bounded_and_keeps_the_newest():
     assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
 
 
-def test_the_last_two_events_in_parts_are_kept_whole_while_a_receiver_may_ask_for_them():
+def test_the_last_two_large_events_are_kept_whole_while_a_receiver_may_ask_for_them():
     window = eventmon.TransmitWindow(limit=10)
     for now in (0.0, 0.1, 0.2):
         window.add(b"xxx")
@@ -939,6 +939,7 @@ def test_large_and_small_events_arrive_over_sockets_that_lose_a_tenth():
         lose(0.1, receiver.channel, receiver._answers, dispatcher._link.socket)
         for size in sizes:
             dispatcher.send("size", x="x" * size)
+        assert sum(len(frame) for _, frame in dispatcher._window._kept) > 14 << 20  # both, whole, to repair them
         assert dispatcher.flush(30) == 1
         wait_until(lambda: len(events) == 1 + len(sizes))
         assert receiver.stats["lost"] == 0
@@ -1026,13 +1027,13 @@ def test_while_one_thread_waits_for_a_watcher_others_go_on():
         dispatcher.send("step")
         dispatcher._heed(eventmon.format_frame(b"ack", dispatcher._stream, (1, 7, 0, 0)), SOURCE, time.monotonic())
         dispatcher.send("step")  # the watcher has no room for another
-        waiting, go_on, wait = threading.Event(), threading.Event(), dispatcher._link.wait
+        waiting, go_on, wait, went_on = threading.Event(), threading.Event(), dispatcher._link.wait, []
         thread = threading.Thread(target=dispatcher.send, args=("step",))
 
         def stand_still(seconds):
             if threading.current_thread() is thread:
                 waiting.set()
-                go_on.wait(20)
+                went_on.append(go_on.wait(10))
             wait(seconds)
 
         dispatcher._link.wait = stand_still
@@ -1041,12 +1042,13 @@ def test_while_one_thread_waits_for_a_watcher_others_go_on():
         assert dispatcher.stats["events"] == 2  # the lock is free
         go_on.set()
         thread.join()
+        assert all(went_on)
         assert dispatcher.stats["events"] == 3
 
 
 def test_a_send_imports_nothing_so_that_a_fork_beside_it_finds_no_import_under_way():
     code = (
-        "import eventmon, sys\nd = eventmon.Dispatcher(key='secret', freq=60)\nbefore = set(sys.modules)\n"
+        "import eventmon, sys\nd = eventmon.Dispatcher(key='secret')\nbefore = set(sys.modules)\n"
         "d.send('hello', x={1}, y='x' * 100000)\nd.flush()\nprint(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, capture_output=True, check=True)
@@ -1416,6 +1418,14 @@ def test_any_bytes_are_counted_and_never_raise():
     assert [event.type for data in fresh for event in receiver.handle_message(data, SOURCE)] == ["still", "here"]
 
 
+def test_an_event_of_more_parts_than_there_can_be_is_malformed():
+    receiver = Receiver()
+    for seq in range(1, 4):
+        receiver.handle_message(eventmon.format_frame(b"part", STREAM, (seq, seq - 1, 10**9), b""), SOURCE)
+    assert receiver.stats["malformed"] == 3
+    assert not receiver._joining
+
+
 def test_the_number_of_streams_is_bounded():
     receiver = Receiver()
     for n in range(eventmon.MAX_STREAMS + 100):
@@ -1514,6 +1524,43 @@ def test_streams_that_send_at_the_same_time_share_the_room():
     confirmed(range(1, 5), 1)  # now they are known to send together
     assert sum(confirmed(range(1, 5), 2).values()) <= eventmon.ROOM
     assert confirmed([1], 3)[1] <= eventmon.ROOM // 4
+
+
+def test_what_is_held_back_behind_a_gap_has_made_room():
+    receiver = Receiver()
+    receiver._answers = answers = Answers()
+    for seq in (1, 3):
+        receiver.handle_message(eventmon.format_frame(b"data", STREAM, (seq,), b'{"type":"x"}'), SOURCE)
+        receiver._confirm(math.inf)
+    before, behind_gap = (frame.numbers[2] for frame in answers.sent)
+    assert behind_gap > before + eventmon.DATAGRAM_COST
+
+
+def test_a_poll_asks_for_a_confirmation_and_tells_nothing():
+    receiver = Receiver()
+    receiver._answers = answers = Answers()
+    receiver.handle_message(eventmon.format_frame(b"poll", STREAM, (9, 9)), SOURCE)
+    receiver._confirm(math.inf)
+    assert [(frame.kind, frame.numbers[0]) for frame in answers.sent] == [(b"ack", 0)]
+    assert not receiver._broken  # what is on its way is not missing
+
+
+def test_a_watcher_with_much_to_read_answers_what_is_asked_aside(monkeypatch):
+    monkeypatch.setattr(eventmon, "ACK_DELAY", 0.0)
+    with Receiver() as receiver, Dispatcher() as busy, Dispatcher() as asking:
+        receiver.fileno()
+        asking.send("first")
+        assert len(list(receiver.itercapture(limit=1, timeout=20))) == 1
+        wait_until(lambda: asking.stats["watchers"])
+        (watcher,) = asking._window.watchers.values()
+        assert list(receiver.itercapture(timeout=0)) == []
+        for n in range(200):
+            busy.send("step", n=n)
+        heard = watcher.heard
+        asking._put(asking._beat(b"poll"), watcher.address)
+        capture = receiver.itercapture(timeout=20)
+        assert [next(capture)["n"] for _ in range(100)] == list(range(100))
+        wait_until(lambda: watcher.heard > heard)
 
 
 def test_a_watcher_that_reads_late_gets_all_that_waits_in_its_socket(monkeypatch):
