@@ -100,7 +100,7 @@ MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something 
 MAX_JOINED = 32 << 20  # of all the events that arrive in parts
 MAX_PARTS = MAX_EVENT // 1024  # of an event; each but the last is longer than that
 MAX_GAPS = 256  # of a stream looked after at a time
-MAX_RANGES = 100  # in a NAK, so that it fits MAX_DATAGRAM
+MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 512  # sequence numbers looked at for one NAK, so that no send() waits long for the repairs
 MAX_ASIDE = 16  # heartbeats that a watcher reads at a time beside the data
 MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
@@ -122,7 +122,7 @@ BUFFER_TIME = 0.05  # the longest that a buffered event waits
 MAX_SLEEP = 0.1  # between two looks at should_stop
 LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
-SETTLE = 0.1  # until every watcher has had time to answer a new Dispatcher
+SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
 MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
@@ -325,7 +325,12 @@ def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
 
 
 def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
-    """Return a sealed frame without its seal, and its time in microseconds; Rejected if the seal is not good."""
+    """Return a frame without its seal, and its time in microseconds; Rejected if the seal is not good.
+
+    Without a key there is no seal: the frame as it is, and 0.
+    """
+    if not key:
+        return data, 0
     import hmac
 
     head, _, body = data.partition(b"\n")
@@ -338,10 +343,12 @@ def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
     return b"%b\n%b" % (head, body), int(stamp)
 
 
-def seal(frame: bytes, key: bytes, stamp: int) -> bytes:
-    """Return a frame with its time, in microseconds, and its HMAC at the end of the header; the mirror of unseal."""
+def seal(frame: bytes, key: bytes, stamp: int | None = None) -> bytes:
+    """Return a frame with its time in microseconds, now if None, and its HMAC in the header; the mirror of unseal."""
+    if not key:
+        return frame
     head, _, body = frame.partition(b"\n")
-    head = b"%b %d" % (head, stamp)
+    head = b"%b %d" % (head, rising_time() if stamp is None else stamp)
     return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
 
 
@@ -353,16 +360,6 @@ def rising_time() -> int:
     global _last_stamp
     _last_stamp = max(_last_stamp + 1, int(time.time() * 1e6))
     return _last_stamp
-
-
-def opened(data: bytes, key: bytes) -> tuple[bytes, int]:
-    """Return a datagram as it is without a key, else unsealed, and its time in microseconds, 0 without a key."""
-    return unseal(data, key, time.time()) if key else (data, 0)
-
-
-def sealed(frame: bytes, key: bytes) -> bytes:
-    """Return a frame as it is without a key, else sealed now; the mirror of opened."""
-    return seal(frame, key, rising_time()) if key else frame
 
 
 def parse_ranges(body: bytes) -> Ranges:
@@ -403,8 +400,8 @@ class Watcher:
 class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes; but the last two
-    large events are kept whole for as long as a receiver asks for them.
+    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes, beside the last two
+    large events: a receiver may be busy with one while the next is under way.
     """
 
     def __init__(self, limit: int = HISTORY) -> None:
@@ -414,7 +411,7 @@ class TransmitWindow:
         self.horizon: float = inf  # the cost from which on a watcher has to be waited for
         self.watchers: dict[int, Watcher] = {}
         self._limit = limit
-        self._whole: deque[list[float]] = deque(maxlen=2)  # large events: first datagram, until when to keep it
+        self._large = deque((0, 0), maxlen=2)  # the sizes of the last two large events
         self._kept: deque[tuple[int, bytes]] = deque()  # trail to lead: the cost up to and with it, the datagram
         self._size = 0
         self._forgotten = 0  # the cost of everything before the trail
@@ -429,23 +426,15 @@ class TransmitWindow:
         self._kept.append((self.cost, frame))
         self.next += 1
         self._size += size
-        if self._size > self._limit:
-            self._forget()
-
-    def begin(self) -> None:
-        """Keep what is added from now on until end(), and then for as long as a receiver may ask for it."""
-        self._whole.append([self.next, inf])
-
-    def end(self, now: float) -> None:
-        """End what begin() began."""
-        self._whole[-1][1] = now + GIVE_UP
-
-    def _forget(self) -> None:
-        kept_from = self._whole[0][0] if self._whole else inf
-        while self._size > self._limit and self.trail < kept_from:
+        while self._size > self._limit + sum(self._large):
             self._forgotten, oldest = self._kept.popleft()
             self._size -= len(oldest)
             self.trail += 1
+
+    def expect(self, size: int) -> None:
+        """Keep an event of so many bytes that comes next whole, if it is large."""
+        if size > self._limit // 2:
+            self._large.append(size)
 
     def confirm(self, name: int, position: int, room: int, taken: int, stamp: int, now: float) -> bool:
         """Take note of what a watcher has confirmed; False if it cannot be true, or there are too many.
@@ -494,10 +483,7 @@ class TransmitWindow:
         self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:
-        """Set the horizon by who is live and moves on; forget what nobody asks for any more."""
-        while self._whole and now > self._whole[0][1]:
-            self._whole.popleft()
-            self._forget()
+        """Set the horizon by who is live and moves on."""
         self.horizon = min(map(self._limit_of, self._waited_for(now)), default=inf)
 
     def _waited_for(self, now: float) -> list[Watcher]:
@@ -1035,6 +1021,8 @@ class Dispatcher:
         key: str | bytes | None = None,
         max_wait: float = 0.01,
     ) -> None:
+        if freq is not None and not freq >= 0:
+            raise ValueError(f"freq is {freq!r}, expected seconds")
         self.url = url_from(url)
         self.enabled = False
         self.on_enabled: set[Callable[[], object]] = set()
@@ -1234,18 +1222,12 @@ class Dispatcher:
         self._open()
         if len(body) <= self._room:
             return self._put_data(b"data", (), body)
-        large = len(body) > HISTORY // 2
-        if large:
-            self._window.begin()
         starts = range(0, len(body), self._room)
-        try:
-            for index, start in enumerate(starts):
-                if self._window.cost > self._window.horizon:
-                    self._wait_for_watchers()
-                self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
-        finally:
-            if large:
-                self._window.end(time.monotonic())
+        self._window.expect(len(body) + len(starts) * MAX_HEADER)
+        for index, start in enumerate(starts):
+            if self._window.cost > self._window.horizon:
+                self._wait_for_watchers()
+            self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
 
     def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
         window = self._window
@@ -1261,9 +1243,9 @@ class Dispatcher:
             return False
         try:
             if aside:
-                self._link.socket.sendto(sealed(frame, self._key), aside)
+                self._link.socket.sendto(seal(frame, self._key), aside)
             else:
-                self._link.send(sealed(frame, self._key))
+                self._link.send(seal(frame, self._key))
         except OSError as problem:
             self._counts["errors"] += 1
             self._problem = problem
@@ -1317,7 +1299,7 @@ class Dispatcher:
     def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
         try:
-            data, stamp = opened(data, self._key)
+            data, stamp = unseal(data, self._key, time.time())
             frame = parse_frame(data)
             if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
                 raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
@@ -1728,7 +1710,7 @@ class Receiver:
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
             return parse_events(data)
-        data, stamp = opened(data, self._key)
+        data, stamp = unseal(data, self._key, time.time())
         frame = parse_frame(data)
         if frame.kind in (b"ack", b"nak"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
@@ -1757,6 +1739,7 @@ class Receiver:
             self._unconfirmed.pop(oldest, None)
             self._broken.pop(oldest, None)
             self._counts["held"] -= oldest.window.size
+            self._counts["lost"] += oldest.window.end - oldest.window.next
             self._drop_pieces(oldest)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[identity] = Stream(source, frame.stream, window)
@@ -1819,7 +1802,7 @@ class Receiver:
             return
         data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room, self._taken), body)
         try:
-            self._answers.sendto(sealed(data, self._key), stream.source)
+            self._answers.sendto(seal(data, self._key), stream.source)
         except OSError:
             pass  # as good as lost on the way: what matters is asked again
 
@@ -1956,13 +1939,17 @@ class State:
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
         self._lock = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            gone = {"_lock": None, "callback": None, "on_node_join": None, "on_node_leave": None}
-            return {**self.__dict__, **gone}
+    def __getstate__(self) -> bytes:
+        import pickle
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        gone = dict.fromkeys(("_lock", "callback", "on_node_join", "on_node_leave"))
+        with self._lock:  # while the whole of it is pickled
+            return pickle.dumps({**self.__dict__, **gone})
+
+    def __setstate__(self, state: bytes) -> None:
+        import pickle
+
+        self.__dict__.update(pickle.loads(state), _lock=threading.RLock())  # noqa: S301 - within another pickle
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""

@@ -338,20 +338,19 @@ def test_the_history_is_bounded_and_keeps_the_newest():
     assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
 
 
-def test_the_last_two_large_events_are_kept_whole_while_a_receiver_may_ask_for_them():
+def test_the_last_two_large_events_are_kept_whole_beside_the_history():
     window = eventmon.TransmitWindow(limit=10)
-    for now in (0.0, 0.1, 0.2):
+    for _ in range(3):
         window.add(b"xxx")
-        window.begin()
+        window.expect(80)
         for _ in range(20):
             window.add(b"part")
-        window.end(now)
+    window.expect(5)  # not large
     window.add(b"xxx")
-    assert window.trail == 23
-    window.look_ahead(0.2 + eventmon.GIVE_UP)
-    assert window.trail == 44
-    window.look_ahead(0.3 + eventmon.GIVE_UP)
-    assert window.trail == 63
+    assert window.trail == 22
+    for _ in range(100):
+        window.add(b"xxx")
+    assert sum(len(frame) for _, frame in window._kept) <= 10 + 80 + 80
 
 
 def test_a_repair_asked_for_by_several_watchers_goes_out_once():
