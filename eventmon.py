@@ -41,7 +41,7 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
     EM1 data STREAM SEQ                              body: an event, or an array of events, as JSON
-    EM1 part STREAM SEQ INDEX COUNT                  body: piece INDEX (from 0) of COUNT of an event too big for one
+    EM1 part STREAM SEQ EVENT INDEX COUNT            body: piece INDEX (from 0) of COUNT of an event too big for one
     EM1 beat STREAM LEAD TRAIL                       also poll and bye; no body
     EM1 ack STREAM POSITION WATCHER ROOM TAKEN       from a watcher, by unicast; no body
     EM1 nak STREAM POSITION WATCHER ROOM TAKEN       body: the sequence numbers missing, as in "7 9-12"
@@ -98,7 +98,8 @@ MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
 MAX_JOINED = 32 << 20  # of all the events that arrive in parts
-MAX_PARTS = MAX_EVENT // 1024  # of an event; each but the last is longer than that
+MIN_PART = 1024  # each part of an event but the last has at least so much
+MAX_PARTS = MAX_EVENT // MIN_PART  # of an event
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 512  # sequence numbers looked at for one NAK, so that no send() waits long for the repairs
@@ -120,6 +121,7 @@ SHARE_TIME = 0.05  # streams that send within this time share the room
 ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
 BUFFER_TIME = 0.05  # the longest that a buffered event waits
 MAX_SLEEP = 0.1  # between two looks at should_stop
+JUNK_TIME = 0.02  # what comes of no use is read so long at a time by who does not want to wait
 LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher
@@ -215,7 +217,7 @@ def no_constant(name: str) -> NoReturn:
 
 _decode = json.JSONDecoder(parse_constant=no_constant).raw_decode
 _encode = json.JSONEncoder(
-    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":"), default=readable
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=readable
 ).encode
 
 
@@ -233,23 +235,23 @@ def parse_json(body: bytes) -> Any:
 
 def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
     """Return `value` made of what JSON has; `above` names the containers that it stands in."""
-    if value is None or isinstance(value, bool) or isinstance(value, int) and -(2**64) < value < 2**64:
-        return value
-    if isinstance(value, float) and isfinite(value):
-        return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if id(value) not in above and len(above) < MAX_DEPTH:
-        above += (id(value),)
-        try:
+    try:
+        if value is None or isinstance(value, bool) or isinstance(value, int) and -(2**64) < value < 2**64:
+            return value
+        if isinstance(value, float) and isfinite(value):
+            return value
+        if isinstance(value, str):
+            return value.encode("utf-8", "backslashreplace").decode()
+        if id(value) not in above and len(above) < MAX_DEPTH:
+            above += (id(value),)
             if isinstance(value, dict):
                 return {
                     plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value
                 }
             if isinstance(value, (list, tuple)):
                 return [plain(item, above) for item in value]
-        except Exception:  # noqa: BLE001 - of the user's own class
-            return readable(value)
+    except Exception:  # noqa: BLE001 - of the user's own class
+        pass
     return readable(value)
 
 
@@ -287,7 +289,7 @@ def format_events(bodies: list[bytes]) -> bytes:
 
 
 MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
-LAYOUT = {b"data": 1, b"part": 3, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
+LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
 
@@ -437,7 +439,7 @@ class TransmitWindow:
             self._large.append(size)
 
     def confirm(self, name: int, position: int, room: int, taken: int, stamp: int, now: float) -> bool:
-        """Take note of what a watcher has confirmed; False if it cannot be true, or there are too many.
+        """Take note of what a watcher has confirmed, unless there are too many; False if it cannot be true.
 
         `stamp` is the time in its seal, 0 without a key: one that does not go up is a replay.
         """
@@ -448,7 +450,7 @@ class TransmitWindow:
             if len(self.watchers) >= MAX_WATCHERS:
                 self.watchers = self.live(now)
                 if len(self.watchers) >= MAX_WATCHERS:
-                    return False
+                    return True  # neither waited for nor counted, but helped
             watcher = self.watchers[name] = Watcher(position)
         elif stamp and stamp <= watcher.stamp:
             return False
@@ -507,7 +509,7 @@ class TransmitWindow:
             if now - self._repaired.get(seq, -inf) < REPAIR_HOLD:
                 continue
             frame = self._kept[seq - self.trail][1]
-            if len(frame) > min(room, self._allowance):
+            if len(frame) > self._allowance or frames and len(frame) > room:  # one goes even where there is little room
                 break
             room -= len(frame) + DATAGRAM_COST
             self._allowance -= len(frame)
@@ -652,7 +654,11 @@ class ReceiveWindow:
     def _extend(self, lead: int, now: float) -> None:
         if lead >= self.end:
             soonest, latest = NAK_DELAY
-            self.gaps.append(Gap(self.end, lead, now, now + soonest + self._jitter() * (latest - soonest)))
+            if self.gaps and self.gaps[-1].last == self.end - 1 and not self.gaps[-1].tries:
+                self.gaps[-1].last = lead
+            else:
+                due = now + soonest + self._jitter() * (latest - soonest)
+                self.gaps.append(Gap(self.end, lead, now, due))
             self.end = lead + 1
 
     def _fill(self, seq: int, now: float) -> None:
@@ -1046,11 +1052,14 @@ class Dispatcher:
         """Start a stream, with nothing sent: at first, and in the child of a fork."""
         self.pid = os.getpid()
         self.hostname = self._name or default_hostname()
-        self._lock = threading.RLock()  # whoever has it may number datagrams and hear watchers
+        self._lock = threading.RLock()  # see _in_turn()
+        self._working = 0  # the thread whose turn it is
+        self._later: deque[Callable[[], object]] = deque()  # for when that turn ends
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
         self._buffer: list[bytes] = []
+        self._large = count(1)  # numbers the events in parts
         self._link: Link | None = None
         self._finalizer: Any = None
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
@@ -1083,8 +1092,7 @@ class Dispatcher:
         Returns how many watchers confirmed. A Dispatcher that is new, or heard of no watcher yet, gives them a
         tenth of a second to speak up.
         """
-        with self._lock:
-            self._send_buffer()
+        self._in_turn(self._send_buffer)
         return self._settle(SETTLE, timeout, fresh=True)
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
@@ -1129,25 +1137,27 @@ class Dispatcher:
         self._close(CLOSE_WATCHED)
 
     def _close(self, timeout: float) -> None:
-        if self._closed:
-            return
-        try:
-            self.disable()
-        finally:
-            with self._lock:
+        if self._working == threading.get_ident():
+            self._later.append(partial(self._close, timeout))
+        elif not self._closed:
+            self._max_wait = 0.0  # no thread waits for a watcher any more
+            try:
+                self.disable()
+            finally:
                 self._closed = True
-                self._send_buffer()
-            self._settle(CLOSE_ALONE, timeout, fresh=False)
-            with self._lock:
-                self._put_everywhere(b"bye")
-                link, self._link = self._link, None
-            if self._finalizer:
-                self._finalizer.cancel()
-            if link and self._thread.is_alive():
-                link.nudge()
-                self._thread.join(CLOSE_ALONE)
-            elif link:
-                link.close()
+                self._in_turn(self._send_buffer)
+                self._settle(CLOSE_ALONE, timeout, fresh=False)
+                self._in_turn(self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        self._put_everywhere(b"bye")
+        link, self._link = self._link, None
+        if self._finalizer:
+            self._finalizer.cancel()
+        if link and self._thread.is_alive():
+            link.nudge()  # the thread closes it
+        elif link:
+            link.close()
 
     def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1185,51 +1195,89 @@ class Dispatcher:
         body = format_json(event)
         if len(body) > MAX_EVENT:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        buffered = self._buffered and type.partition("-")[0] in self._buffered
-        if self._window.cost > self._window.horizon and not (buffered and len(self._buffer) + 1 < self._buffer_limit):
-            self._wait_for_watchers()  # without the lock: each thread waits for itself
-        with self._lock:
-            if self._closed:  # by another thread, since we looked
-                return self._refuse()
+        if len(body) > self._room:
+            return self._post_parts(body)
+        buffered = bool(self._buffered) and type.partition("-")[0] in self._buffered
+        if not (buffered and len(self._buffer) + 1 < self._buffer_limit):
+            self._make_room()
+        return self._in_turn(self._take, body, buffered) is not False
+
+    def _in_turn(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call work(*args), which alone numbers datagrams or hears watchers meanwhile, and return what it returns.
+
+        In a signal handler, or a __del__, that interrupts such work in the same thread: note it for later, return None.
+        """
+        me = threading.get_ident()
+        if self._working == me:
+            self._later.append(partial(self._in_turn, work, *args))
+            return None
+        try:
+            with self._lock:
+                self._working = me
+                try:
+                    return work(*args)
+                finally:
+                    self._working = 0
+        finally:
+            while self._later:
+                try:
+                    later = self._later.popleft()
+                except IndexError:  # another thread was quicker
+                    break
+                later()
+
+    def _take(self, body: bytes, buffered: bool) -> bool:
+        """Send an event, or hold it back to send it with others; False if nothing is sent any more."""
+        if self._closed:  # by another thread, since we looked
+            return self._refuse()
+        self._counts["events"] += 1
+        if buffered and len(self._buffer) + 1 < self._buffer_limit:
+            self._buffer.append(body)
+            self._open()  # whose thread sends it in time
+        elif buffered:
+            self._buffer.append(body)
+            self._send_buffer()
+        else:
+            self._send_buffer()  # what came first goes first
+            self._put_data(b"data", (), body)
+        return True
+
+    def _post_parts(self, body: bytes) -> bool:
+        """Send an event in parts, between which other threads may send theirs."""
+        event, starts = next(self._large), range(0, len(body), self._room)
+        for index, start in enumerate(starts):
+            self._make_room()
+            part = body[start : start + self._room]
+            if self._in_turn(self._take_part, (event, index, len(starts)), part, len(body)) is False:
+                return False
+        return True
+
+    def _take_part(self, numbers: tuple[int, int, int], part: bytes, size: int) -> bool:
+        _, index, total = numbers
+        if self._closed:
+            return self._refuse()
+        if index == 0:
             self._counts["events"] += 1
-            if not buffered:
-                self._send_buffer()  # what came first goes first
-                self._transmit(body)
-            else:
-                self._buffer.append(body)
-                if len(self._buffer) >= self._buffer_limit:
-                    self._send_buffer()
-                else:
-                    self._open()  # whose thread sends it in time
+            self._send_buffer()
+            self._window.expect(size + total * MAX_HEADER)
+        self._put_data(b"part", numbers, part)
         return True
 
     def _send_buffer(self) -> None:
         """Send what is buffered, as many events to a datagram as fit."""
-        batch: list[bytes] = []
-        room = self._room
-        held, self._buffer = self._buffer, []
-        for body in held:
-            room -= len(body) + 2
-            if batch and room < 0:
-                self._transmit(format_events(batch))
-                batch, room = [], self._room - len(body) - 2
-            batch.append(body)
-        if batch:
-            self._transmit(format_events(batch))
-
-    def _transmit(self, body: bytes) -> None:
-        """Number an event, or an array of events, and send it, in parts if it has to be."""
-        self._open()
-        if len(body) <= self._room:
-            return self._put_data(b"data", (), body)
-        starts = range(0, len(body), self._room)
-        self._window.expect(len(body) + len(starts) * MAX_HEADER)
-        for index, start in enumerate(starts):
-            if self._window.cost > self._window.horizon:
-                self._wait_for_watchers()
-            self._put_data(b"part", (index, len(starts)), body[start : start + self._room])
+        while self._buffer:
+            fitting, room = 1, self._room - len(self._buffer[0]) - 2
+            for body in self._buffer[1:]:
+                room -= len(body) + 1
+                if room < 0:
+                    break
+                fitting += 1
+            batch = format_events(self._buffer[:fitting])
+            del self._buffer[:fitting]
+            self._put_data(b"data", (), batch)
 
     def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
+        self._open()
         window = self._window
         if not window.next % LISTEN_EVERY:
             self._hear(time.monotonic())  # the thread gets few chances while a loop sends
@@ -1307,7 +1355,8 @@ class Dispatcher:
             position, name, room, taken = frame.numbers
             if not self._window.confirm(name, position, room, taken, stamp, now):
                 raise WireError("confirms what was not sent, or again")
-            self._window.watchers[name].address = source
+            if name in self._window.watchers:
+                self._window.watchers[name].address = source
         except WireError:
             self._counts["rejected"] += bool(data)  # not our own nudge
             return []
@@ -1315,23 +1364,33 @@ class Dispatcher:
             self._put(self._beat(b"beat"))  # tells what cannot be had any more
         return self._window.repairs(ranges, room, now)
 
-    def _wait_for_watchers(self) -> None:
+    def _make_room(self) -> None:
         """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
+        if self._window.cost <= self._window.horizon:
+            return
         start = now = polled = time.monotonic()
         while True:
-            with self._lock:
-                self._hear(now)
-                link, behind = self._link, self._window.behind(now)
-                if not behind or link is None:
-                    return self._window.look_ahead(now)
-                if now >= start + self._max_wait:
-                    return self._window.pass_over(start, now)
-                if now >= polled + POLL:
-                    polled = now
-                    for watcher in behind:
-                        self._put(self._beat(b"poll"), watcher.address)
+            poll = now >= polled + POLL
+            polled = now if poll else polled
+            link = self._in_turn(self._look_for_room, start, now, poll)
+            if link is None:
+                return
             link.wait(min(POLL, start + self._max_wait - now))
             now = time.monotonic()
+
+    def _look_for_room(self, start: float, now: float, poll: bool) -> Link | None:
+        """Return None if there is nothing more to wait for, else where the answers to a poll arrive."""
+        self._hear(now)
+        behind = self._window.behind(now)
+        if behind and now >= start + self._max_wait:
+            self._window.pass_over(start, now)
+        elif behind and self._link:
+            for watcher in behind if poll else ():
+                self._put(self._beat(b"poll"), watcher.address)
+            return self._link
+        else:
+            self._window.look_ahead(now)
+        return None
 
     def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
         """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
@@ -1340,21 +1399,23 @@ class Dispatcher:
         be asked afresh, from now.
         """
         start = now = time.monotonic()
-        polled = -inf
+        beaten = -inf
         while True:
-            with self._lock:
-                self._hear(now)
-                link = self._link
-                done, live = self._window.confirmed(now)
-                asked = start if fresh and not live else self._opened
-                mute = link is None or not self._counts["datagrams"]  # nobody can have heard us
-                if mute or now >= start + timeout or done == live and now >= asked + patience:
-                    return done
-                if now >= polled + POLL:
-                    self._put_everywhere(b"beat")
-                    polled = now
+            done, live = self._in_turn(self._look_for_confirmations, now) or (0, 0)
+            link = self._link
+            asked = start if fresh and not live else self._opened
+            mute = link is None or not self._counts["datagrams"]  # nobody can have heard us
+            if mute or now >= start + timeout or done == live and now >= asked + patience:
+                return done
+            if now >= beaten + POLL:
+                self._in_turn(self._put_everywhere, b"beat")
+                beaten = now
             link.wait(POLL)
             now = time.monotonic()
+
+    def _look_for_confirmations(self, now: float) -> tuple[int, int]:
+        self._hear(now)
+        return self._window.confirmed(now)
 
     # The thread.
 
@@ -1367,23 +1428,25 @@ class Dispatcher:
                 due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
                 link.wait(due - time.monotonic())
                 now = time.monotonic()
-                with self._lock:
-                    if self._link is not link:
-                        return
-                    self._hear(now)
-                    if now >= beat_at:
-                        beat_at = now + BEAT
-                        self._offset = utc_offset()
-                        self._window.look_ahead(now)  # past watchers that are gone
-                        self._put(self._beat(b"beat"))
-                    if now >= buffer_at:
-                        buffer_at = now + BUFFER_TIME / 2
-                        self._send_buffer()
+                if self._link is not link:
+                    return
+                self._in_turn(self._hear, now)
+                if now >= beat_at:
+                    beat_at = now + BEAT
+                    self._in_turn(self._keep_up, now)
+                if now >= buffer_at:
+                    buffer_at = now + BUFFER_TIME / 2
+                    self._in_turn(self._send_buffer)
                 if self._freq and now >= work_at + self._freq:
                     work_at = now
                     self._send_worker("worker-heartbeat")
         finally:
             link.close()
+
+    def _keep_up(self, now: float) -> None:
+        self._offset = utc_offset()
+        self._window.look_ahead(now)  # past watchers that are gone
+        self._put(self._beat(b"beat"))
 
     # The worker and its tasks.
 
@@ -1481,14 +1544,13 @@ def __getattr__(name: str) -> Any:
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "acked", "cost", "event", "name", "pieces", "source", "stamp", "window")
+    __slots__ = ("ack_at", "acked", "cost", "name", "source", "stamp", "start", "window")
 
     def __init__(self, source: Source, name: bytes, window: ReceiveWindow) -> None:
         self.source = source
         self.name = name
         self.window = window
-        self.event = (0, 0)  # one that arrives in parts: its first sequence number, and how many there are
-        self.pieces: list[bytes] = []
+        self.start = window.next
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
         self.acked = -inf  # when we did
@@ -1525,6 +1587,7 @@ class Receiver:
         self._buffer = memoryview(bytearray(65536))
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # silent longest first
+        self._strangers: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # nothing came of them yet
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when the first of them is to be confirmed
         self._broken: dict[Stream, None] = {}  # streams with gaps
@@ -1537,7 +1600,7 @@ class Receiver:
         self._busy: set[Stream] = set()  # streams confirmed with data since
         self._busy_since = -inf
         self._rivals = 0  # how many those were in the time before
-        self._joining: dict[Stream, None] = {}  # streams of which an event arrives in parts, the oldest first
+        self._joining: dict[tuple[Stream, int], list[bytes]] = {}  # events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all those parts
         self._history = True
         self._ready: deque[Event] = deque()
@@ -1545,7 +1608,7 @@ class Receiver:
     @property
     def stats(self) -> dict[str, int]:
         """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
-        return {**{name: self._counts[name] for name in self._counts if name != "held"}, "streams": len(self._streams)}
+        return {**{name: self._counts[name] for name in self._counts if name != "held"}, "streams": len(self._streams) + len(self._strangers)}
 
     @property
     def channel(self) -> socket.socket:
@@ -1606,8 +1669,8 @@ class Receiver:
                         last = time.monotonic()
                 else:
                     found = self._read(0.0) or self._read(min(patience, last + patience - time.monotonic()))
-                    expired = not self._ready and time.monotonic() >= last + patience
-                    if expired and (patience > 0 or not found):
+                    enough = max(patience, JUNK_TIME) if found else patience
+                    if not self._ready and time.monotonic() >= last + enough:
                         return
         finally:
             self._confirm(inf)  # the caller turns to other things
@@ -1716,13 +1779,14 @@ class Receiver:
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
         # A name proves nothing without a key, so that a forger's stream is another one; with a key it may move.
         identity = None if self._key else source, frame.stream
-        stream = self._streams.get(identity) or self._follow(identity, frame, source, now)
+        stream = self._streams.get(identity) or self._meet(identity, frame, source, now)
         if frame.kind in (b"data", b"part"):
             return self._take(stream, frame, len(data), now)
         if stamp and stamp <= stream.stamp:
             raise Replay("a heartbeat seen before")
         stream.stamp, stream.source = stamp, source
-        self._streams.move_to_end(identity)
+        if identity in self._streams:
+            self._streams.move_to_end(identity)
         lead, trail = frame.numbers
         self._plan_ack(stream, now)
         if frame.kind == b"poll":  # it may have overtaken the data
@@ -1730,19 +1794,27 @@ class Receiver:
         stream.window.announce(lead, trail, self._clock)
         return self._assemble(stream, [])
 
+    def _meet(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
+        """Return a stream that is new, or of which nothing had come; forgers of such ones displace no other."""
+        stream = self._strangers.get(identity)
+        if stream is None:
+            return self._follow(identity, frame, source, now)
+        if stream.window.next > stream.start:
+            self._streams[identity] = self._strangers.pop(identity)
+        return stream
+
     def _follow(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
         """Begin to follow a stream: from the start of what can be had, or from now."""
         first = frame.numbers[0]
         start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
-        while len(self._streams) >= MAX_STREAMS:
-            _, oldest = self._streams.popitem(last=False)
+        while len(self._streams) + len(self._strangers) >= MAX_STREAMS:
+            _, oldest = (self._strangers or self._streams).popitem(last=False)
             self._unconfirmed.pop(oldest, None)
             self._broken.pop(oldest, None)
             self._counts["held"] -= oldest.window.size
             self._counts["lost"] += oldest.window.end - oldest.window.next
-            self._drop_pieces(oldest)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
-        stream = self._streams[identity] = Stream(source, frame.stream, window)
+        stream = self._strangers[identity] = Stream(source, frame.stream, window)
         self._plan_ack(stream, now)
         return stream
 
@@ -1814,46 +1886,36 @@ class Receiver:
         events = []
         for frame in frames:
             try:
-                if frame.kind == b"part":
-                    body = self._join(stream, frame)
-                    events += parse_events(body) if body else []
-                else:
-                    if stream.pieces:
-                        self._drop_pieces(stream)
-                    events += parse_events(frame.body)
+                body = frame.body if frame.kind == b"data" else self._join(stream, frame)
+                events += parse_events(body) if body is not None else []
             except WireError as problem:
                 self._counts[problem.counted] += 1
         return events
 
     def _join(self, stream: Stream, frame: Frame) -> bytes | None:
-        """Add a piece to the event that arrives in parts; return the event with its last one."""
-        (seq, index, total), piece = frame.numbers, frame.body
-        if total > MAX_PARTS:
-            raise WireError(f"an event of {total} parts, expected at most {MAX_PARTS}")
-        if index == 0:
-            self._drop_pieces(stream)
-            stream.event = (seq, total)
-        elif stream.event != (seq - index, total) or index != len(stream.pieces):
-            self._drop_pieces(stream)  # something was given up, or we came in the middle
+        """Add a piece to an event that arrives in parts; return the event with its last one."""
+        (_, event, index, total), piece = frame.numbers, frame.body
+        if not index < total <= MAX_PARTS or index + 1 < total and len(piece) < MIN_PART:
+            raise WireError(f"part {index} of {total}, {len(piece)} bytes")
+        key = stream, event
+        pieces = self._joining.setdefault(key, []) if index == 0 else self._joining.get(key, [])
+        if len(pieces) != index:
+            self._drop_pieces(key)  # something was given up, or we came in the middle
             return None
-        stream.pieces.append(piece)
-        self._joining[stream] = None
+        pieces.append(piece)
         self._joined += len(piece)
+        if index + 1 == total:
+            self._joined -= sum(map(len, self._joining.pop(key, ())))
+            return b"".join(pieces)
         while self._joined > MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._joining)))
-        return self._take_pieces(stream) if index + 1 == total and stream.pieces else None
+        return None
 
-    def _take_pieces(self, stream: Stream) -> bytes:
-        body = b"".join(stream.pieces)
-        stream.pieces = []
-        self._joining.pop(stream, None)
-        self._joined -= len(body)
-        return body
-
-    def _drop_pieces(self, stream: Stream) -> None:
+    def _drop_pieces(self, key: tuple[Stream, int]) -> None:
         """Give up an event of which parts have come."""
-        self._counts["lost"] += len(stream.pieces)
-        self._take_pieces(stream)
+        pieces = self._joining.pop(key, [])
+        self._counts["lost"] += len(pieces)
+        self._joined -= sum(map(len, pieces))
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------

@@ -160,7 +160,7 @@ def test_an_event_can_be_pickled():
 FRAMES = [
     ((b"data", STREAM, (1,), b'{"type":"hi"}'), b'EM1 data 0123456789abcdef 1\n{"type":"hi"}'),
     ((b"data", STREAM, (10**19 - 1,), b"\n"), b"EM1 data 0123456789abcdef 9999999999999999999\n\n"),
-    ((b"part", STREAM, (7, 0, 3), b'{"ty'), b'EM1 part 0123456789abcdef 7 0 3\n{"ty'),
+    ((b"part", STREAM, (7, 1, 0, 3), b'{"ty'), b'EM1 part 0123456789abcdef 7 1 0 3\n{"ty'),
     ((b"beat", STREAM, (9, 2), b""), b"EM1 beat 0123456789abcdef 9 2\n"),
     ((b"poll", STREAM, (0, 1), b""), b"EM1 poll 0123456789abcdef 0 1\n"),
     ((b"bye", STREAM, (9, 2), b""), b"EM1 bye 0123456789abcdef 9 2\n"),
@@ -414,8 +414,11 @@ def test_a_confirmation_of_what_was_not_sent_is_refused():
 
 def test_a_sender_listens_to_a_bounded_number_of_watchers():
     window = eventmon.TransmitWindow()
-    assert [window.confirm(name, 0, 0, 0, 0, 0.0) for name in range(100)].count(True) == eventmon.MAX_WATCHERS
-    assert window.confirm(1000, 0, 0, 0, 0, 2.0)  # the others are gone
+    for name in range(100):
+        assert window.confirm(name, 0, 0, 0, 0, 0.0)
+    assert len(window.watchers) == eventmon.MAX_WATCHERS
+    window.confirm(1000, 0, 0, 0, 0, 2.0)
+    assert list(window.watchers) == [1000]  # the others are gone
 
 
 def receive_window(start=1):
@@ -1130,8 +1133,8 @@ def test_a_watcher_that_stands_still_is_waited_for_once():
         dispatcher.send("hello")
         wait_until(lambda: dispatcher.flush(0.1) == 1)
         waits = []
-        wait = dispatcher._wait_for_watchers
-        dispatcher._wait_for_watchers = lambda: (waits.append(1), wait())
+        pass_over = dispatcher._window.pass_over
+        dispatcher._window.pass_over = lambda since, now: (waits.append(1), pass_over(since, now))
         threading.Thread(target=watch.stdout.read, daemon=True).start()
         for _ in range(300):  # the watcher moves on
             dispatcher.send("step", x="x" * 5000)
@@ -1375,16 +1378,34 @@ def test_parts_of_two_events_are_never_joined(monkeypatch):
     monkeypatch.setattr(eventmon.time, "monotonic", lambda: now[0])
     receiver = Receiver()
 
-    def part(seq, index, body):
-        return eventmon.format_frame(b"part", STREAM, (seq, index, 3), body)
+    def part(seq, event, index, body):
+        return eventmon.format_frame(b"part", STREAM, (seq, event, index, 3), body.ljust(eventmon.MIN_PART))
 
-    for data in (part(1, 0, b'{"type":'), part(2, 1, b'"a","x":"'), part(6, 2, b'b"}'), part(7, 0, b'{"type"')):
+    for data in (
+        part(1, 1, 0, b'{"type":'),
+        part(2, 1, 1, b'"a","x":"'),
+        part(6, 2, 2, b'b"}'),
+        part(7, 3, 0, b'{"type"'),
+    ):
         assert receiver.handle_message(data, SOURCE) == []
     now[0] += 1
-    assert receiver.handle_message(part(8, 1, b':"whole'), SOURCE) == []
-    assert [event.type for event in receiver.handle_message(part(9, 2, b'"}'), SOURCE)] == ["whole"]
-    assert receiver.stats["lost"] == 3 + 2  # what never came, and what was of no use without it
-    assert (receiver._counts["held"], receiver._joined) == (0, 0)
+    assert receiver.handle_message(part(8, 3, 1, b':"whole"'), SOURCE) == []
+    assert [event.type for event in receiver.handle_message(part(9, 3, 2, b"}"), SOURCE)] == ["whole"]
+    assert receiver.stats["lost"] == 3  # what never came, of which the rest is of no use
+    receiver.handle_message(part(10, 1, 1, b'"}'), SOURCE)
+    assert receiver.stats["lost"] == 3 + 2
+    assert (receiver._counts["held"], receiver._joined, receiver._joining) == (0, 0, {})
+
+
+def test_events_of_several_threads_in_parts_may_interleave():
+    receiver = Receiver()
+    halves = [b'{"type":'.ljust(eventmon.MIN_PART), b'"%d"}']
+    frames = [
+        eventmon.format_frame(b"part", STREAM, (1 + event + 3 * half, event, half, 2), halves[half].replace(b"%d", b"%d" % event))
+        for half in (0, 1)
+        for event in range(3)
+    ]
+    assert [event.type for data in frames for event in receiver.handle_message(data, SOURCE)] == ["0", "1", "2"]
 
 
 def test_what_all_streams_hold_back_together_is_bounded():
@@ -1392,11 +1413,11 @@ def test_what_all_streams_hold_back_together_is_bounded():
     for n in range(3000):
         stream = b"%016x" % (n % 40)
         receiver.handle_message(eventmon.format_frame(b"data", stream, (2 + n // 40,), body), SOURCE)
-        receiver.handle_message(eventmon.format_frame(b"part", b"%016x" % (100 + n), (1, 0, 300), body), SOURCE)
+        receiver.handle_message(eventmon.format_frame(b"part", b"%016x" % (100 + n), (1, 1, 0, 300), body), SOURCE)
     assert receiver._counts["held"] <= eventmon.MAX_HELD
     assert receiver._joined <= eventmon.MAX_JOINED
-    healthy = [eventmon.format_frame(b"part", STREAM, (1, 0, 2), b'{"type":'), b""]
-    healthy[1] = eventmon.format_frame(b"part", STREAM, (2, 1, 2), b'"big"}')
+    healthy = [eventmon.format_frame(b"part", STREAM, (1, 1, 0, 2), b'{"type":'.ljust(eventmon.MIN_PART)), b""]
+    healthy[1] = eventmon.format_frame(b"part", STREAM, (2, 1, 1, 2), b'"big"}')
     assert [event.type for data in healthy for event in receiver.handle_message(data, SOURCE)] == ["big"]
 
 
@@ -1417,11 +1438,11 @@ def test_any_bytes_are_counted_and_never_raise():
     assert [event.type for data in fresh for event in receiver.handle_message(data, SOURCE)] == ["still", "here"]
 
 
-def test_an_event_of_more_parts_than_there_can_be_is_malformed():
+@pytest.mark.parametrize("index, total, size", [(0, 10**9, 2000), (0, 0, 2000), (3, 3, 2000), (0, 3, 10)])
+def test_parts_that_cannot_be_of_an_event_are_malformed(index, total, size):
     receiver = Receiver()
-    for seq in range(1, 4):
-        receiver.handle_message(eventmon.format_frame(b"part", STREAM, (seq, seq - 1, 10**9), b""), SOURCE)
-    assert receiver.stats["malformed"] == 3
+    receiver.handle_message(eventmon.format_frame(b"part", STREAM, (1, 1, index, total), bytes(size)), SOURCE)
+    assert receiver.stats["malformed"] == 1
     assert not receiver._joining
 
 
