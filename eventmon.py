@@ -124,7 +124,7 @@ MAX_SLEEP = 0.1  # between two looks at should_stop
 JUNK_TIME = 0.02  # what comes of no use is read so long at a time by who does not want to wait
 LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
-SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher
+SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
 MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
@@ -216,9 +216,7 @@ def no_constant(name: str) -> NoReturn:
 
 
 _decode = json.JSONDecoder(parse_constant=no_constant).raw_decode
-_encode = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=readable
-).encode
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=readable).encode
 
 
 def parse_json(body: bytes) -> Any:
@@ -250,7 +248,7 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
                 }
             if isinstance(value, (list, tuple)):
                 return [plain(item, above) for item in value]
-    except Exception:  # noqa: BLE001 - of the user's own class
+    except Exception:  # noqa: BLE001, S110 - of the user's own class, which may still have a repr
         pass
     return readable(value)
 
@@ -433,6 +431,12 @@ class TransmitWindow:
             self._size -= len(oldest)
             self.trail += 1
 
+    def heal(self) -> None:
+        """Make next and trail right again after an exception in the middle of add()."""
+        extra = len(self._kept) - (self.next - self.trail)
+        self.next += max(0, extra)
+        self.trail += max(0, -extra)
+
     def expect(self, size: int) -> None:
         """Keep an event of so many bytes that comes next whole, if it is large."""
         if size > self._limit // 2:
@@ -503,7 +507,7 @@ class TransmitWindow:
         self._refilled = now
         if len(self._repaired) > 16 * MAX_ASKED:
             self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < REPAIR_HOLD}
-        frames = []
+        frames: list[bytes] = []
         known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
         for seq in islice((seq for run in known for seq in run), MAX_ASKED):
             if now - self._repaired.get(seq, -inf) < REPAIR_HOLD:
@@ -1216,6 +1220,9 @@ class Dispatcher:
                 self._working = me
                 try:
                     return work(*args)
+                except BaseException:  # of a signal handler, between any two steps
+                    self._window.heal()
+                    raise
                 finally:
                     self._working = 0
         finally:
@@ -1272,16 +1279,17 @@ class Dispatcher:
                 if room < 0:
                     break
                 fitting += 1
-            batch = format_events(self._buffer[:fitting])
-            del self._buffer[:fitting]
-            self._put_data(b"data", (), batch)
+            self._put_data(b"data", (), format_events(self._buffer[:fitting]), fitting)
 
-    def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes) -> None:
+    def _put_data(self, kind: bytes, numbers: tuple[int, ...], body: bytes, taken: int = 0) -> None:
+        """Number and send data, of which the first `taken` events in the buffer are made."""
         self._open()
         window = self._window
         if not window.next % LISTEN_EVERY:
             self._hear(time.monotonic())  # the thread gets few chances while a loop sends
         frame = format_frame(kind, self._stream, (window.next, *numbers), body)
+        if taken:
+            del self._buffer[:taken]
         window.add(frame)
         self._put(frame)
 
@@ -1403,9 +1411,10 @@ class Dispatcher:
         while True:
             done, live = self._in_turn(self._look_for_confirmations, now) or (0, 0)
             link = self._link
+            if link is None or not self._counts["datagrams"]:  # nobody can have heard us
+                return done
             asked = start if fresh and not live else self._opened
-            mute = link is None or not self._counts["datagrams"]  # nobody can have heard us
-            if mute or now >= start + timeout or done == live and now >= asked + patience:
+            if now >= start + timeout or done == live and now >= asked + patience:
                 return done
             if now >= beaten + POLL:
                 self._in_turn(self._put_everywhere, b"beat")
@@ -1608,7 +1617,10 @@ class Receiver:
     @property
     def stats(self) -> dict[str, int]:
         """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
-        return {**{name: self._counts[name] for name in self._counts if name != "held"}, "streams": len(self._streams) + len(self._strangers)}
+        return {
+            **{name: self._counts[name] for name in self._counts if name != "held"},
+            "streams": len(self._streams) + len(self._strangers),
+        }
 
     @property
     def channel(self) -> socket.socket:
@@ -1741,12 +1753,13 @@ class Receiver:
     def _read_aside(self, now: float) -> list[Event]:
         """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
         events: list[Event] = []
-        if self._answers is not self._channel:
-            for _ in range(MAX_ASIDE):
-                try:
-                    events += self._accept(*self._answers.recvfrom(MAX_DATAGRAM), now)
-                except OSError:
-                    break
+        aside = None if self._answers is self._channel else self._answers
+        for _ in range(MAX_ASIDE if aside else 0):
+            try:
+                data, source = aside.recvfrom(MAX_DATAGRAM)  # type: ignore[union-attr]
+            except OSError:
+                break
+            events += self._accept(data, source, now)
         return events
 
     def _advance(self, drained: float, most: float) -> list[Event]:
@@ -2011,7 +2024,7 @@ class State:
     def __setstate__(self, state: bytes) -> None:
         import pickle
 
-        self.__dict__.update(pickle.loads(state), _lock=threading.RLock())  # noqa: S301 - within another pickle
+        self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""

@@ -245,6 +245,15 @@ class Rude:
         raise RuntimeError("no")
 
 
+class Shy:
+    @property
+    def __class__(self):
+        raise RuntimeError("no")
+
+    def __repr__(self):
+        return "<Shy>"
+
+
 class Fickle(dict):
     def items(self):
         raise RuntimeError("no")
@@ -275,6 +284,7 @@ def circular():
         (Fickle(a=1), "{'a': 1}"),
         ((1, (2,)), [1, [2]]),
         ({"a": {"b": math.nan}}, {"a": {"b": "nan"}}),
+        ([math.nan, Shy()], ["nan", "<Shy>"]),
     ],
 )
 def test_what_json_has_no_form_for_is_sent_as_something_readable(value, sent):
@@ -351,6 +361,24 @@ def test_the_last_two_large_events_are_kept_whole_beside_the_history():
     for _ in range(100):
         window.add(b"xxx")
     assert sum(len(frame) for _, frame in window._kept) <= 10 + 80 + 80
+
+
+def test_an_exception_of_a_signal_handler_leaves_the_numbers_right():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 5)
+    window._kept.append((0, b"6"))  # and no further
+    window.heal()
+    frames_in(window, 7)
+    assert window.repairs([(5, 9)], 10**6, 0.0) == [b"5", b"6", b"7"]
+    window._kept.popleft()
+    window.heal()
+    assert window.repairs([(1, 3)], 10**6, 1.0) == [b"2", b"3"]
+
+
+def test_one_datagram_is_repaired_even_where_there_is_no_room_for_it():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 5)
+    assert window.repairs([(1, 5)], 0, 0.0) == [b"1"]
 
 
 def test_a_repair_asked_for_by_several_watchers_goes_out_once():
@@ -551,6 +579,16 @@ def test_a_sequence_number_far_ahead_is_believed_when_the_next_one_confirms_it()
     far = 10 + eventmon.MAX_AHEAD
     assert arrive(window, far, far + 1) == []
     assert window.overdue(1.0) == [far + 1]
+
+
+def test_heartbeats_alone_make_one_gap():
+    window, _ = receive_window()
+    for lead in range(1000):
+        window.announce(lead, 1, 0.0)
+    assert len(window.gaps) == 1
+    assert window.missing(1.0) == [(1, 16)]
+    window.announce(1000, 1, 1.0)  # what is known only now is not asked for with the rest
+    assert window.gaps[-1].last == 1000
 
 
 def test_what_is_held_back_is_bounded():
@@ -985,7 +1023,16 @@ def test_without_a_network_sending_goes_on_and_what_failed_is_repaired(monkeypat
     assert [event.type for event in events] == ["first", "second"]
 
 
-@pytest.mark.parametrize("name", "ENOBUFS EPERM ENETUNREACH EHOSTUNREACH EMSGSIZE ECONNREFUSED EAGAIN".split())
+def test_a_watcher_beyond_those_listened_to_is_helped_as_well():
+    dispatcher = Dispatcher()
+    dispatcher._open = lambda: None
+    dispatcher.send("x")
+    for name in range(eventmon.MAX_WATCHERS + 1):
+        nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, name, 4096, 0), b"1")
+        assert len(dispatcher._heed(nak, SOURCE, name * 0.005)) == 1
+
+
+@pytest.mark.parametrize("name", ["ENOBUFS", "EPERM", "ENETUNREACH", "EHOSTUNREACH", "EMSGSIZE", "ECONNREFUSED"])
 def test_what_the_network_refuses_is_counted_and_repaired(name):
     with Dispatcher() as dispatcher, watching() as (receiver, events):
         dispatcher.send("step", n=0)
@@ -1012,6 +1059,43 @@ def test_threads_share_a_dispatcher():
         wait_until(lambda: len(events) == 4000)
     for name in range(20):
         assert [event["n"] for event in events if event["name"] == name] == list(range(200))
+
+
+def test_a_send_that_interrupts_another_in_the_same_thread_comes_after_it():
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("first")
+        works, nested, me = dispatcher._link.send, [], threading.get_ident()
+
+        def interrupted(data):
+            if not nested and threading.get_ident() == me:
+                nested.append(dispatcher.send("nested", x="x" * 100000))  # as a signal handler may, anywhere
+                assert dispatcher.stats["events"] == 2
+            return works(data)
+
+        dispatcher._link.send = interrupted
+        dispatcher.send("outer")
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 3)
+        assert receiver.stats["lost"] == 0
+    assert [event.type for event in events] == ["first", "outer", "nested"]
+
+
+def test_a_close_that_interrupts_a_send_comes_after_it():
+    with watching() as (_, events):
+        dispatcher = Dispatcher()
+        dispatcher.send("first")
+        works, me = dispatcher._link.send, threading.get_ident()
+
+        def interrupted(data):
+            if threading.get_ident() == me:
+                dispatcher.close()
+            return works(data)
+
+        dispatcher._link.send = interrupted
+        dispatcher.send("last")
+        with pytest.raises(ValueError, match="closed"):
+            dispatcher.send("late")
+        wait_until(lambda: len(events) == 2)
 
 
 def test_a_thread_that_outlives_the_program_is_not_told_that_a_dispatcher_is_closed():
@@ -1342,6 +1426,12 @@ def test_a_capture_ends_after_its_limit_or_timeout_or_when_told():
         receiver.capture()
 
 
+def test_who_does_not_want_to_wait_does_not_read_junk_for_ever():
+    receiver = Receiver()
+    receiver._read = lambda patience: True  # always something, and never an event
+    assert list(receiver.itercapture(timeout=0)) == []
+
+
 def test_bare_json_is_delivered_as_it_comes():
     receiver = Receiver()
     assert receiver.handle_message(b'{"type":"hi","timestamp":5}', SOURCE)[0].pop("local_received") <= time.time()
@@ -1401,7 +1491,9 @@ def test_events_of_several_threads_in_parts_may_interleave():
     receiver = Receiver()
     halves = [b'{"type":'.ljust(eventmon.MIN_PART), b'"%d"}']
     frames = [
-        eventmon.format_frame(b"part", STREAM, (1 + event + 3 * half, event, half, 2), halves[half].replace(b"%d", b"%d" % event))
+        eventmon.format_frame(
+            b"part", STREAM, (1 + event + 3 * half, event, half, 2), halves[half].replace(b"%d", b"%d" % event)
+        )
         for half in (0, 1)
         for event in range(3)
     ]
@@ -1451,6 +1543,18 @@ def test_the_number_of_streams_is_bounded():
     for n in range(eventmon.MAX_STREAMS + 100):
         receiver.handle_message(b'EM1 data %016x 2\n{"type":"x"}' % n, SOURCE)
     assert receiver.stats["streams"] == eventmon.MAX_STREAMS
+
+
+def test_forged_streams_displace_no_stream_of_which_something_came(monkeypatch):
+    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
+    receiver, frames = Receiver(), captured("a", "b", "c")
+    got = [event.type for data in frames[:2] for event in receiver.handle_message(data, SOURCE)]
+    for n in range(500):
+        receiver.handle_message(b"EM1 beat %016x 9 1\n" % n, SOURCE)
+        receiver.handle_message(b"EM1 data %016x 7\n" % n, SOURCE)
+    got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
+    assert got == ["a", "b", "c"]
+    assert receiver.stats["streams"] <= 50
 
 
 def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
