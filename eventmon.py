@@ -109,8 +109,8 @@ BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this 
 ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
 GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
 NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
-NAK_RETRY = 0.005, 0.01  # before the second one, doubling up to the longest
-NAK_CREDIT = 4  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
+NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
+NAK_CREDIT = 6  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
 REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask
 REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
 REPAIR_BURST = 2 << 20  # bytes of repairs at once
@@ -606,6 +606,8 @@ class ReceiveWindow:
         if self._credible(lead, lead):
             self._extend(lead, now)
             self._trail = max(self._trail, trail)
+            for gap in self._in_reach():  # the sender listens; when it closes, for a short while only
+                gap.due = min(gap.due, now + NAK_RETRY[0])
 
     def missing(self, now: float) -> Ranges:
         """Return what to send NAKs for now."""

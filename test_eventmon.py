@@ -550,11 +550,20 @@ def test_a_gap_beyond_the_reach_is_given_up_after_a_second_as_well():
     assert counts["lost"] == 19999
 
 
+def test_a_heartbeat_hurries_what_is_asked_for_again():
+    window, _ = receive_window()
+    arrive(window, 1, 3)
+    times = [now for now in range(100) if window.missing(now / 1000)]
+    assert times[-1] - times[-2] > 1000 * eventmon.NAK_RETRY[0] * 2
+    window.announce(3, 1, 0.1)  # as a sender that closes does
+    assert window.missing(0.1 + eventmon.NAK_RETRY[0]) == [(2, 2)]
+
+
 def test_a_stream_that_sends_one_heartbeat_draws_few_naks():
     window, _ = receive_window()
     window.announce(100, 1, 0.0)
     asked = [now for now in range(900) if window.missing(now / 1000)]
-    assert len(asked) <= 8
+    assert len(asked) <= eventmon.NAK_CREDIT + 1 / eventmon.BEAT
 
 
 def test_a_long_history_is_asked_for_piece_by_piece():
@@ -581,11 +590,11 @@ def test_a_sequence_number_far_ahead_is_believed_when_the_next_one_confirms_it()
     assert window.overdue(1.0) == [far + 1]
 
 
-def test_heartbeats_alone_make_one_gap():
+def test_heartbeats_alone_make_few_gaps():
     window, _ = receive_window()
     for lead in range(1000):
         window.announce(lead, 1, 0.0)
-    assert len(window.gaps) == 1
+    assert len(window.gaps) <= 2  # one is cut where the reach ends
     assert window.missing(1.0) == [(1, 16)]
     window.announce(1000, 1, 1.0)  # what is known only now is not asked for with the rest
     assert window.gaps[-1].last == 1000
@@ -733,7 +742,10 @@ def simulate(seed):
 @pytest.mark.parametrize("thousand", range(3))
 def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(thousand):
     for seed in range(thousand * 1000, thousand * 1000 + 1000):
-        simulate(seed)
+        try:
+            simulate(seed)
+        except Exception as problem:
+            raise AssertionError(f"simulate({seed}) fails") from problem
 
 
 # --- URL and sockets ---
