@@ -131,6 +131,7 @@ MAX_SKEW = 30  # between the clocks of two machines that share a key; an older d
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_FIELDS = 200  # of a task or a worker from its events
+MAX_TYPE = 100  # characters of an event type that is counted apart
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
@@ -2221,7 +2222,7 @@ class State:
             counts = self._graph[tick] = {}
             if len(self._graph) > GRAPH_TICKS:
                 del self._graph[next(iter(self._graph))]
-        if kind not in counts and len(counts) >= MAX_TYPES:
+        if kind not in counts and (len(counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
             kind = ""
         counts[kind] = counts.get(kind, 0) + 1
 

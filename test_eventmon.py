@@ -1951,6 +1951,7 @@ def test_memory_is_bounded_whatever_the_events_say():
             state.event(task_event(subject, f"w{n}", f"u{n}", parent_id=f"p{n}", name=f"name{n}", timestamp=n * 1e3))
         state.event(Event("worker-heartbeat", hostname=f"w{n}"))
         state.event(Event(f"type{n}", hostname=f"h{n}"))
+        state.event(Event(f"type{n}" * 1000))
     assert len(state.tasks) == 50
     assert len(state.workers) == 20
     assert len(state._last) <= 20
@@ -1959,6 +1960,7 @@ def test_memory_is_bounded_whatever_the_events_say():
     assert sum(map(len, (state._active, state._waiting, state._succeeded, state._failed))) == 50
     assert len(state.recent) == 1000
     assert len(state._graph) <= eventmon.GRAPH_TICKS
+    assert max(len(kind) for counts in state._graph.values() for kind in counts) <= eventmon.MAX_TYPE
 
 
 def test_a_task_that_runs_goes_after_one_that_was_only_sent():
