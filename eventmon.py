@@ -1061,7 +1061,7 @@ class Dispatcher:
         self.hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # see _in_turn()
         self._working = 0  # the thread whose turn it is
-        self._later: deque[Callable[[], object]] = deque()  # for when that turn ends
+        self._later: list[Callable[[], object]] = []  # for when that turn ends
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
@@ -1218,6 +1218,7 @@ class Dispatcher:
         if self._working == me:
             self._later.append(partial(self._in_turn, work, *args))
             return None
+        later: Iterable[Callable[[], object]] = ()
         try:
             with self._lock:
                 self._working = me
@@ -1228,13 +1229,11 @@ class Dispatcher:
                     raise
                 finally:
                     self._working = 0
+                    if self._later:
+                        later, self._later = self._later, []
         finally:
-            while self._later:
-                try:
-                    later = self._later.popleft()
-                except IndexError:  # another thread was quicker
-                    break
-                later()
+            for call in later:
+                call()
 
     def _take(self, body: bytes, buffered: bool) -> bool:
         """Send an event, or hold it back to send it with others; False if nothing is sent any more."""
