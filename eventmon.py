@@ -911,7 +911,7 @@ def witness(clock: Any) -> None:
 
 def default_hostname() -> str:
     """Return "PROGRAM.PID@HOST", which tells the processes of a machine apart."""
-    program = os.path.basename(sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-c", "-m") else "python")
+    program = os.path.basename(sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else "python")
     return f"{program.removesuffix('.py')}.{os.getpid()}@{socket.gethostname()}"
 
 
