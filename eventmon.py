@@ -111,7 +111,8 @@ GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to n
 NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
 NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
 NAK_CREDIT = 6  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
-REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask
+REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask, and so much longer
+REPAIR_TIME = 0.0001  # for each one that is asked for: before them all are read, other watchers ask for them as well
 REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
 REPAIR_BURST = 2 << 20  # bytes of repairs at once
 MEND_PAUSE = 0.002  # between two looks at what is missing, whoever makes gaps
@@ -502,16 +503,19 @@ class TransmitWindow:
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
 
-        Each at most once in REPAIR_HOLD, all together within REPAIR_RATE.
+        Each at most once in a while that grows with what is asked for, all together within REPAIR_RATE.
         """
         self._allowance = min(self._allowance + (now - self._refilled) * REPAIR_RATE, REPAIR_BURST)
         self._refilled = now
         if len(self._repaired) > 16 * MAX_ASKED:
-            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < REPAIR_HOLD}
+            longest = REPAIR_HOLD + MAX_ASKED * REPAIR_TIME
+            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < longest}
         frames: list[bytes] = []
         known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
-        for seq in islice((seq for run in known for seq in run), MAX_ASKED):
-            if now - self._repaired.get(seq, -inf) < REPAIR_HOLD:
+        asked = list(islice((seq for run in known for seq in run), MAX_ASKED))
+        hold = REPAIR_HOLD + len(asked) * REPAIR_TIME
+        for seq in asked:
+            if now - self._repaired.get(seq, -inf) < hold:
                 continue
             frame = self._kept[seq - self.trail][1]
             if len(frame) > self._allowance or frames and len(frame) > room:  # one goes even where there is little room
@@ -607,6 +611,8 @@ class ReceiveWindow:
         if self._credible(lead, lead):
             self._extend(lead, now)
             self._trail = max(self._trail, trail)
+            if lead < self._origin:  # we are here before the first is sent
+                self._origin = 0
             for gap in self._in_reach():  # the sender listens; when it closes, for a short while only
                 gap.due = min(gap.due, now + NAK_RETRY[0])
 
@@ -1061,7 +1067,8 @@ class Dispatcher:
         self.hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # see _in_turn()
         self._working = 0  # the thread whose turn it is
-        self._later: list[Callable[[], object]] = []  # for when that turn ends
+        self._later: deque[Callable[[], object]] = deque()  # for the end of that turn
+        self._closing: float | None = None  # close() for so long, after that turn
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._counts = Counter(events=0, datagrams=0, repairs=0, errors=0, rejected=0)
@@ -1145,16 +1152,21 @@ class Dispatcher:
 
     def _close(self, timeout: float) -> None:
         if self._working == threading.get_ident():
-            self._later.append(partial(self._close, timeout))
+            self._closing = timeout
         elif not self._closed:
+            self._closing = None
             self._max_wait = 0.0  # no thread waits for a watcher any more
             try:
                 self.disable()
             finally:
                 self._closed = True
                 self._in_turn(self._send_buffer)
-                self._settle(CLOSE_ALONE, timeout, fresh=False)
-                self._in_turn(self._say_goodbye)
+                try:
+                    self._settle(CLOSE_ALONE, timeout, fresh=False)
+                finally:
+                    self._in_turn(self._say_goodbye)
+        else:
+            self._closing = None
 
     def _say_goodbye(self) -> None:
         self._put_everywhere(b"bye")
@@ -1216,9 +1228,8 @@ class Dispatcher:
         """
         me = threading.get_ident()
         if self._working == me:
-            self._later.append(partial(self._in_turn, work, *args))
+            self._later.append(partial(work, *args))
             return None
-        later: Iterable[Callable[[], object]] = ()
         try:
             with self._lock:
                 self._working = me
@@ -1228,12 +1239,12 @@ class Dispatcher:
                     self._window.heal()
                     raise
                 finally:
+                    while self._later:
+                        self._later.popleft()()
                     self._working = 0
-                    if self._later:
-                        later, self._later = self._later, []
         finally:
-            for call in later:
-                call()
+            if self._closing is not None and self._working != me:
+                self._close(self._closing)
 
     def _take(self, body: bytes, buffered: bool) -> bool:
         """Send an event, or hold it back to send it with others; False if nothing is sent any more."""
@@ -1290,9 +1301,12 @@ class Dispatcher:
         if not window.next % LISTEN_EVERY:
             self._hear(time.monotonic())  # the thread gets few chances while a loop sends
         frame = format_frame(kind, self._stream, (window.next, *numbers), body)
-        if taken:
-            del self._buffer[:taken]
-        window.add(frame)
+        before = window.cost
+        try:
+            window.add(frame)
+        finally:  # also after an exception of a signal handler
+            if taken and window.cost > before:
+                del self._buffer[:taken]
         self._put(frame)
 
     def _put(self, frame: bytes, aside: Source | None = None) -> bool:
@@ -1408,10 +1422,13 @@ class Dispatcher:
         Watchers not heard yet get `patience` seconds from the first datagram; where none is live and they are to
         be asked afresh, from now.
         """
+        if self._working == threading.get_ident():
+            return 0  # nobody can be heard before the turn that this interrupts has ended
+        done: int
         start = now = time.monotonic()
         beaten = -inf
         while True:
-            done, live = self._in_turn(self._look_for_confirmations, now) or (0, 0)
+            done, live = self._in_turn(self._look_for_confirmations, now)
             link = self._link
             if link is None or not self._counts["datagrams"]:  # nobody can have heard us
                 return done
@@ -1599,6 +1616,7 @@ class Receiver:
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # silent longest first
         self._strangers: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # nothing came of them yet
+        self._evicted: dict[tuple[Source | None, bytes], int] = {}  # streams not followed any more -> what comes next
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when the first of them is to be confirmed
         self._broken: dict[Stream, None] = {}  # streams with gaps
@@ -1822,8 +1840,13 @@ class Receiver:
         """Begin to follow a stream: from the start of what can be had, or from now."""
         first = frame.numbers[0]
         start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
+        start = self._evicted.pop(identity, start)
         while len(self._streams) + len(self._strangers) >= MAX_STREAMS:
-            _, oldest = (self._strangers or self._streams).popitem(last=False)
+            gone, oldest = (self._strangers or self._streams).popitem(last=False)
+            if oldest.window.next > oldest.start:
+                self._evicted[gone] = oldest.window.next
+            if len(self._evicted) > MAX_STREAMS:
+                del self._evicted[next(iter(self._evicted))]
             self._unconfirmed.pop(oldest, None)
             self._broken.pop(oldest, None)
             self._counts["held"] -= oldest.window.size

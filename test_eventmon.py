@@ -389,6 +389,14 @@ def test_a_repair_asked_for_by_several_watchers_goes_out_once():
     assert window.repairs([(2, 2)], 10**6, 1.1) == [b"2"]
 
 
+def test_the_more_is_asked_for_the_longer_it_is_not_repaired_again():
+    window = eventmon.TransmitWindow()
+    frames_in(window, 500)
+    assert len(window.repairs([(1, 500)], 10**9, 1.0)) == 500
+    assert window.repairs([(1, 500)], 10**9, 1.02) == []
+    assert len(window.repairs([(1, 5)], 10**9, 1.02)) == 5
+
+
 def test_repairs_are_bounded_whatever_is_asked():
     window = eventmon.TransmitWindow()
     for _ in range(8000):
@@ -530,6 +538,15 @@ def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late
     assert late.overdue(0.0) == []
     assert late.missing(1.0) == [(98, 99)]
     assert counts["lost"] == 0
+
+
+def test_what_was_sent_after_we_came_is_lost_even_before_the_first_came():
+    window, counts = receive_window()
+    window.announce(0, 1, 0.0)
+    arrive(window, *range(2, 200))
+    window.announce(200, 50, 0.1)
+    assert window.overdue(0.1)
+    assert counts["lost"] == 1
 
 
 def test_only_what_was_gone_before_the_first_came_is_not_lost():
@@ -1092,6 +1109,28 @@ def test_a_send_that_interrupts_another_in_the_same_thread_comes_after_it():
     assert [event.type for event in events] == ["first", "outer", "nested"]
 
 
+def test_a_flush_that_interrupts_a_send_confirms_nothing():
+    with watching(), Dispatcher() as dispatcher:
+        dispatcher.send("first")
+        assert dispatcher.flush(20) == 1
+        assert dispatcher._in_turn(dispatcher.flush) == 0
+        assert not dispatcher._later
+
+
+def test_a_batch_that_an_exception_interrupts_is_sent_with_the_next(monkeypatch):
+    dispatcher = Dispatcher(buffer_group={"task"})
+    dispatcher._open = lambda: None
+    dispatcher.send("task-progress", n=0)
+    with monkeypatch.context() as broken:
+        broken.setattr(dispatcher._window, "add", lambda frame: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            dispatcher.flush()
+    dispatcher.send("task-progress", n=1)
+    dispatcher.flush()
+    ((_, frame),) = dispatcher._window._kept
+    assert [event["n"] for event in eventmon.parse_events(eventmon.parse_frame(frame).body)] == [0, 1]
+
+
 def test_a_close_that_interrupts_a_send_comes_after_it():
     with watching() as (_, events):
         dispatcher = Dispatcher()
@@ -1567,6 +1606,18 @@ def test_forged_streams_displace_no_stream_of_which_something_came(monkeypatch):
     got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
     assert got == ["a", "b", "c"]
     assert receiver.stats["streams"] <= 50
+
+
+def test_a_stream_that_was_displaced_goes_on_where_it_was(monkeypatch):
+    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
+    receiver, frames = Receiver(), captured("a", "b", "c")
+    got = [event.type for data in frames[:2] for event in receiver.handle_message(data, SOURCE)]
+    for n in range(80):
+        for seq in (1, 2):
+            receiver.handle_message(b'EM1 data %016x %d\n{"type":"forged"}' % (n, seq), SOURCE)
+    got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
+    assert got == ["a", "b", "c"]
+    assert len(receiver._evicted) <= 50
 
 
 def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
