@@ -1842,19 +1842,25 @@ class Receiver:
         start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
         start = self._evicted.pop(identity, start)
         while len(self._streams) + len(self._strangers) >= MAX_STREAMS:
-            gone, oldest = (self._strangers or self._streams).popitem(last=False)
-            if oldest.window.next > oldest.start:
-                self._evicted[gone] = oldest.window.next
-            if len(self._evicted) > MAX_STREAMS:
-                del self._evicted[next(iter(self._evicted))]
-            self._unconfirmed.pop(oldest, None)
-            self._broken.pop(oldest, None)
-            self._counts["held"] -= oldest.window.size
-            self._counts["lost"] += oldest.window.end - oldest.window.next
+            self._evict()
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._strangers[identity] = Stream(source, frame.stream, window)
         self._plan_ack(stream, now)
         return stream
+
+    def _evict(self) -> None:
+        """Follow a stream no more: the oldest stranger, or else the one that is silent longest."""
+        identity, stream = (self._strangers or self._streams).popitem(last=False)
+        self._unconfirmed.pop(stream, None)
+        self._broken.pop(stream, None)
+        window = stream.window
+        self._counts["held"] -= window.size
+        if window.next > stream.start:
+            self._evicted[identity] = window.next
+            if len(self._evicted) > MAX_STREAMS:
+                del self._evicted[next(iter(self._evicted))]
+        if window.next > stream.start or window.size:  # not for what a heartbeat alone claims
+            self._counts["lost"] += window.end - window.next
 
     def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
         seq = frame.numbers[0]

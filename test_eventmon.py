@@ -1606,6 +1606,7 @@ def test_forged_streams_displace_no_stream_of_which_something_came(monkeypatch):
     got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
     assert got == ["a", "b", "c"]
     assert receiver.stats["streams"] <= 50
+    assert 400 < receiver.stats["lost"] <= 9 * 500  # what was held back of the forged streams, and before it
 
 
 def test_a_stream_that_was_displaced_goes_on_where_it_was(monkeypatch):
