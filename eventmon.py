@@ -93,7 +93,7 @@ MAX_DEPTH = 32  # containers inside containers that are sent as such when an eve
 HISTORY = 8 << 20  # what a Dispatcher keeps for repairs and late watchers: 30,000 usual events
 BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in while Python does something else
 DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
-MAX_WATCHERS = 64  # that one Dispatcher listens to; beyond them it still sends
+MAX_WATCHERS = 64  # that one Dispatcher waits for; others get their repairs all the same
 MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
@@ -326,8 +326,18 @@ def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
     return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
 
 
-def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
-    """Return a frame without its seal, and its time in microseconds; Rejected if the seal is not good.
+_last_stamp = 0
+
+
+def rising_time() -> int:
+    """Return microseconds since the epoch, more at each call, whatever the clock does."""
+    global _last_stamp
+    _last_stamp = max(_last_stamp + 1, int(time.time() * 1e6))
+    return _last_stamp
+
+
+def unseal(data: bytes, key: bytes, now: float | None = None) -> tuple[bytes, int]:
+    """Return a frame without its seal, and its time in microseconds; Rejected if the seal is not good at `now`.
 
     Without a key there is no seal: the frame as it is, and 0.
     """
@@ -340,7 +350,7 @@ def unseal(data: bytes, key: bytes, now: float) -> tuple[bytes, int]:
     if not hmac.compare_digest(mac, mac_of(head, body, key)):
         raise Rejected("not sealed with this key")
     head, _, stamp = head.rpartition(b" ")
-    if not stamp.isdigit() or abs(int(stamp) / 1e6 - now) > MAX_SKEW:
+    if not stamp.isdigit() or abs(int(stamp) / 1e6 - (time.time() if now is None else now)) > MAX_SKEW:
         raise Rejected(f"sealed more than {MAX_SKEW} s ago")
     return b"%b\n%b" % (head, body), int(stamp)
 
@@ -352,16 +362,6 @@ def seal(frame: bytes, key: bytes, stamp: int | None = None) -> bytes:
     head, _, body = frame.partition(b"\n")
     head = b"%b %d" % (head, rising_time() if stamp is None else stamp)
     return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
-
-
-_last_stamp = 0
-
-
-def rising_time() -> int:
-    """Return microseconds since the epoch, more at each call, whatever the clock does."""
-    global _last_stamp
-    _last_stamp = max(_last_stamp + 1, int(time.time() * 1e6))
-    return _last_stamp
 
 
 def parse_ranges(body: bytes) -> Ranges:
@@ -402,8 +402,8 @@ class Watcher:
 class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes, beside the last two
-    large events: a receiver may be busy with one while the next is under way.
+    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes, beside the last
+    two large events: a receiver may be busy with one while the next is under way.
     """
 
     def __init__(self, limit: int = HISTORY) -> None:
@@ -412,7 +412,7 @@ class TransmitWindow:
         self.cost = 0  # of everything sent so far
         self.horizon: float = inf  # the cost from which on a watcher has to be waited for
         self.watchers: dict[int, Watcher] = {}
-        self._limit = limit
+        self._limit = self._most = limit
         self._large = deque((0, 0), maxlen=2)  # the sizes of the last two large events
         self._kept: deque[tuple[int, bytes]] = deque()  # trail to lead: the cost up to and with it, the datagram
         self._size = 0
@@ -428,7 +428,7 @@ class TransmitWindow:
         self._kept.append((self.cost, frame))
         self.next += 1
         self._size += size
-        while self._size > self._limit + sum(self._large):
+        while self._size > self._most:
             self._forgotten, oldest = self._kept.popleft()
             self._size -= len(oldest)
             self.trail += 1
@@ -443,6 +443,7 @@ class TransmitWindow:
         """Keep an event of so many bytes that comes next whole, if it is large."""
         if size > self._limit // 2:
             self._large.append(size)
+            self._most = self._limit + sum(self._large)
 
     def confirm(self, name: int, position: int, room: int, taken: int, stamp: int, now: float) -> bool:
         """Take note of what a watcher has confirmed, unless there are too many; False if it cannot be true.
@@ -718,7 +719,7 @@ class ReceiveWindow:
         return items
 
     def _gives_up(self) -> float:
-        """When the first gap is asked for long enough, or long known and nothing is being repaired, or beyond repair."""
+        """When the first gap is beyond repair, asked for long enough, or long known and nothing is being repaired."""
         gap = self.gaps[0]
         if gap.first < self._trail:
             return -inf
@@ -844,7 +845,8 @@ class Link:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
             self.socket.bind((url.interface if is_address(url.interface) else "", 0))
             host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
-            target: Source = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)[0][4]  # type: ignore[assignment]
+            found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
+            target = str(found[0][4][0]), url.port
             if is_group(url.host) and sys.platform != "win32":
                 self._connect(url, target)
                 self.send: Callable[[bytes], int] = self._connected.send
@@ -1104,7 +1106,7 @@ class Dispatcher:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
 
         Returns how many watchers confirmed. A Dispatcher that is new, or heard of no watcher yet, gives them a
-        tenth of a second to speak up.
+        fifth of a second to speak up.
         """
         self._in_turn(self._send_buffer)
         return self._settle(SETTLE, timeout, fresh=True)
@@ -1153,20 +1155,20 @@ class Dispatcher:
     def _close(self, timeout: float) -> None:
         if self._working == threading.get_ident():
             self._closing = timeout
-        elif not self._closed:
-            self._closing = None
-            self._max_wait = 0.0  # no thread waits for a watcher any more
+            return
+        self._closing = None
+        if self._closed:
+            return
+        self._max_wait = 0.0  # no thread waits for a watcher any more
+        try:
+            self.disable()
+        finally:
+            self._closed = True
+            self._in_turn(self._send_buffer)
             try:
-                self.disable()
+                self._settle(CLOSE_ALONE, timeout, fresh=False)
             finally:
-                self._closed = True
-                self._in_turn(self._send_buffer)
-                try:
-                    self._settle(CLOSE_ALONE, timeout, fresh=False)
-                finally:
-                    self._in_turn(self._say_goodbye)
-        else:
-            self._closing = None
+                self._in_turn(self._say_goodbye)
 
     def _say_goodbye(self) -> None:
         self._put_everywhere(b"bye")
@@ -1234,32 +1236,35 @@ class Dispatcher:
             with self._lock:
                 self._working = me
                 try:
-                    return work(*args)
+                    try:
+                        return work(*args)
+                    finally:
+                        while self._later:
+                            self._later.popleft()()
                 except BaseException:  # of a signal handler, between any two steps
                     self._window.heal()
                     raise
                 finally:
-                    while self._later:
-                        self._later.popleft()()
                     self._working = 0
         finally:
-            if self._closing is not None and self._working != me:
-                self._close(self._closing)
+            closing = self._closing
+            if closing is not None and self._working != me:
+                self._close(closing)
 
     def _take(self, body: bytes, buffered: bool) -> bool:
         """Send an event, or hold it back to send it with others; False if nothing is sent any more."""
         if self._closed:  # by another thread, since we looked
             return self._refuse()
         self._counts["events"] += 1
-        if buffered and len(self._buffer) + 1 < self._buffer_limit:
-            self._buffer.append(body)
-            self._open()  # whose thread sends it in time
-        elif buffered:
-            self._buffer.append(body)
-            self._send_buffer()
-        else:
+        if not buffered:
             self._send_buffer()  # what came first goes first
             self._put_data(b"data", (), body)
+            return True
+        self._buffer.append(body)
+        if len(self._buffer) >= self._buffer_limit:
+            self._send_buffer()
+        else:
+            self._open()  # whose thread sends it in time
         return True
 
     def _post_parts(self, body: bytes) -> bool:
@@ -1287,7 +1292,7 @@ class Dispatcher:
         """Send what is buffered, as many events to a datagram as fit."""
         while self._buffer:
             fitting, room = 1, self._room - len(self._buffer[0]) - 2
-            for body in self._buffer[1:]:
+            for body in islice(self._buffer, 1, None):
                 room -= len(body) + 1
                 if room < 0:
                     break
@@ -1371,7 +1376,7 @@ class Dispatcher:
     def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
         """Take an answer from a watcher; return the datagrams to repair."""
         try:
-            data, stamp = unseal(data, self._key, time.time())
+            data, stamp = unseal(data, self._key)
             frame = parse_frame(data)
             if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
                 raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
@@ -1806,7 +1811,7 @@ class Receiver:
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
             return parse_events(data)
-        data, stamp = unseal(data, self._key, time.time())
+        data, stamp = unseal(data, self._key)
         frame = parse_frame(data)
         if frame.kind in (b"ack", b"nak"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
@@ -1949,8 +1954,9 @@ class Receiver:
         pieces.append(piece)
         self._joined += len(piece)
         if index + 1 == total:
-            self._joined -= sum(map(len, self._joining.pop(key, ())))
-            return b"".join(pieces)
+            body = b"".join(self._joining.pop(key))
+            self._joined -= len(body)
+            return body
         while self._joined > MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._joining)))
         return None

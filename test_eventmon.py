@@ -1109,6 +1109,22 @@ def test_a_send_that_interrupts_another_in_the_same_thread_comes_after_it():
     assert [event.type for event in events] == ["first", "outer", "nested"]
 
 
+def test_a_turn_ends_even_if_what_interrupted_it_raises():
+    with watching() as (_, events), Dispatcher() as dispatcher:
+        dispatcher.send("first")
+
+        def interrupted():
+            dispatcher._in_turn(lambda: 1 / 0)
+            dispatcher.send("nested")
+
+        with pytest.raises(ZeroDivisionError):
+            dispatcher._in_turn(interrupted)
+        dispatcher.send("last")
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 3)
+    assert sorted(event.type for event in events) == ["first", "last", "nested"]
+
+
 def test_a_flush_that_interrupts_a_send_confirms_nothing():
     with watching(), Dispatcher() as dispatcher:
         dispatcher.send("first")
@@ -1756,7 +1772,7 @@ def test_a_watcher_that_reads_late_gets_all_that_waits_in_its_socket(monkeypatch
     with Receiver() as receiver:
         receiver.fileno()
         with Dispatcher() as dispatcher:
-            dispatcher._window._limit = 1000  # next to nothing can be repaired
+            dispatcher._window._most = 1000  # next to nothing can be repaired
             dispatcher.send("step", n=0)
             assert [event["n"] for event in receiver.itercapture(limit=1, timeout=20)] == [0]
             for n in range(1, 300):
