@@ -340,6 +340,10 @@ def frames_in(window, lead):
         window.add(b"%d" % seq)
 
 
+def kept(window):
+    return [window._chunk_of(seq).datagram(seq) for seq in range(window.trail, window.next)]
+
+
 def test_the_history_is_bounded_and_keeps_the_newest():
     window = eventmon.TransmitWindow(limit=10)
     for _ in range(100):
@@ -360,19 +364,21 @@ def test_the_last_two_large_events_are_kept_whole_beside_the_history():
     assert window.trail == 22
     for _ in range(100):
         window.add(b"xxx")
-    assert sum(len(frame) for _, frame in window._kept) <= 10 + 80 + 80
+    assert sum(map(len, kept(window))) <= 10 + 80 + 80
 
 
 def test_an_exception_of_a_signal_handler_leaves_the_numbers_right():
-    window = eventmon.TransmitWindow()
+    window = eventmon.TransmitWindow(limit=100)  # each datagram has a chunk of its own
     frames_in(window, 5)
-    window._kept.append((0, b"6"))  # and no further
+    window._chunk.data += b"6"  # and no further
     window.heal()
     frames_in(window, 7)
-    assert window.repairs([(5, 9)], 10**6, 0.0) == [b"5", b"6", b"7"]
-    window._kept.popleft()
+    assert kept(window) == [b"1", b"2", b"3", b"4", b"5", b"6", b"7"]
+    window._chunks.pop(0)
     window.heal()
-    assert window.repairs([(1, 3)], 10**6, 1.0) == [b"2", b"3"]
+    frames_in(window, 8)
+    assert kept(window) == [b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
+    assert window.cost == 8 * (1 + eventmon.DATAGRAM_COST)
 
 
 def test_one_datagram_is_repaired_even_where_there_is_no_room_for_it():
@@ -967,7 +973,7 @@ def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
         dispatcher.send("hello", n=8)
         assert dispatcher.stats["events"] == 9
         assert [event["n"] for event in receiver.itercapture(limit=9, timeout=20)] == list(range(9))
-        data = [frame for _, frame in dispatcher._window._kept]
+        data = kept(dispatcher._window)
     assert len(data) < 9
 
 
@@ -997,7 +1003,7 @@ def test_an_event_of_any_size_arrives():
         assert dispatcher.flush(20) == 1
         wait_until(lambda: len(events) == 2)
         assert events[0]["x"] == big
-        assert all(len(frame) <= eventmon.MAX_LOOPBACK for _, frame in dispatcher._window._kept)
+        assert all(len(frame) <= eventmon.MAX_LOOPBACK for frame in kept(dispatcher._window))
         assert receiver.stats["lost"] == 0
 
 
@@ -1008,7 +1014,7 @@ def test_large_and_small_events_arrive_over_sockets_that_lose_a_tenth():
         lose(0.1, receiver.channel, receiver._answers, dispatcher._link.socket)
         for size in sizes:
             dispatcher.send("size", x="x" * size)
-        assert sum(len(frame) for _, frame in dispatcher._window._kept) > 14 << 20  # both, whole, to repair them
+        assert sum(len(frame) for frame in kept(dispatcher._window)) > 14 << 20  # both, whole, to repair them
         assert dispatcher.flush(30) == 1
         wait_until(lambda: len(events) == 1 + len(sizes))
         assert receiver.stats["lost"] == 0
@@ -1021,8 +1027,8 @@ def test_on_a_network_a_datagram_fits_ethernet(url):
     dispatcher.send("hello", x="x" * 10000)
     for _ in range(24):
         dispatcher.send("task-progress", x="x" * 100)
-    assert len(dispatcher._window._kept) > 12
-    assert all(len(frame) + 60 <= eventmon.MAX_DATAGRAM for _, frame in dispatcher._window._kept)
+    assert len(kept(dispatcher._window)) > 12
+    assert all(len(frame) + 60 <= eventmon.MAX_DATAGRAM for frame in kept(dispatcher._window))
 
 
 def test_the_network_never_raises(monkeypatch):
@@ -1143,7 +1149,7 @@ def test_a_batch_that_an_exception_interrupts_is_sent_with_the_next(monkeypatch)
             dispatcher.flush()
     dispatcher.send("task-progress", n=1)
     dispatcher.flush()
-    ((_, frame),) = dispatcher._window._kept
+    (frame,) = kept(dispatcher._window)
     assert [event["n"] for event in eventmon.parse_events(eventmon.parse_frame(frame).body)] == [0, 1]
 
 
