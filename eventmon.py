@@ -1135,6 +1135,7 @@ class Dispatcher:
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
         self._frame = b"EM1 data %b %%d\n%%b" % self._stream
+        # events and datagrams beside the one of each that has a sequence number
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
         self._buffer: list[bytes] = []
         self._large = count(1)  # numbers the events in parts
@@ -1154,8 +1155,11 @@ class Dispatcher:
     @property
     def stats(self) -> dict[str, int]:
         """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers."""
-        events = self._counts["events"] + len(self._buffer)
-        return {**self._counts, "events": events, "watchers": len(self._window.live(time.monotonic()))}
+        numbered = self._window.next - 1
+        counts = {**self._counts, "watchers": len(self._window.live(time.monotonic()))}
+        counts["events"] += numbered + len(self._buffer)
+        counts["datagrams"] += numbered
+        return counts
 
     def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
         """Send an event and return it, or None if disabled or not of `groups`.
@@ -1166,7 +1170,8 @@ class Dispatcher:
         known = self._known.get(type) if self.enabled and isinstance(type, str) else None
         if known is None or blind or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
-        # As _send() does it, in half the time: most of the JSON is known, and whole numbers are soon written.
+        # What _send() does, in half the time: most of the JSON is known already, whole numbers are soon written, and
+        # calls are few.
         head, buffered = known
         now, clock = time.time_ns() // 1000, next(_ticks)
         event = new_event(Event)
@@ -1177,7 +1182,19 @@ class Dispatcher:
         event.update(fields)
         rest, comma = format_json(fields)[1:], b"," if fields else b""
         body = b"%b%d.%06d%b%d%b%b" % (head, now // 1000000, now % 1000000, self._ours_json, clock, comma, rest)
-        return event if self._post(body, buffered) else None
+        if len(body) > self._room or self._window.cost > self._window.horizon or self._has_turn():
+            return event if self._post(body, buffered) else None
+        if buffered:
+            return event if self._hold(body) else None
+        with self._lock:  # a turn, as _in_turn() has it
+            try:
+                sent = self._put_data(body)
+            finally:
+                if self._later:
+                    self._catch_up()
+        if self._closing is not None:
+            self._close_late()
+        return event if sent else None
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
@@ -1245,12 +1262,20 @@ class Dispatcher:
         try:
             self.disable()
         finally:
+            if self._in_turn(self._end):
+                try:
+                    self._settle(CLOSE_ALONE, timeout, fresh=False)
+                finally:
+                    self._in_turn(self._say_goodbye)
+
+    def _end(self) -> bool:
+        """Send what is buffered and then nothing more; False if that is done."""
+        if not self._closed:
+            self._send_buffer()
             self._closed = True
-            self._in_turn(self._send_buffer)
-            try:
-                self._settle(CLOSE_ALONE, timeout, fresh=False)
-            finally:
-                self._in_turn(self._say_goodbye)
+            self._buffer_limit = 0  # who still holds an event back sees that it is too late
+            return True
+        return False
 
     def _say_goodbye(self) -> None:
         self._put_everywhere(b"bye")
@@ -1308,12 +1333,14 @@ class Dispatcher:
             return self._hold(body)
         if self._window.cost > self._window.horizon:
             self._make_room()
-        return self._in_turn(self._take, body) is not False
+        return self._in_turn(self._put_data, body) is not False
 
     def _hold(self, body: bytes) -> bool:
         """Hold an event back to send it with others; False if nothing is sent any more."""
         self._buffer.append(body)  # which needs no turn
-        if self._link is None:
+        if len(self._buffer) < self._buffer_limit and self._link:
+            return True
+        if not self._closed:
             self._in_turn(self._open)  # whose thread sends it in time
         if len(self._buffer) >= self._buffer_limit:
             self._make_room()
@@ -1340,22 +1367,20 @@ class Dispatcher:
                 try:
                     return work(*args)
                 finally:
-                    while self._later:
-                        self._later.popleft()()
+                    self._catch_up()
         finally:
-            closing = self._closing
-            if closing is not None and not self._has_turn():
-                self._close(closing)
+            self._close_late()
 
-    def _take(self, body: bytes) -> bool:
-        """Send an event; False if nothing is sent any more."""
-        if self._closed:  # by another thread, since we looked
-            return self._refuse()
-        if self._buffer:
-            self._send_buffer()  # what came first goes first
-        self._counts["events"] += 1
-        self._put_data(self._frame % (self._window.next, body))
-        return True
+    def _catch_up(self) -> None:
+        """Do what was noted during this turn."""
+        while self._later:
+            self._later.popleft()()
+
+    def _close_late(self) -> None:
+        """Do what a close() in the middle of a turn asked for."""
+        closing = self._closing
+        if closing is not None and not self._has_turn():
+            self._close(closing)
 
     def _post_parts(self, body: bytes) -> bool:
         """Send an event in parts, between which other threads may send theirs."""
@@ -1364,21 +1389,18 @@ class Dispatcher:
         event, starts = next(self._large), range(0, len(body), self._room)
         for index, start in enumerate(starts):
             self._make_room()
-            part = body[start : start + self._room]
-            if self._in_turn(self._take_part, (event, index, len(starts)), part, len(body)) is False:
+            frame = b"EM1 part %b %%d %d %d %d\n%%b" % (self._stream, event, index, len(starts))
+            size = 0 if index else len(body) + len(starts) * MAX_HEADER
+            if self._in_turn(self._put_part, frame, body[start : start + self._room], size) is False:
                 return False
         return True
 
-    def _take_part(self, numbers: tuple[int, int, int], part: bytes, size: int) -> bool:
-        _, index, total = numbers
-        if self._closed:
-            return self._refuse()
-        if index == 0:
+    def _put_part(self, frame: bytes, part: bytes, size: int) -> bool:
+        """Send a part; the first tells the size of all."""
+        if size and not self._closed:
             self._send_buffer()
-            self._counts["events"] += 1
-            self._window.expect(size + total * MAX_HEADER)
-        self._put_data(format_frame(b"part", self._stream, (self._window.next, *numbers), part))
-        return True
+            self._window.expect(size)
+        return self._put_data(part, bool(size), False, frame)
 
     def _send_buffer(self) -> None:
         """Send what is buffered, as many events to a datagram as fit."""
@@ -1391,63 +1413,78 @@ class Dispatcher:
                     break
                 fitting += 1
             left -= fitting
-            self._counts["events"] += fitting
-            self._put_data(self._frame % (self._window.next, format_events(self._buffer[:fitting])), fitting)
+            self._put_data(format_events(self._buffer[:fitting]), fitting, True)
 
-    def _put_data(self, frame: bytes, taken: int = 0) -> None:
-        """Send the next data, of which the first `taken` events in the buffer are made."""
-        if self._link is None:
-            self._open()
-        window = self._window
-        if not window.next % LISTEN_EVERY:
+    def _put_data(self, body: bytes, events: int = 1, buffered: bool = False, frame: bytes | None = None) -> bool:
+        """Number, keep and send data that holds so many events, the first ones `buffered` or else the next one.
+
+        `frame` is how it is framed, if not as whole events. False if nothing is sent any more.
+        """
+        if self._closed:  # by another thread, since we looked
+            return self._refuse()
+        if self._buffer and not buffered:
+            self._send_buffer()  # what came first goes first
+        link, window = self._link or self._open(), self._window
+        seq = window.next
+        if not seq % LISTEN_EVERY:
             self._hear(time.monotonic())  # the thread gets few chances while a loop sends
-        before = window.next
+        data = (frame or self._frame) % (seq, body)
         try:
-            window.add(frame)
+            window.add(data)
         except BaseException:  # of a signal handler, between any two steps
             window.heal()
             raise
         finally:
-            if taken and window.next > before:
-                del self._buffer[:taken]
-        self._put(frame)
+            if buffered and window.next > seq:
+                del self._buffer[:events]
+        if events != 1:
+            self._counts["events"] += events - 1
+        try:
+            if link:
+                link.send(seal(data, self._key) if self._key else data)
+            else:
+                self._counts["datagrams"] -= 1
+        except OSError as problem:  # it is kept, and will be asked for
+            self._counts["datagrams"] -= 1
+            self._count_error(problem)
+        return True
 
     def _put(self, frame: bytes, aside: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
         link = self._link
         if link is None:
             return False
-        if self._key:
-            frame = seal(frame, self._key)
         try:
-            if aside is None:
-                link.send(frame)
+            if aside:
+                link.socket.sendto(seal(frame, self._key), aside)
             else:
-                link.socket.sendto(frame, aside)
+                link.send(seal(frame, self._key))
         except OSError as problem:
-            self._counts["errors"] += 1
-            self._problem = problem
+            self._count_error(problem)
             return False
         self._counts["datagrams"] += 1
         return True
 
-    def _open(self) -> None:
+    def _count_error(self, problem: OSError | UnicodeError) -> None:
+        self._counts["errors"] += 1
+        self._problem = problem
+
+    def _open(self) -> Link | None:
         """Open the sockets and start the thread, unless that is done or has just failed."""
         if self._link is not None or self._closed:
-            return
+            return self._link
         now = time.monotonic()
         if now < self._reopens:
             self._counts["errors"] += 1
-            return
+            return None
         try:
             self._link = Link(self._url)
             self._thread = threading.Thread(target=self._serve, args=(self._link,), name="eventmon", daemon=True)
             self._thread.start()
         except (OSError, UnicodeError) as problem:
-            self._counts["errors"] += 1
-            self._problem = problem
+            self._count_error(problem)
             self._reopens = now + 10 * (time.monotonic() - now)  # a slow resolver is asked rarely
-            return
+            return None
         except RuntimeError:  # no more threads, as at the exit of the interpreter: send without
             self._counts["errors"] += 1
         self._opened = now
@@ -1455,6 +1492,7 @@ class Dispatcher:
         util = sys.modules.get("multiprocessing.util")
         if util:  # whose processes end without atexit
             self._finalizer = util.Finalize(None, self.close, exitpriority=0)
+        return self._link
 
     def _put_everywhere(self, kind: bytes) -> None:
         """Send a heartbeat to everyone, and to each live watcher aside, where no data stands in the way."""
@@ -1536,7 +1574,7 @@ class Dispatcher:
         while True:
             done, live = self._in_turn(self._look_for_confirmations, now)
             link = self._link
-            if link is None or not self._counts["datagrams"]:  # nobody can have heard us
+            if link is None or not self.stats["datagrams"]:  # nobody can have heard us
                 return done
             asked = start if fresh and not live else self._opened
             if now >= start + timeout or done == live and now >= asked + patience:
