@@ -68,7 +68,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextvars import ContextVar
 from functools import partial, wraps
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from math import inf, isfinite
 from weakref import WeakSet
 
@@ -104,6 +104,9 @@ MAX_PARTS = MAX_EVENT // MIN_PART  # of an event
 MAX_GAPS = 256  # of a stream looked after at a time
 MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
 MAX_ASKED = 512  # sequence numbers looked at for one NAK, so that no send() waits long for the repairs
+MAX_READ = 32  # datagrams that a Receiver takes at a time
+BUSY = 16  # datagrams read without waiting for one: who receives more is busy, and lets them gather
+COALESCE = 0.0005  # for so long; to be woken for each would cost both sides as much as all the rest
 MAX_ASIDE = 16  # heartbeats that a watcher reads at a time beside the data
 MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
 BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this time
@@ -221,7 +224,7 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=no_constant).raw_decode
+_scan = json.JSONDecoder(parse_constant=no_constant).scan_once  # type: ignore[attr-defined]
 _markers: dict[int, Any] = {}  # the containers being encoded, by which the encoder knows one inside itself
 
 
@@ -238,15 +241,19 @@ def json_encoder() -> Callable[[Any, int], Iterable[str]]:
 _encode = json_encoder()
 
 
-def parse_json(body: bytes) -> Any:
-    """Return the one JSON value in `body`, or raise WireError."""
+def parse_json(body: bytes, start: int = 0) -> Any:
+    """Return the one JSON value in `body` from `start` on, or raise WireError."""
     try:
-        text = body.decode().strip()
-        value, end = _decode(text)
+        text = body.decode() if start else body.decode().strip()
+        value, end = _scan(text, start)
+        if end != len(text) and text[end:].strip():
+            raise ValueError(f"more than one value, the second at character {end}")
+    except StopIteration as stop:
+        if start:  # white space, perhaps
+            return parse_json(body[start:])
+        raise WireError(f"not JSON: no value at character {stop.value}") from None
     except (ValueError, RecursionError) as problem:
         raise WireError(f"not JSON: {problem}") from None
-    if end != len(text):
-        raise WireError(f"not JSON: more than one value, the second at character {end}")
     return value
 
 
@@ -295,10 +302,10 @@ def parse_event(value: Any) -> Event:
     return event
 
 
-def parse_events(body: bytes) -> list[Event]:
-    """Return the events of a JSON object or array, or raise WireError."""
-    value = parse_json(body)
-    return [parse_event(item) for item in value] if isinstance(value, list) else [parse_event(value)]
+def parse_events(body: bytes, start: int = 0) -> list[Event]:
+    """Return the events of the JSON object or array in `body` from `start` on, or raise WireError."""
+    value = parse_json(body, start)
+    return list(map(parse_event, value)) if isinstance(value, list) else [parse_event(value)]
 
 
 def format_events(bodies: list[bytes]) -> bytes:
@@ -307,6 +314,7 @@ def format_events(bodies: list[bytes]) -> bytes:
 
 
 MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
+HEAD = len(b"EM1 data 0123456789abcdef ")  # of data, without its number
 LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
@@ -470,13 +478,17 @@ class TransmitWindow:
 
     def add(self, frame: bytes) -> None:
         """Keep the datagram that has the sequence number `next`."""
-        chunk = self._chunk
-        chunk.data += frame
-        chunk.ends.append(len(chunk.data))
-        self.cost += len(frame) + DATAGRAM_COST
-        self.next += 1
-        if len(chunk.data) >= self._full:
-            self._begin_chunk()
+        try:
+            chunk = self._chunk
+            chunk.data += frame
+            chunk.ends.append(len(chunk.data))
+            self.cost += len(frame) + DATAGRAM_COST
+            self.next += 1
+            if len(chunk.data) >= self._full:
+                self._begin_chunk()
+        except BaseException:  # of a signal handler, between any two steps
+            self._heal()
+            raise
 
     def _begin_chunk(self) -> None:
         self._size += len(self._chunk.data)
@@ -486,7 +498,7 @@ class TransmitWindow:
             self._size -= len(self._chunks.pop(0).data)
             self.trail = self._chunks[0].first
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """Make all of it agree again after an exception in the middle of add()."""
         chunk = self._chunk = self._chunks[-1]
         del chunk.data[chunk.ends[-1] if chunk.ends else 0 :]
@@ -894,6 +906,19 @@ def listen(url: Url) -> socket.socket:
     return sock
 
 
+def wait_for(sock: socket.socket, seconds: float) -> None:
+    """Wait until something has arrived at `sock`, or for `seconds`; in any number of threads."""
+    try:
+        if not hasattr(select, "poll"):
+            select.select([sock], [], [], max(0.0, seconds))
+            return
+        poll = select.poll()  # unlike select() not limited to the first 1,024 files
+        poll.register(sock, select.POLLIN)
+        poll.poll(max(0.0, seconds * 1000))
+    except (OSError, ValueError):
+        pass  # closed meanwhile
+
+
 class Link:
     """A Dispatcher's sockets: `send` sends a datagram to the URL, what watchers answer arrives at `socket`."""
 
@@ -931,16 +956,8 @@ class Link:
             sock.setsockopt(socket.SOL_SOCKET, share, 0)  # with nobody else
 
     def wait(self, seconds: float) -> None:
-        """Wait until something has arrived, or for `seconds`; in any number of threads."""
-        try:
-            if not hasattr(select, "poll"):
-                select.select([self.socket], [], [], max(0.0, seconds))
-                return
-            poll = select.poll()  # unlike select() not limited to the first 1,024 files
-            poll.register(self.socket, select.POLLIN)
-            poll.poll(max(0.0, seconds * 1000))
-        except (OSError, ValueError):
-            pass  # closed meanwhile
+        """Wait until an answer has arrived, or for `seconds`."""
+        wait_for(self.socket, seconds)
 
     def receive(self) -> tuple[bytes, Source] | None:
         """Return a datagram that has arrived and its source, or None."""
@@ -1140,6 +1157,7 @@ class Dispatcher:
         self._buffer: list[bytes] = []
         self._large = count(1)  # numbers the events in parts
         self._link: Link | None = None
+        self._plain = False  # open, and nothing is sealed
         self._finalizer: Any = None
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
@@ -1167,7 +1185,10 @@ class Dispatcher:
         Adds hostname, pid, utcoffset and, unless `blind`, clock, where `fields` does not have them. ValueError
         for a type that is not a non-empty str, an event over 16 MiB as JSON, and a closed Dispatcher.
         """
-        known = self._known.get(type) if self.enabled and isinstance(type, str) else None
+        try:
+            known = self._known.get(type) if self.enabled else None
+        except TypeError:  # not even hashable
+            known = None
         if known is None or blind or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
         # What _send() does, in half the time: most of the JSON is known already, whole numbers are soon written, and
@@ -1185,10 +1206,19 @@ class Dispatcher:
         if len(body) > self._room or self._window.cost > self._window.horizon or self._has_turn():
             return event if self._post(body, buffered) else None
         if buffered:
-            return event if self._hold(body) else None
+            self._buffer.append(body)
+            return event if len(self._buffer) < self._buffer_limit and self._link or self._held(body) else None
         with self._lock:  # a turn, as _in_turn() has it
             try:
-                sent = self._put_data(body)
+                window, link, sent = self._window, self._link, True
+                if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
+                    frame = self._frame % (window.next, body)
+                    window.add(frame)
+                    link.send(frame)
+                else:
+                    sent = self._put_data(body)
+            except OSError as problem:
+                self._count_failure(problem)
             finally:
                 if self._later:
                     self._catch_up()
@@ -1273,6 +1303,7 @@ class Dispatcher:
         if not self._closed:
             self._send_buffer()
             self._closed = True
+            self._plain = False
             self._buffer_limit = 0  # who still holds an event back sees that it is too late
             return True
         return False
@@ -1330,17 +1361,15 @@ class Dispatcher:
         if len(body) > self._room:
             return self._post_parts(body)
         if buffered:
-            return self._hold(body)
+            self._buffer.append(body)  # which needs no turn
+            return self._held(body)
         if self._window.cost > self._window.horizon:
             self._make_room()
         return self._in_turn(self._put_data, body) is not False
 
-    def _hold(self, body: bytes) -> bool:
-        """Hold an event back to send it with others; False if nothing is sent any more."""
-        self._buffer.append(body)  # which needs no turn
-        if len(self._buffer) < self._buffer_limit and self._link:
-            return True
-        if not self._closed:
+    def _held(self, body: bytes) -> bool:
+        """Send what is buffered if it is time; False if nothing is sent any more, also not this event."""
+        if self._link is None and not self._closed:
             self._in_turn(self._open)  # whose thread sends it in time
         if len(self._buffer) >= self._buffer_limit:
             self._make_room()
@@ -1406,14 +1435,12 @@ class Dispatcher:
         """Send what is buffered, as many events to a datagram as fit."""
         left = len(self._buffer)  # to which other threads may add
         while left > 0:
-            fitting, room = 1, self._room - len(self._buffer[0]) - 2
-            for body in islice(self._buffer, 1, None):
-                room -= len(body) + 1
-                if room < 0:
-                    break
-                fitting += 1
+            bodies = self._buffer[: self._buffer_limit or left]
+            ends, fitting = list(accumulate(map(len, bodies))), len(bodies)
+            while fitting > 1 and ends[fitting - 1] + fitting >= self._room:
+                fitting -= 1
             left -= fitting
-            self._put_data(format_events(self._buffer[:fitting]), fitting, True)
+            self._put_data(format_events(bodies[:fitting]), fitting, True)
 
     def _put_data(self, body: bytes, events: int = 1, buffered: bool = False, frame: bytes | None = None) -> bool:
         """Number, keep and send data that holds so many events, the first ones `buffered` or else the next one.
@@ -1431,10 +1458,7 @@ class Dispatcher:
         data = (frame or self._frame) % (seq, body)
         try:
             window.add(data)
-        except BaseException:  # of a signal handler, between any two steps
-            window.heal()
-            raise
-        finally:
+        finally:  # also after an exception of a signal handler
             if buffered and window.next > seq:
                 del self._buffer[:events]
         if events != 1:
@@ -1444,10 +1468,14 @@ class Dispatcher:
                 link.send(seal(data, self._key) if self._key else data)
             else:
                 self._counts["datagrams"] -= 1
-        except OSError as problem:  # it is kept, and will be asked for
-            self._counts["datagrams"] -= 1
-            self._count_error(problem)
+        except OSError as problem:
+            self._count_failure(problem)
         return True
+
+    def _count_failure(self, problem: OSError) -> None:
+        """Count data that the kernel did not take: it is kept, and will be asked for."""
+        self._counts["datagrams"] -= 1
+        self._count_error(problem)
 
     def _put(self, frame: bytes, aside: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
@@ -1488,6 +1516,7 @@ class Dispatcher:
         except RuntimeError:  # no more threads, as at the exit of the interpreter: send without
             self._counts["errors"] += 1
         self._opened = now
+        self._plain = not self._key
         self._put(self._beat(b"beat"))  # whoever hears it confirms, so that a first flush() knows
         util = sys.modules.get("multiprocessing.util")
         if util:  # whose processes end without atexit
@@ -1757,11 +1786,15 @@ class Receiver:
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs
         self._space = BUFFER  # what the channel's buffer holds
-        self._buffer = memoryview(bytearray(65536))
+        self._batch = 1  # datagrams to read at a time
+        self._read_at = -inf  # when some were read
+        self._run = 0  # datagrams read since we waited for one
+        self._empty = True  # when we last looked
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # silent longest first
         self._strangers: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # nothing came of them yet
         self._evicted: dict[tuple[Source | None, bytes], int] = {}  # streams not followed any more -> what comes next
+        self._usual: dict[bytes, Stream] = {}  # how the data of a stream begins -> the stream
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when the first of them is to be confirmed
         self._broken: dict[Stream, None] = {}  # streams with gaps
@@ -1834,20 +1867,21 @@ class Receiver:
         is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
+        ready = self._ready
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
         last = time.monotonic()
         try:
             while not self.should_stop and left > 0:
-                if self._ready:
-                    yield self._ready.popleft()
+                if ready:
+                    yield ready.popleft()
                     left -= 1
-                    if not self._ready:
+                    if not ready:
                         last = time.monotonic()
                 else:
-                    found = self._read(0.0) or self._read(min(patience, last + patience - time.monotonic()))
+                    found = self._read(min(patience, last + patience - time.monotonic()))
                     enough = max(patience, JUNK_TIME) if found else patience
-                    if not self._ready and time.monotonic() >= last + enough:
+                    if not ready and time.monotonic() >= last + enough:
                         return
         finally:
             self._confirm(inf)  # the caller turns to other things
@@ -1887,33 +1921,42 @@ class Receiver:
         return events
 
     def _read(self, patience: float) -> bool:
-        """Take a datagram, waiting at most `patience` seconds; False if there was none."""
+        """Take some datagrams that have arrived, waiting at most `patience` seconds for one; False if there was none."""
         channel = self.channel
+        if patience > 0 and self._empty:
+            if self._run > BUSY:
+                time.sleep(min(patience, COALESCE))
+            else:
+                wait_for(channel, max(0.0005, min(patience, self._pause(MAX_SLEEP))))
+            self._run = 0
         now = time.monotonic()
+        events = []
         if now >= self._ack_due:
-            self._ready.extend(self._stamp(self._read_aside(now)))
+            events += self._read_aside(now)
             self._confirm(now)
+        # More at a time as long as they are soon dealt with: what is read is confirmed, and counts as room again.
+        self._batch = min(2 * self._batch, MAX_READ) if now < self._read_at + ACK_DELAY / 2 else 1
+        size, self._empty = 0, False
         try:
-            if patience > 0:
-                channel.settimeout(max(0.0005, min(patience, self._pause(MAX_SLEEP))))
-            size, source = channel.recvfrom_into(self._buffer)
-        except (BlockingIOError, socket.timeout):
-            now = time.monotonic()
-            self._ready.extend(self._stamp(self._read_aside(now) + self._advance(now, MAX_SLEEP)))
-            return bool(self._ready)
+            for _ in range(self._batch):
+                data, source = channel.recvfrom(65536)
+                size += len(data) + DATAGRAM_COST
+                self._run += 1
+                events += self._accept(data, source, now)
+        except BlockingIOError:
+            self._empty = True
+            drained = time.monotonic()
+            events += self._read_aside(drained) + self._advance(drained, MAX_SLEEP)
         except ConnectionError:  # Windows: an answer of ours found nobody
             return True
-        finally:
-            if patience > 0:
-                channel.settimeout(0)
-        self._read_since += size + DATAGRAM_COST
-        events = []
-        if self._read_since > self._space:  # more than the buffer held at the mark
-            events += self._advance(self._mark, MAX_SLEEP)
-            self._mark = now
-        events += self._accept(bytes(self._buffer[:size]), source, now)
+        else:
+            self._read_since += size
+            if self._read_since > self._space:  # more than the buffer held at the mark
+                events += self._advance(self._mark, MAX_SLEEP)
+                self._mark = now
         self._ready.extend(self._stamp(events))
-        return True
+        self._read_at = time.monotonic()
+        return bool(size or events)
 
     def _read_aside(self, now: float) -> list[Event]:
         """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
@@ -1947,6 +1990,13 @@ class Receiver:
             return []
 
     def _receive(self, data: bytes, source: Source, now: float) -> list[Event]:
+        usual = self._usual.get(data[:HEAD])
+        if usual and usual.source == source:  # nearly always: data of a stream as before, and the next
+            window = usual.window
+            number = b"%d\n" % window.next
+            if data.startswith(number, HEAD) and window.in_order(window.next):
+                self._count_cost(usual, len(data), now)
+                return parse_events(data, HEAD + len(number))
         if data[:4] != b"EM1 ":
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
@@ -1959,6 +2009,8 @@ class Receiver:
         identity = None if self._key else source, frame.stream
         stream = self._streams.get(identity) or self._meet(identity, frame, source, now)
         if frame.kind in (b"data", b"part"):
+            if identity in self._streams and not self._key:
+                self._usual[data[:HEAD]] = stream
             return self._take(stream, frame, len(data), now)
         if stamp and stamp <= stream.stamp:
             raise Replay("a heartbeat seen before")
@@ -1998,6 +2050,7 @@ class Receiver:
         identity, stream = (self._strangers or self._streams).popitem(last=False)
         self._unconfirmed.pop(stream, None)
         self._broken.pop(stream, None)
+        self._usual.pop(b"%b data %b " % (MAGIC, stream.name), None)
         window = stream.window
         self._counts["held"] -= window.size
         if window.next > stream.start:
@@ -2009,13 +2062,20 @@ class Receiver:
 
     def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
         seq = frame.numbers[0]
-        stream.cost += size + DATAGRAM_COST
-        self._taken += size + DATAGRAM_COST
-        if stream.ack_at == inf or stream.cost > self._space // 16:
-            self._plan_ack(stream, now if stream.cost > self._space // 16 else now + ACK_DELAY)
+        self._count_cost(stream, size, now)
         if stream.window.in_order(seq):
             return self._assemble(stream, [frame])
         return self._assemble(stream, stream.window.receive(seq, frame, size + DATAGRAM_COST, self._clock))
+
+    def _count_cost(self, stream: Stream, size: int, now: float) -> None:
+        """Count data that has arrived, and plan its confirmation."""
+        size += DATAGRAM_COST
+        stream.cost += size
+        self._taken += size
+        if stream.cost > self._space // 16:
+            self._plan_ack(stream, now)
+        elif stream.ack_at == inf:
+            self._plan_ack(stream, now + ACK_DELAY)
 
     def _plan_ack(self, stream: Stream, when: float) -> None:
         stream.ack_at = min(stream.ack_at, max(when, stream.acked + ACK_PAUSE))

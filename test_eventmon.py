@@ -372,11 +372,11 @@ def test_an_exception_of_a_signal_handler_leaves_the_numbers_right():
     window = eventmon.TransmitWindow(limit=100)  # each datagram has a chunk of its own
     frames_in(window, 5)
     window._chunk.data += b"6"  # and no further
-    window.heal()
+    window._heal()
     frames_in(window, 7)
     assert kept(window) == [b"1", b"2", b"3", b"4", b"5", b"6", b"7"]
     window._chunks.pop(0)
-    window.heal()
+    window._heal()
     frames_in(window, 8)
     assert kept(window) == [b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
     assert window.cost == 8 * (1 + eventmon.DATAGRAM_COST)
