@@ -305,7 +305,7 @@ def parse_event(value: Any) -> Event:
 def parse_events(body: bytes, start: int = 0) -> list[Event]:
     """Return the events of the JSON object or array in `body` from `start` on, or raise WireError."""
     value = parse_json(body, start)
-    return list(map(parse_event, value)) if isinstance(value, list) else [parse_event(value)]
+    return [*map(parse_event, value)] if isinstance(value, list) else [parse_event(value)]
 
 
 def format_events(bodies: list[bytes]) -> bytes:
@@ -1786,6 +1786,7 @@ class Receiver:
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs
         self._space = BUFFER  # what the channel's buffer holds
+        self._ack_cost = BUFFER // 16  # of a stream's data that is confirmed at once
         self._batch = 1  # datagrams to read at a time
         self._read_at = -inf  # when some were read
         self._run = 0  # datagrams read since we waited for one
@@ -1803,7 +1804,7 @@ class Receiver:
         self._drained = inf  # up to this time, everything that arrived has been read
         self._mark = inf  # when we began to count what is read
         self._read_since = 0
-        self._taken = 0  # the cost of all data so far
+        self._taken = 0  # the cost of all data confirmed so far
         self._busy: set[Stream] = set()  # streams confirmed with data since
         self._busy_since = -inf
         self._rivals = 0  # how many those were in the time before
@@ -1830,6 +1831,7 @@ class Receiver:
                 self._answers = udp_socket(self._url)
                 self._answers.bind((self._url.interface if is_address(self._url.interface) else "", 0))
             self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            self._ack_cost = self._space // 16
             self._channel = channel
         return self._channel
 
@@ -1984,19 +1986,21 @@ class Receiver:
     def _accept(self, data: bytes, source: Source, now: float) -> list[Event]:
         """Return the events that a datagram makes deliverable; count it if it is bad."""
         try:
+            usual = self._usual.get(data[:HEAD])
+            if usual and usual.source == source:
+                window = usual.window
+                number = b"%d\n" % window.next
+                if data.startswith(number, HEAD) and window.in_order(window.next):  # as it is nearly always
+                    usual.cost += len(data) + DATAGRAM_COST
+                    if usual.cost > self._ack_cost or usual.ack_at == inf:
+                        self._plan_data_ack(usual, now)
+                    return parse_events(data, HEAD + len(number))
             return self._receive(data, source, now)
         except WireError as problem:
             self._counts[problem.counted] += 1
             return []
 
     def _receive(self, data: bytes, source: Source, now: float) -> list[Event]:
-        usual = self._usual.get(data[:HEAD])
-        if usual and usual.source == source:  # nearly always: data of a stream as before, and the next
-            window = usual.window
-            number = b"%d\n" % window.next
-            if data.startswith(number, HEAD) and window.in_order(window.next):
-                self._count_cost(usual, len(data), now)
-                return parse_events(data, HEAD + len(number))
         if data[:4] != b"EM1 ":
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
@@ -2062,17 +2066,14 @@ class Receiver:
 
     def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
         seq = frame.numbers[0]
-        self._count_cost(stream, size, now)
+        stream.cost += size + DATAGRAM_COST
+        self._plan_data_ack(stream, now)
         if stream.window.in_order(seq):
             return self._assemble(stream, [frame])
         return self._assemble(stream, stream.window.receive(seq, frame, size + DATAGRAM_COST, self._clock))
 
-    def _count_cost(self, stream: Stream, size: int, now: float) -> None:
-        """Count data that has arrived, and plan its confirmation."""
-        size += DATAGRAM_COST
-        stream.cost += size
-        self._taken += size
-        if stream.cost > self._space // 16:
+    def _plan_data_ack(self, stream: Stream, now: float) -> None:
+        if stream.cost > self._ack_cost:
             self._plan_ack(stream, now)
         elif stream.ack_at == inf:
             self._plan_ack(stream, now + ACK_DELAY)
@@ -2118,6 +2119,7 @@ class Receiver:
         room = min(self._space // 2, ROOM) // max(1, self._rivals, len(self._busy))
         room += min(stream.window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
+        self._taken += stream.cost
         stream.cost, stream.ack_at, stream.acked = 0, inf, now
         if self._answers is None:
             return
