@@ -125,7 +125,7 @@ ROOM = 1 << 20  # of a watcher's buffer that all senders together may fill
 SHARE_TIME = 0.05  # streams that send within this time share the room
 ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
 BUFFER_TIME = 0.05  # the longest that a buffered event waits
-MAX_SLEEP = 0.1  # between two looks at should_stop
+MAX_SLEEP = 0.2  # between two looks at should_stop
 JUNK_TIME = 0.02  # what comes of no use is read so long at a time by who does not want to wait
 LISTEN_EVERY = 64  # datagrams
 POLL = 0.003  # between questions to a watcher that is waited for
@@ -966,13 +966,14 @@ class Link:
         except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
             return None
 
-    def nudge(self) -> None:
-        """End a wait() in another thread."""
+    def nudge(self) -> bool:
+        """End a wait() in another thread; False if it has to end by itself."""
         try:
             host, port = self.socket.getsockname()
             self.socket.sendto(b"", (host if host != "0.0.0.0" else "127.0.0.1", port))
-        except OSError:
-            pass  # it has ended already; or there is no loopback, and it ends by itself
+        except OSError:  # closed, or there is no loopback
+            return False
+        return True
 
     def close(self) -> None:
         """Close the sockets."""
@@ -1130,7 +1131,7 @@ class Dispatcher:
         self._name = hostname
         self._groups = None if groups is None else frozenset(groups)
         self._buffered = frozenset(buffer_group)
-        self._buffer_limit = buffer_limit
+        self._buffer_limit = max(1, buffer_limit)
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
@@ -1155,6 +1156,7 @@ class Dispatcher:
         # events and datagrams beside the one of each that has a sequence number
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
         self._buffer: list[bytes] = []
+        self._look_at = self._buffer_limit  # events in it: from so many on there is something to do
         self._large = count(1)  # numbers the events in parts
         self._link: Link | None = None
         self._plain = False  # open, and nothing is sealed
@@ -1207,7 +1209,7 @@ class Dispatcher:
             return event if self._post(body, buffered) else None
         if buffered:
             self._buffer.append(body)
-            return event if len(self._buffer) < self._buffer_limit and self._link or self._held(body) else None
+            return event if len(self._buffer) < self._look_at and self._link or self._held(body) else None
         with self._lock:  # a turn, as _in_turn() has it
             try:
                 window, link, sent = self._window, self._link, True
@@ -1304,7 +1306,7 @@ class Dispatcher:
             self._send_buffer()
             self._closed = True
             self._plain = False
-            self._buffer_limit = 0  # who still holds an event back sees that it is too late
+            self._look_at = 0  # who still holds an event back sees that it is too late
             return True
         return False
 
@@ -1369,8 +1371,13 @@ class Dispatcher:
 
     def _held(self, body: bytes) -> bool:
         """Send what is buffered if it is time; False if nothing is sent any more, also not this event."""
-        if self._link is None and not self._closed:
+        link = self._link
+        if link is None and not self._closed:
             self._in_turn(self._open)  # whose thread sends it in time
+        elif link and self._look_at == 1:
+            self._look_at = self._buffer_limit
+            if not link.nudge():
+                self._in_turn(self._send_buffer)
         if len(self._buffer) >= self._buffer_limit:
             self._make_room()
             self._in_turn(self._send_buffer)
@@ -1435,7 +1442,7 @@ class Dispatcher:
         """Send what is buffered, as many events to a datagram as fit."""
         left = len(self._buffer)  # to which other threads may add
         while left > 0:
-            bodies = self._buffer[: self._buffer_limit or left]
+            bodies = self._buffer[: self._buffer_limit]
             ends, fitting = list(accumulate(map(len, bodies))), len(bodies)
             while fitting > 1 and ends[fitting - 1] + fitting >= self._room:
                 fitting -= 1
@@ -1622,12 +1629,15 @@ class Dispatcher:
 
     def _serve(self, link: Link) -> None:
         """Answer watchers, beat, and send what is due, until the link is not ours any more."""
-        beat_at = work_at = time.monotonic()
-        buffer_at = beat_at + BUFFER_TIME / 2
+        now = beat_at = work_at = time.monotonic()
+        buffer_at = inf
         try:
             while True:
-                due = min(beat_at, buffer_at if self._buffered else inf, work_at + self._freq if self._freq else inf)
-                link.wait(due - time.monotonic())
+                if buffer_at == inf and self._buffered:
+                    self._look_at = 1  # the next event there wakes us
+                    if self._buffer:
+                        buffer_at, self._look_at = now + BUFFER_TIME / 2, self._buffer_limit
+                link.wait(min(beat_at, buffer_at, work_at + self._freq if self._freq else inf) - time.monotonic())
                 now = time.monotonic()
                 if self._link is not link:
                     return
@@ -1636,7 +1646,7 @@ class Dispatcher:
                     beat_at = now + BEAT
                     self._in_turn(self._keep_up, now)
                 if now >= buffer_at:
-                    buffer_at = now + BUFFER_TIME / 2
+                    buffer_at = inf
                     self._in_turn(self._send_buffer)
                 if self._freq and now >= work_at + self._freq:
                     work_at = now
