@@ -3202,6 +3202,365 @@ def send(options: Any) -> int:
     return 1 if failures else 0
 
 
+# The bench. What a user would write by hand is measured in the same run, in turns, so that the ratio can be trusted.
+
+ANSWER_TIME = 20.0  # the longest that the bench waits for a process of its own
+QUIET_TIME = 5.0  # without an event, after which its watcher says what it has
+HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
+IMPORT = f"{HERE}; module = __import__(sys.argv[2])"
+UUID = "5d0c91aa"
+PINGS = 50  # in a row: few enough that all find the two processes on the same cores
+TASK: dict[str, dict[str, Any]] = {  # the events of a task
+    "task-received": {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0},
+    "task-started": {},
+    "task-succeeded": {"result": "'photo.webp'", "runtime": 0.25},
+}
+
+
+def patiently(process: Any, wait: Callable[[], Any]) -> Any:
+    """Return what wait() for a process returns; the process is killed when that takes too long, or is broken off."""
+    timer = threading.Timer(ANSWER_TIME, process.kill)  # Popen.wait(timeout) looks from time to time: too coarse here
+    timer.start()
+    try:
+        return wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        timer.cancel()
+
+
+class Child:
+    """A process that runs a generator function of this file: what it yields are answers. It ends with the context."""
+
+    def __init__(self, function: Callable[..., Iterator[Any]], *args: Any) -> None:
+        from subprocess import PIPE, Popen
+
+        folder, name = os.path.split(os.path.abspath(__file__))
+        words = [f"{IMPORT}; module.in_child(sys.argv[3])", folder, os.path.splitext(name)[0], function.__name__]
+        self._process: Any = Popen(
+            [sys.executable, "-c", *words], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace"
+        )
+        print(json.dumps(args), file=self._process.stdin, flush=True)  # a key stands on no command line
+
+    def answer(self) -> Any:
+        """Return the next answer; Failure if none comes in time."""
+        line = patiently(self._process, self._process.stdout.readline)
+        if not line:
+            self._process.kill()
+            errors = self._process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
+            raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
+        return json.loads(line)
+
+    def __enter__(self) -> Child:  # noqa: PYI034 - typing.Self is younger than Python 3.9
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        with self._process:  # closes its pipes and waits
+            pass
+
+
+def in_child(name: str) -> None:
+    """Be a Child: call the function that is so called with the arguments on standard input, and print its answers."""
+    for answer in globals()[name](*json.loads(sys.stdin.readline())):
+        print(json.dumps(answer), flush=True)
+
+
+def row(what: str, figure: float, naive: float | None, unit: str, **more: Any) -> dict[str, Any]:
+    """Return a row of the bench."""
+    return {"what": what, "figure": figure, "naive": naive, "ratio": naive and figure / naive, "unit": unit, **more}
+
+
+def seconds_for(work: Callable[[], object], times: int = 1) -> float:
+    """Return how long some work takes, on average."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def send_by_hand(url: Url, n: int) -> float:
+    """Send `n` events with the fields of a Dispatcher's; return events a second."""
+    who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": utc_offset()}
+    group = socket.gethostbyname(url.host), url.port
+    with udp_socket(url) as sock:
+        sock.setblocking(True)
+        start = time.perf_counter()
+        for i in range(n):
+            event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "uuid": UUID, "progress": i}
+            sock.sendto(json.dumps(event).encode(), group)
+        return n / (time.perf_counter() - start)
+
+
+def send_many(url: str, key: bytes, n: int, groups: Sequence[str], child: Child | None = None) -> tuple[float, int]:
+    """Send `n` events; return events a second until they are sent, or the child has them, and how many it lacks."""
+    if child:
+        child.answer()
+    with Dispatcher(url, buffer_group=groups, key=key) as events:
+        start = time.perf_counter()
+        for i in range(n):
+            events.send("task-progress", uuid=UUID, progress=i)
+        events.flush(0)
+        count, end = child.answer() if child else (n, time.perf_counter())
+    return count / (end - start), n - count
+
+
+def hear(url: str, key: str, n: int) -> Iterator[Any]:
+    """In a child: say when it listens, then how many of `n` events its State has taken, and when."""
+    state = State()
+    with Receiver(url, key=bytes.fromhex(key)) as receiver:
+        receiver.fileno()
+        yield "listening"
+        for event in receiver.itercapture(n, QUIET_TIME):
+            state.event(event)
+        yield state.event_count, time.perf_counter()
+
+
+def send_rows(url: str, other: str, key: bytes, n: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure sending, to nobody and to the State of another process, beside plain JSON on a socket."""
+    kinds = {"one event a datagram": (n, ()), "buffered": (n * 5 // 2, ("task",))}
+    by_hand: list[float] = []
+    results: dict[str, list[tuple[float, int]]] = {
+        f"{do}, {kind}": [] for do in ("send", "send to State") for kind in kinds
+    }
+    for _ in range(rounds):
+        by_hand.append(send_by_hand(parse_url(other), n))
+        for kind, (number, groups) in kinds.items():
+            results[f"send, {kind}"].append(send_many(url, key, number, groups))
+            with Child(hear, url, key.hex(), number) as child:
+                results[f"send to State, {kind}"].append(send_many(url, key, number, groups, child))
+    for what, pairs in results.items():
+        rates, lost = zip(*pairs)
+        yield row(what, max(rates), max(by_hand), "/s", lost=sum(lost))
+
+
+def take(state: State, events: list[Event]) -> None:
+    """Give events to a State."""
+    for event in events:
+        state.event(event)
+
+
+def take_by_hand(tasks: dict[str, Any], events: list[Event]) -> None:
+    """Keep what events say of tasks in a plain dict."""
+    for event in events:
+        tasks.setdefault(event["uuid"], {}).update(event)
+
+
+def take_rate(taking: Callable[[list[Event]], None], n: int) -> float:
+    """Have the events of `n` tasks taken, which share no string, as from the network; return events a second."""
+    spent, who = 0.0, {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0}
+    for start in range(0, n, 1000):
+        tasks = [(kind, f"task-{i}", TASK[kind]) for i in range(start, min(start + 1000, n)) for kind in TASK]
+        bodies = [format_json({"type": kind, "uuid": uuid, "clock": 1, **who, **more}) for kind, uuid, more in tasks]
+        spent += seconds_for(partial(taking, [parse_event(parse_json(body)) for body in bodies]))
+    return n * len(TASK) / spent
+
+
+def task_size(taking: Callable[[list[Event]], None], n: int) -> float:
+    """Return how many bytes of memory the events of `n` tasks leave, for each task."""
+    import tracemalloc
+
+    tracemalloc.start()
+    take_rate(taking, n)
+    size = tracemalloc.get_traced_memory()[0] / n
+    tracemalloc.stop()
+    return size
+
+
+def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure how fast a State takes the events of `n` tasks, and in how much memory, beside a plain dict."""
+    rates = [
+        (take_rate(partial(take, State(max_tasks_in_memory=n)), n), take_rate(partial(take_by_hand, {}), n))
+        for _ in range(rounds)
+    ]
+    ours, by_hand = map(max, zip(*rates))
+    yield row("State.event", ours, by_hand, "/s")
+    n = max(1, n // 4)
+    state = State(max_tasks_in_memory=n)
+    state.recent = deque(maxlen=0)  # which is as large for any number of tasks
+    ours, by_hand = task_size(partial(take, state), n), task_size(partial(take_by_hand, {}), n)
+    yield row("State, memory of a finished task", ours, by_hand, "bytes")
+
+
+def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure what the monitor asks of a State with `n` tasks, 50 of them running, beside going through them all."""
+    state, now = State(max_tasks_in_memory=n), time.time()
+    tasks: dict[str, dict[str, Any]] = {}
+    for i in range(n):
+        kind = "task-succeeded" if i % max(1, n // 50) else "task-started"
+        event = {"type": kind, "uuid": f"task-{i}", "timestamp": now - 60 + 60 * i / n, "hostname": "alpha@laptop"}
+        state.event(event)
+        tasks[f"task-{i}"] = event
+    times = [task["timestamp"] for task in tasks.values()]
+    queries: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "State.tasks_by_time(limit=50)": (
+            lambda: list(state.tasks_by_time(limit=50)),
+            lambda: sorted(tasks.values(), key=lambda task: task["timestamp"], reverse=True)[:50],
+        ),
+        "State.iteractive()": (
+            lambda: list(state.iteractive()),
+            lambda: [task for task in tasks.values() if task["type"] == "task-started"],
+        ),
+        "State.scale_graph()": (
+            lambda: state.scale_graph(now=now),
+            lambda: Counter(int(now - then) for then in times if now - then < 60),
+        ),
+    }
+    for what, (asking, looking) in queries.items():
+        pairs = [(seconds_for(asking, 20), seconds_for(looking)) for _ in range(rounds)]
+        ours, by_hand = (min(seconds) * 1e6 for seconds in zip(*pairs))
+        yield row(what, ours, by_hand, "us")
+
+
+def peer() -> socket.socket:
+    """Return a bare UDP socket with a port of its own."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(ANSWER_TIME)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def pong(url: str, key: str, n: int, address: Sequence[Any]) -> Iterator[Any]:
+    """In a child: say where it listens, answer what ping() sends, and say the median seconds that an event took."""
+    delays: list[float] = []
+
+    def answer(event: Event) -> None:
+        delays.append(time.perf_counter() - event["sent"])
+        sock.send(bytes(200))
+
+    with Receiver(url, {"ping": answer}, key=bytes.fromhex(key)) as receiver, peer() as sock:
+        receiver.fileno()
+        sock.connect(tuple(address))
+        yield sock.getsockname()
+        for _ in range(n):
+            receiver.capture(PINGS, QUIET_TIME)
+            for _ in range(PINGS):
+                sock.send(sock.recv(2048))
+        yield sorted(delays)[len(delays) // 2]
+
+
+def ping(url: str, key: bytes, n: int) -> tuple[float, float]:
+    """Send events, and then datagrams, each after an answer, `n` times; return the median microseconds of one way."""
+    trips = []
+    with (
+        peer() as sock,
+        Child(pong, url, key.hex(), n, sock.getsockname()) as child,
+        Dispatcher(url, key=key) as events,
+    ):
+        sock.connect(tuple(child.answer()))
+        for _ in range(n):
+            for _ in range(PINGS):
+                events.send("ping", sent=time.perf_counter())
+                sock.recv(2048)
+            for _ in range(PINGS):
+                start = time.perf_counter()
+                sock.send(bytes(200))
+                sock.recv(2048)
+                trips.append((time.perf_counter() - start) / 2)
+        return child.answer() * 1e6, sorted(trips)[len(trips) // 2] * 1e6
+
+
+def interpreter_time(code: str, folder: str) -> float:
+    """Return the milliseconds that a fresh interpreter takes for some code; `folder` has this module."""
+    from subprocess import DEVNULL, Popen
+
+    start = time.perf_counter()
+    process = Popen([sys.executable, "-c", code, folder, "eventmon"], stderr=DEVNULL)
+    if patiently(process, process.wait):
+        raise Failure(f"an interpreter of the bench has failed: exit status {process.returncode}", 1)
+    return (time.perf_counter() - start) * 1000
+
+
+def import_row(rounds: int) -> dict[str, Any]:
+    """Measure our import, beside that of what a user would import instead, without the start of the interpreter."""
+    import py_compile
+    from tempfile import TemporaryDirectory
+
+    codes = IMPORT, f"{HERE}; import socket, json, threading", HERE
+    with TemporaryDirectory() as folder:
+        py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
+        times = [[interpreter_time(code, folder) for code in codes] for _ in range(rounds)]
+    ours, by_hand, nothing = map(min, zip(*times))
+    return row("import eventmon", ours - nothing, by_hand - nothing, "ms")
+
+
+def core_share(work: Callable[[], object]) -> float:
+    """Return how many percent of a core this process takes while it does some work."""
+    cpu = time.process_time()
+    wall = seconds_for(work)
+    return 100 * (time.process_time() - cpu) / wall
+
+
+def idle_dispatcher(url: str, key: str, seconds: float) -> Iterator[float]:
+    """In a child: say what a Dispatcher takes of a core that is watched and sends nothing."""
+    with Dispatcher(url, key=bytes.fromhex(key)) as events:
+        events.send("hello")
+        time.sleep(SETTLE)
+        yield core_share(partial(time.sleep, seconds))
+
+
+def idle_watcher(url: str, key: str, seconds: float) -> Iterator[Any]:
+    """In a child: say when it listens, then what it takes of a core after the first event."""
+    with Receiver(url, {"*": State().event}, key=bytes.fromhex(key)) as receiver:
+        receiver.fileno()
+        yield "listening"
+        receiver.capture(1, ANSWER_TIME)
+        receiver.capture(timeout=SETTLE)
+        yield core_share(partial(receiver.capture, timeout=seconds))
+
+
+def bench_rows(url: str, other: str, key: bytes, scale: float) -> Iterator[dict[str, Any]]:
+    """Measure everything, by way of `url`, and what is sent by hand by way of the other one."""
+
+    def size(n: int) -> int:
+        return max(1, int(n * scale))
+
+    rounds, seconds = min(5, size(5)), 2 * min(1.0, scale)
+    yield from send_rows(url, other, key, size(40000), rounds)
+    yield from state_rows(size(40000), min(3, rounds))
+    yield from query_rows(size(100000), rounds)
+    pings = [ping(url, key, size(20)) for _ in range(rounds)]
+    ours, by_hand = map(min, zip(*pings))
+    yield row("latency, send to handler", ours, by_hand, "us")
+    yield import_row(3 * rounds)
+    with Child(idle_watcher, url, key.hex(), seconds) as watcher:
+        watcher.answer()
+        with Child(idle_dispatcher, url, key.hex(), seconds) as dispatcher:
+            yield row("idle Dispatcher", dispatcher.answer(), None, "%")
+            yield row("idle watcher", watcher.answer(), None, "%")
+
+
+def number_cell(number: float | None, unit: str) -> str:
+    """Return a figure as people read it: three digits, or all of a large number."""
+    return "-" if number is None else f"{number:,.0f}{unit}" if number >= 100 else f"{number:.3g}{unit}"
+
+
+def bench_line(result: Mapping[str, Any]) -> str:
+    """Return a row of the bench as a line of its table."""
+    unit = result["unit"] if result["unit"] in ("/s", "%") else f" {result['unit']}"
+    figure, naive = number_cell(result["figure"], unit), number_cell(result["naive"], unit)
+    lost = f"  {result['lost']:,} lost" if result.get("lost") else ""
+    return f"{result['what']:<36}{figure:>14}{naive:>14}{number_cell(result['ratio'], 'x'):>11}{lost}"
+
+
+def bench(options: Any) -> int:
+    """Measure this machine, on a group of its own, and beside each figure what a user would write by hand."""
+    import platform
+    from random import randrange
+
+    # Where nobody listens, on the loopback interface with ttl 0, since nothing else is said.
+    url, other = (options.url or f"udp://239.255.{randrange(256)}.{i}:{randrange(20000, 60000)}" for i in (1, 2))
+    parse_url(url)
+    if not options.json:
+        system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        print(f"eventmon {__version__}, {platform.python_implementation()} {platform.python_version()}, {system}")
+        print(f"{'':<36}{'eventmon':>14}{'by hand':>14}{'ratio':>11}", flush=True)
+    for result in bench_rows(url, other, key_from(options.key), options.scale):
+        print(json.dumps(result) if options.json else bench_line(result), flush=True)
+    return 0
+
+
 def amount(word: str) -> float:
     """Return a number from the command line that is not negative."""
     if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", word):
@@ -3271,6 +3630,9 @@ def parser() -> Any:
     )
     sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
     sub.add_argument("field", nargs="*", default=[], metavar="FIELD", help="name=text, or name:=json")
+    sub = command("bench", bench, "  python eventmon.py bench\n  python eventmon.py bench --json --scale 0.1")
+    sub.add_argument("--json", action="store_true", help="print each row as a line of JSON")
+    sub.add_argument("--scale", type=amount, default=1.0, metavar="X", help="how much to measure: 1 takes about 25 s")
     return top
 
 
@@ -3289,7 +3651,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = parser().parse_known_args(argv)
         if not hasattr(options, "run"):
-            raise Failure("no command, expected one of watch and send; see --help", 2)
+            raise Failure("no command, expected one of watch, send and bench; see --help", 2)
         if rest and (options.run is not send or rest[0].startswith("-")):
             raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
         options.field = [*getattr(options, "field", []), *rest]  # argparse leaves those behind an option

@@ -2420,6 +2420,8 @@ def test_a_bad_line_of_send_is_named_and_the_rest_is_sent():
         (["send", "hello", "type=x"], 2),
         (["watch", "--limit", "1.5"], 2),
         (["send", "hello", "--nonsense"], 2),
+        (["bench", "--scale", "x"], 2),
+        (["bench", "--scale", "0", "--url", "http://x"], 2),
     ],
 )
 def test_an_error_is_one_line_and_a_status(words, status, capsys):
@@ -2465,7 +2467,7 @@ def test_any_encoding_and_missing_streams_will_do(tmp_path):
 def test_help_and_version_go_to_standard_output(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
-    for words in (["--help"], ["watch", "--help"], ["send", "--help"]):
+    for words in (["--help"], ["watch", "--help"], ["send", "--help"], ["bench", "--help"]):
         assert main(words) == 0
         assert "usage" in capsys.readouterr().out
 
@@ -2486,6 +2488,64 @@ def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
                 )
             assert watch.stderr.read() == b""
             assert watch.returncode == 0
+
+
+BENCH = [
+    "send, one event a datagram",
+    "send, buffered",
+    "send to State, one event a datagram",
+    "send to State, buffered",
+    "State.event",
+    "State, memory of a finished task",
+    "State.tasks_by_time(limit=50)",
+    "State.iteractive()",
+    "State.scale_graph()",
+    "latency, send to handler",
+    "import eventmon",
+    "idle Dispatcher",
+    "idle watcher",
+]
+
+
+def test_bench_measures_everything_beside_what_a_user_would_write_by_hand(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "json.py").write_text("this is not the module json")
+    module = shutil.copy(MODULE, tmp_path / "folder" / "renamed.py")
+    command = [sys.executable, module, "bench", "--json", "--scale", "0.02"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=30, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["what"] for row in rows] == BENCH
+    for row in rows:
+        assert row["figure"] > 0, row
+        assert row["unit"] in ("/s", "bytes", "us", "ms", "%"), row
+        assert row.get("lost", 0) == 0, row
+        if row["what"].startswith("idle"):
+            assert row["naive"] is row["ratio"] is None
+        else:
+            assert row["ratio"] == pytest.approx(row["figure"] / row["naive"])
+
+
+def test_bench_prints_a_table_with_a_key_as_well(tmp_path):
+    (tmp_path / "key").write_bytes(b"\xff secret")
+    status, out, errors = run("bench", "--scale", "0.02", "--key-file", str(tmp_path / "key"))
+    assert (status, errors) == (0, [])
+    system, head, *lines = out.decode().splitlines()
+    assert eventmon.__version__ in system
+    assert head.split("  ")[-1].strip() == "ratio"
+    assert [line[:36].strip() for line in lines] == BENCH
+    assert {len(line) for line in (head, *lines)} == {len(head)}  # and nothing is said to be lost
+
+
+def test_a_process_of_the_bench_that_fails_or_hangs_is_one_line(monkeypatch, url):
+    with eventmon.Child(eventmon.hear, "http://x", "", 1) as child, pytest.raises(eventmon.Failure, match="scheme"):
+        child.answer()
+    with eventmon.Child(eventmon.hear, url, "", 1) as child:
+        assert child.answer() == "listening"
+        monkeypatch.setattr(eventmon, "ANSWER_TIME", 0.1)
+        with pytest.raises(eventmon.Failure, match="no answer"):
+            child.answer()
+    assert child._process.returncode
 
 
 def test_every_public_name_is_there_and_documented():
