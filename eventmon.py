@@ -63,7 +63,6 @@ import struct
 import sys
 import threading
 import time
-from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextvars import ContextVar
@@ -437,7 +436,7 @@ class Chunk:
         self.first = first  # the sequence number of the first
         self.before = before  # the cost of everything before it
         self.data = bytearray()
-        self.ends = array("L")  # of the datagrams, in data
+        self.ends: list[int] = []  # of the datagrams, in data
 
     def __gt__(self, seq: int) -> bool:  # lets bisect find the chunk of a sequence number
         return self.first > seq
@@ -1205,11 +1204,11 @@ class Dispatcher:
         event.update(fields)
         rest, comma = format_json(fields)[1:], b"," if fields else b""
         body = b"%b%d.%06d%b%d%b%b" % (head, now // 1000000, now % 1000000, self._ours_json, clock, comma, rest)
-        if len(body) > self._room or self._window.cost > self._window.horizon or self._has_turn():
-            return event if self._post(body, buffered) else None
-        if buffered:
+        if buffered and len(body) <= self._room:
             self._buffer.append(body)
             return event if len(self._buffer) < self._look_at and self._link or self._held(body) else None
+        if len(body) > self._room or self._window.cost > self._window.horizon or self._has_turn():
+            return event if self._post(body, False) else None
         with self._lock:  # a turn, as _in_turn() has it
             try:
                 window, link, sent = self._window, self._link, True
@@ -3461,28 +3460,27 @@ def ping(url: str, key: bytes, n: int) -> tuple[float, float]:
         return child.answer() * 1e6, sorted(trips)[len(trips) // 2] * 1e6
 
 
-def interpreter_time(code: str, folder: str) -> float:
-    """Return the milliseconds that a fresh interpreter takes for some code; `folder` has this module."""
-    from subprocess import DEVNULL, Popen
+def import_time(names: str, folder: str) -> float:
+    """Return the milliseconds that a fresh interpreter, in which no site package has imported anything, takes."""
+    from subprocess import PIPE, Popen
 
-    start = time.perf_counter()
-    process = Popen([sys.executable, "-c", code, folder, "eventmon"], stderr=DEVNULL)
-    if patiently(process, process.wait):
-        raise Failure(f"an interpreter of the bench has failed: exit status {process.returncode}", 1)
-    return (time.perf_counter() - start) * 1000
+    code = f"{HERE}; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
+    with Popen([sys.executable, "-S", "-c", code, folder], stdout=PIPE, text=True) as process:
+        return float(patiently(process, process.communicate)[0]) * 1000
 
 
 def import_row(rounds: int) -> dict[str, Any]:
-    """Measure our import, beside that of what a user would import instead, without the start of the interpreter."""
+    """Measure our import, beside that of what a user would import instead."""
     import py_compile
     from tempfile import TemporaryDirectory
 
-    codes = IMPORT, f"{HERE}; import socket, json, threading", HERE
     with TemporaryDirectory() as folder:
         py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
-        times = [[interpreter_time(code, folder) for code in codes] for _ in range(rounds)]
-    ours, by_hand, nothing = map(min, zip(*times))
-    return row("import eventmon", ours - nothing, by_hand - nothing, "ms")
+        times = [
+            [import_time(names, folder) for names in ("eventmon", "socket, json, threading")] for _ in range(rounds)
+        ]
+    ours, by_hand = map(min, zip(*times))
+    return row("import eventmon", ours, by_hand, "ms")
 
 
 def core_share(work: Callable[[], object]) -> float:
