@@ -353,6 +353,16 @@ def test_the_history_is_bounded_and_keeps_the_newest():
     assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
 
 
+def test_a_datagram_is_repaired_whichever_chunk_of_the_history_it_lies_in():
+    window, frames = eventmon.TransmitWindow(limit=256 * 20), [b"%d" % seq * (seq % 7) for seq in range(1, 500)]
+    for frame in frames:
+        window.add(frame)
+    assert len(window._chunks) > 10
+    assert kept(window) == frames
+    costs = [window._cost_at(seq) for seq in range(500)]
+    assert costs == [seq * eventmon.DATAGRAM_COST + sum(map(len, frames[:seq])) for seq in range(500)]
+
+
 def test_the_last_two_large_events_are_kept_whole_beside_the_history():
     window = eventmon.TransmitWindow(limit=10)
     for _ in range(3):
@@ -966,6 +976,41 @@ def test_a_ready_event_is_forwarded_as_it_is():
     assert event == ready
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"text": 'ü "quoted" \n', "deep": {"list": [1, None, True]}, "number": 1.5},
+        {"odd": float("nan"), "object": object, "surrogate": "\ud800"},
+        {"hostname": "other", "clock": 7},
+        {"timestamp": 5},
+        {"blind": True},
+    ],
+)
+@pytest.mark.parametrize("type", ["task-progress", 'a "type" of ours: ü', "x" * 200])
+def test_what_send_returns_is_what_arrives(type, fields):
+    frames, receiver = [], Receiver()
+    dispatcher = Dispatcher()
+    dispatcher._open = lambda: SimpleNamespace(send=frames.append)
+    for _ in range(2):  # the second time the type is known
+        sent = dispatcher.send(type, **fields)
+        (event,) = receiver.handle_message(frames.pop(), SOURCE)
+        assert abs(event.pop("local_received") - time.time()) < 60
+        if "odd" not in fields:
+            assert event == sent
+        assert list(event) == list(sent)
+        assert {"type", "timestamp", "hostname", "pid", "utcoffset"} <= event.keys()
+        assert ("clock" in event) == ("blind" not in fields)
+
+
+def test_a_value_that_contains_itself_leaves_nothing_behind_in_the_encoder():
+    endless = []
+    endless.append(endless)
+    assert b"[[...]]" in eventmon.format_json({"endless": endless})
+    assert not eventmon._markers
+    assert eventmon.format_json({"fine": [[]]}) == b'{"fine":[[]]}'
+
+
 def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
     with Receiver() as receiver, Dispatcher(buffer_group={"task"}, buffer_limit=3) as dispatcher:
         receiver.fileno()
@@ -1226,6 +1271,36 @@ def test_threads_do_not_tear_each_others_large_events():
         assert dispatcher.flush(20) == 1
         wait_until(lambda: len(events) == 20)
     assert sorted(event["text"] for event in events) == sorted(name * 300000 for name in "abcd" for _ in range(5))
+
+
+def test_an_event_that_is_buffered_while_another_thread_closes_is_sent_or_refused():
+    dispatcher = Dispatcher(buffer_group={"task"})
+    dispatcher.send("task-a")
+    assert dispatcher._in_turn(dispatcher._end)
+    for body in (b"{}", b"[]"):
+        dispatcher._buffer.append(body)  # a thread that looked before that
+    with pytest.raises(ValueError, match="closed"):
+        dispatcher._held(b"[]")
+    assert dispatcher._buffer == [b"{}"]
+    assert dispatcher._held(b"of which _end() sent it")
+    dispatcher._say_goodbye()
+
+
+def test_an_event_that_is_buffered_after_a_pause_is_sent_in_time():
+    with watching() as (_, events), Dispatcher(buffer_group={"task"}) as dispatcher:
+        for n in range(5):
+            dispatcher.send("task-progress", n=n)
+            wait_until(lambda n=n: len(events) == n + 1)
+            wait_until(lambda: dispatcher._look_at == 1)  # the thread waits for another
+
+
+def test_without_a_way_to_wake_the_thread_a_buffered_event_is_sent_at_once():
+    with Dispatcher(buffer_group={"task"}) as dispatcher:
+        dispatcher.send("hello")
+        wait_until(lambda: dispatcher._look_at == 1)
+        dispatcher._link.nudge = lambda: False
+        dispatcher.send("task-progress")
+        assert not dispatcher._buffer
 
 
 def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
@@ -1637,6 +1712,42 @@ def test_a_stream_that_was_displaced_goes_on_where_it_was(monkeypatch):
     got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
     assert got == ["a", "b", "c"]
     assert len(receiver._evicted) <= 50
+
+
+def test_a_forger_of_a_name_takes_nothing_from_the_stream_that_has_it():
+    receiver, frames = Receiver(), captured(*"abcd")
+    got = [event.type for data in frames[:3] for event in receiver.handle_message(data, SOURCE)]
+    assert receiver.handle_message(frames[3].replace(b'"d"', b'"forged"'), ("127.0.0.1", 666)) == []
+    got += [event.type for event in receiver.handle_message(frames[3], SOURCE)]
+    assert got == ["a", "b", "c", "d"]
+
+
+def gathered(receiver, monkeypatch, seconds):
+    """Send a receiver events, each of which takes it so long; return (most read ahead, naps) meanwhile."""
+    clock, naps = [0.0], []
+    fake = SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=naps.append)
+    monkeypatch.setattr(eventmon, "time", fake)
+    ahead, target = [], receiver.channel.getsockname()
+    with eventmon.udp_socket(receiver._url) as sender:
+        for n in range(100):
+            sender.sendto(b'{"type":"step","timestamp":1,"n":%d}' % n, target)
+        for event in receiver.itercapture(100):
+            ahead.append(len(receiver._ready))
+            clock[0] += seconds
+            assert event["n"] == len(ahead) - 1
+        sender.sendto(b'{"type":"last","timestamp":1}', target)
+        assert next(receiver.itercapture(1)).type == "last"
+    return max(ahead), naps
+
+
+def test_who_is_quick_reads_ahead_and_lets_datagrams_gather(monkeypatch):
+    with Receiver() as receiver:
+        assert gathered(receiver, monkeypatch, 1e-6) == (eventmon.MAX_READ - 1, [eventmon.COALESCE])
+
+
+def test_who_is_slow_confirms_only_what_it_can_deal_with_soon(monkeypatch):
+    with Receiver() as receiver:
+        assert gathered(receiver, monkeypatch, 0.003)[0] == 0
 
 
 def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
