@@ -2993,7 +2993,11 @@ def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", n
     import curses
     import signal
 
+    ended: list[int] = []
+
     def terminate(number: int, frame: object) -> NoReturn:
+        tap.left = 0.0  # the loop ends, should the exception get lost, as one does in a finalizer
+        ended.append(128 + number)
         raise SystemExit(128 + number)
 
     if receiver:
@@ -3004,6 +3008,8 @@ def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", n
     previous = signal.signal(signal.SIGTERM, terminate) if mine else None
     try:
         curses.wrapper(partial(loop, receiver, state, tap, name, now))
+        if ended:
+            raise SystemExit(ended[0])
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
