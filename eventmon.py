@@ -67,7 +67,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextvars import ContextVar
 from functools import partial, wraps
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, repeat
 from math import inf, isfinite
 from weakref import WeakSet
 
@@ -137,6 +137,7 @@ GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_FIELDS = 200  # of a task or a worker from its events
 MAX_TYPE = 100  # characters of an event type that is counted apart
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
 MAX_SHOWN = 1000  # characters of any value on the screen
@@ -2203,6 +2204,11 @@ NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has i
     + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
 )
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
+TASK_FIELDS = (  # that most tasks have, in the order in which they get them
+    ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
+    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client")
+)
+NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 
 
 def number(value: Any, default: float) -> float:
@@ -2215,13 +2221,47 @@ def heard_at(event: Mapping[str, Any]) -> float:
     return number(event.get("local_received"), time.time())
 
 
-def fields_for(record: Mapping[str, Any], event: Mapping[str, Any], others: frozenset[str]) -> dict[str, Any]:
-    """Return the fields of an event, but for nulls and `others`, that a task's or a worker's dict has room for."""
-    fields = {key: value for key, value in event.items() if value is not None and key not in others}
-    if len(record) + len(fields) > MAX_FIELDS:
-        for key in [key for key in fields if key not in record][max(0, MAX_FIELDS - len(record)) :]:
-            del fields[key]
-    return fields
+class Record:
+    """Nothing but its vars(), a plain dict: these share one table of keys (PEP 412), so a task takes half as much."""
+
+
+_record = Record()
+for _key in TASK_FIELDS:  # before those of any event: the table has room for 30 keys, and keeps them for good
+    setattr(_record, _key, None)
+
+
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozenset[str], news: bool = True) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a task's or a worker's dict that has room for them.
+
+    Without `news` they only fill in what is missing.
+    """
+    room = MAX_FIELDS - len(record)
+    crowded = len(event) > room  # else no field need be counted
+    for key in event:
+        if key not in others and (news or key not in record):
+            value = event[key]
+            if value is not None:
+                if crowded and key not in record:
+                    if room <= 0:
+                        continue
+                    room -= 1
+                record[key] = value
+
+
+def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
+    """Whether the event is newer than all that is known of its task."""
+    attempt = event.get("retries")
+    if type(attempt) is int:
+        known = number(task.get("retries"), 0)
+        if attempt != known:
+            return attempt > known and (transition != "sent" or task["state"] == "PENDING")
+    before = task["state"]
+    if transition == "sent":
+        return bool(before == "PENDING")
+    higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(before, CUSTOM_RANK)
+    if higher or event.get("hostname") != task.get("worker"):
+        return higher
+    return before not in FINISHED or state == "RECEIVED"
 
 
 class State:
@@ -2232,6 +2272,7 @@ class State:
     client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
     heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
     """
 
@@ -2249,17 +2290,21 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
-        self.tasks: dict[str, dict[str, Any]] = {}  # the latest event's last
-        self.workers: dict[str, dict[str, Any]] = {}
+        self.tasks: OrderedDict[str, dict[str, Any]] = OrderedDict()  # the latest event's last
+        self.workers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
-        self._waiting: dict[str, None] = {}  # all in the order in which they became so, for eviction
-        self._succeeded: dict[str, None] = {}
-        self._failed: dict[str, None] = {}
+        self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
+        self._succeeded: OrderedDict[str, None] = OrderedDict()
+        self._failed: OrderedDict[str, None] = OrderedDict()
+        self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
+        self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
+        self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
         self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
-        self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
+        self._last: OrderedDict[str, Mapping[str, Any]] = OrderedDict()  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
+        self._turn(0.0)
         self._lock = threading.RLock()
 
     def __getstate__(self) -> bytes:
@@ -2280,14 +2325,26 @@ class State:
             self.event_count += 1
             self.recent.append(event)
             kind = event.get("type")
-            kind = kind if isinstance(kind, str) else ""
-            heard = heard_at(event)
-            self._count(kind, heard if "local_received" in event else number(event.get("timestamp"), heard))
+            if not isinstance(kind, str):
+                kind = ""
+            heard = event.get("local_received")
+            if type(heard) is not float or not self._tick <= heard < self._tick + GRAPH_TICK:
+                heard = heard_at(event)
+                self._turn(heard if "local_received" in event else number(event.get("timestamp"), heard))
+            try:
+                self._counts[kind] += 1
+            except KeyError:
+                self._count_first(kind)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                self._hear(hostname, event, heard)
+                if hostname not in self._last and len(self._last) >= max(1, self.max_workers_in_memory):
+                    self._last.popitem(last=False)
+                self._last[hostname] = event
+                worker = self.workers.get(hostname)
+                if worker is not None:
+                    worker["heard"] = heard
             method = METHODS.get(kind)
             if method:
                 getattr(self, method)(event)
@@ -2418,19 +2475,20 @@ class State:
 
     def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
         """Return the counts that scale_graph() scales."""
-        wanted = None if types is None else frozenset(types)
+        wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
+            counts_of = self._graph.get
             for tick in range(first, last + 1):
-                counts = self._graph.get(tick)
+                counts = counts_of(tick)
                 if counts:
-                    age = now - (tick + 0.5) * GRAPH_TICK
-                    column = min(max(int((1 - age / span) * width), 0), width - 1)
-                    columns[column] += sum(counts[type] for type in counts if wanted is None or type in wanted)
+                    column = int((1 - (now - (tick + 0.5) * GRAPH_TICK) / span) * width)
+                    column = 0 if column < 0 else column if column < width else -1
+                    columns[column] += sum(counts.values() if wanted is None else map(counts.get, wanted, zeros))
         return columns
 
     # Forgetting.
@@ -2460,33 +2518,28 @@ class State:
 
     # From here on: what an event changes.
 
-    def _count(self, kind: str, now: float) -> None:
+    def _turn(self, now: float) -> None:
+        """Let events be counted in the tick of this time."""
         tick = int(now / GRAPH_TICK)
-        counts = self._graph.get(tick)
-        if counts is None:
-            counts = self._graph[tick] = {}
-            if len(self._graph) > GRAPH_TICKS:
-                del self._graph[next(iter(self._graph))]
-        if kind not in counts and (len(counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
-            kind = ""
-        counts[kind] = counts.get(kind, 0) + 1
+        self._tick = tick * GRAPH_TICK
+        self._counts = self._graph.setdefault(tick, {})
+        if len(self._graph) > GRAPH_TICKS:
+            del self._graph[next(iter(self._graph))]
 
-    def _hear(self, hostname: str, event: Mapping[str, Any], now: float) -> None:
-        self._last[hostname] = event
-        if len(self._last) > self.max_workers_in_memory:
-            del self._last[next(iter(self._last))]
-        worker = self.workers.get(hostname)
-        if worker is not None:
-            worker["heard"] = now
+    def _count_first(self, kind: str) -> None:
+        """Count what may be the first event of its type in this tick."""
+        if kind not in self._counts and (len(self._counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
+            kind = ""
+        self._counts[kind] = self._counts.get(kind, 0) + 1
 
     def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
         hostname = event.get("hostname")
         if not isinstance(hostname, str):
             return
-        known = self.workers.pop(hostname, None)
+        known = self.workers.get(hostname)
         worker = known or self._new_worker(hostname, event)
-        self.workers[hostname] = worker  # now the last to be forgotten
-        worker.update(fields_for(worker, event, NOT_WORKERS))
+        self.workers.move_to_end(hostname)  # now the last to be forgotten
+        take_fields(worker, event, NOT_WORKERS)
         if not online:
             worker["heard"] = -inf
         if self.on_node_join and (joins or known is None and online):
@@ -2496,77 +2549,89 @@ class State:
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            del self.workers[next(iter(self.workers))]
-        return {"hostname": hostname, "heard": heard_at(event)}
+            self.workers.popitem(last=False)
+        worker = self.workers[hostname] = {"hostname": hostname, "heard": heard_at(event)}
+        return worker
 
     def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
         """Apply the event to its task: wholly if it is news, else only where something is missing."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
-        timestamp = number(event.get("timestamp"), time.time())
+        timestamp = event.get("timestamp")
+        if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
+            timestamp = number(timestamp, time.time())
         hostname = event.get("hostname")
+        worker = self.workers.get(hostname) if isinstance(hostname, str) else None
         task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
-        before = task["state"]
-        fields = fields_for(task, event, NOT_FIELDS)
-        if self._is_news(task, event, state, transition):
-            task.update(fields, state=state, timestamp=timestamp)
-            if event.get("clock") is not None:
-                task["clock"] = event["clock"]
+        uuid = task["uuid"]  # the same str everywhere
+        news = is_news(task, event, state, transition)
+        take_fields(task, event, NOT_FIELDS, news)
+        if news:
+            task["timestamp"] = timestamp
+            clock = event.get("clock")
+            if clock is not None:
+                task["clock"] = clock
             if hostname is not None and transition != "sent":
-                task["worker"] = hostname
-            self.tasks[uuid] = self.tasks.pop(uuid)  # now the newest
-            if self._class_of(state) is not self._class_of(before):
-                del self._class_of(before)[uuid]
-                self._class_of(state)[uuid] = None
-        else:
-            for key, value in fields.items():
-                task.setdefault(key, value)
+                task["worker"] = hostname if worker is None else worker["hostname"]
+            self.tasks.move_to_end(uuid)  # now the newest
+            self._enter(uuid, task, state)
         if transition == "sent":
             if hostname is not None and timestamp >= task.get("sent", timestamp):
                 task["client"] = hostname
-        elif isinstance(hostname, str) and hostname not in self.workers:
+        elif worker is None and isinstance(hostname, str):
             self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
         if transition:
-            task[transition] = max(timestamp, task.get(transition, timestamp))
-        if "parent_id" not in task and isinstance(event.get("parent_id"), str):
-            self._adopt(uuid, task, event["parent_id"])
-
-    def _is_news(self, task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
-        """Whether the event is newer than all that is known of its task."""
-        retries = event.get("retries")
-        known = number(task.get("retries"), 0)
-        attempt = retries if type(retries) is int else known
-        if transition == "sent":
-            return task["state"] == "PENDING" and attempt >= known
-        if attempt != known:
-            return attempt > known
-        higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(task["state"], CUSTOM_RANK)
-        if higher or event.get("hostname") != task.get("worker"):
-            return higher
-        return task["state"] not in FINISHED or state == "RECEIVED"
+            known = task.get(transition)
+            if known is None or timestamp >= known:
+                task[transition] = timestamp
+        parent = event.get("parent_id")
+        if isinstance(parent, str) and "parent_id" not in task:
+            self._adopt(uuid, task, parent)
 
     def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
-        children = self._orphans.pop(uuid, [])
-        task = self.tasks[uuid] = {"uuid": uuid, "state": "PENDING", "timestamp": timestamp, "children": children}
+        task = self.tasks[uuid] = vars(Record())
+        task["uuid"] = uuid
+        task["state"] = "PENDING"
+        task["timestamp"] = timestamp
+        task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
         self._waiting[uuid] = None
         return task
+
+    def _enter(self, uuid: str, task: dict[str, Any], state: str) -> None:
+        """Set a task's state, and list it where those of this state are."""
+        here, there = self._classes.get(task["state"], self._active), self._classes.get(state, self._active)
+        task["state"] = state
+        if here is not there:
+            del here[uuid]
+            there[uuid] = None
+            if state in FINISHED:
+                self._share(task)
+
+    def _share(self, task: dict[str, Any]) -> None:
+        """Let the task have the same objects as others, where each event brought its own."""
+        if task.get("root_id") == task["uuid"]:
+            task["root_id"] = task["uuid"]
+        for key in ("name", "kwargs"):
+            value = task.get(key)
+            if type(value) is str and len(value) <= MAX_TYPE:
+                task[key] = self._common.setdefault(value, value)
+        if len(self._common) > MAX_COMMON:
+            self._common.clear()
 
     def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
         """Enter the task among its parent's children, now or when the parent is heard of."""
         task["parent_id"] = parent
         if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-            self.tasks[parent]["children"].append(uuid)
+            children = self.tasks[parent]["children"]
+            if children:
+                children.append(uuid)
+            else:
+                self.tasks[parent]["children"] = [uuid]
         else:
             self._orphans.setdefault(parent, []).append(uuid)
-
-    def _class_of(self, state: str) -> dict[str, None]:
-        """Where a task of this state is listed."""
-        if state in FINISHED:
-            return self._succeeded if state == "SUCCESS" else self._failed
-        return self._waiting if state == "PENDING" else self._active
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -2584,7 +2649,7 @@ class State:
                 self._orphans.pop(parent, None)
         if task["children"]:
             self._orphans[uuid] = task["children"]
-        del self.tasks[uuid], self._class_of(task["state"])[uuid]
+        del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------

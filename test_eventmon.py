@@ -2112,6 +2112,29 @@ def test_a_parent_has_its_children_whichever_is_heard_of_first():
         assert sorted(state_of(*[events[n] for n in order]).tasks["p"]["children"]) == ["a", "b"]
 
 
+def test_tasks_share_what_is_equal_but_not_their_children():
+    state = State()
+    for uuid in ("root-a", "root-b"):
+        for subject in ("received", "started", "succeeded"):
+            fields = {"uuid": uuid, "root_id": uuid, "name": "project.job", "kwargs": "{'a': 1}", "hostname": "host-1"}
+            state.event(Event(f"task-{subject}", json.loads(json.dumps(fields))))  # new objects, as from the network
+    (uuid, a), (_, b) = state.itertasks()
+    assert all(a[key] is b[key] for key in ("name", "kwargs"))
+    assert a["uuid"] is a["root_id"] is uuid
+    assert a["worker"] is b["worker"]
+    state.event(task_event("sent", uuid="child", parent_id="root-a"))
+    assert (a["children"], b["children"]) == (["child"], [])
+    assert pickle.loads(pickle.dumps(state)).tasks == state.tasks
+
+
+def test_a_method_may_be_replaced_in_one_state():
+    state, failed = State(), []
+    state.task_failed = failed.append
+    state.event(task_event("failed"))
+    assert [event.type for event in failed] == ["task-failed"]
+    assert not state.tasks
+
+
 def test_the_successful_go_first_then_the_finished_then_the_rest():
     state = State(max_tasks_in_memory=4)
     for uuid, subject in (("run", "started"), ("bad", "failed"), ("ok1", "succeeded"), ("ok2", "succeeded")):
