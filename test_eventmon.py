@@ -1864,6 +1864,7 @@ def test_a_poll_asks_for_a_confirmation_and_tells_nothing():
 
 def test_a_watcher_with_much_to_read_answers_what_is_asked_aside(monkeypatch):
     monkeypatch.setattr(eventmon, "ACK_DELAY", 0.0)
+    monkeypatch.setattr(eventmon, "ACK_PAUSE", 0.0)
     with Receiver() as receiver, Dispatcher() as busy, Dispatcher() as asking:
         receiver.fileno()
         asking.send("first")
