@@ -2302,7 +2302,7 @@ class State:
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
         self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
         self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
-        self._last: OrderedDict[str, Mapping[str, Any]] = OrderedDict()  # hostname -> its last event
+        self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
         self._turn(0.0)
         self._lock = threading.RLock()
@@ -2339,9 +2339,9 @@ class State:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                if hostname not in self._last and len(self._last) >= max(1, self.max_workers_in_memory):
-                    self._last.popitem(last=False)
                 self._last[hostname] = event
+                if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
+                    self._last = dict(islice(self._last.items(), self.max_workers_in_memory, None))
                 worker = self.workers.get(hostname)
                 if worker is not None:
                     worker["heard"] = heard
@@ -2563,7 +2563,8 @@ class State:
             timestamp = number(timestamp, time.time())
         hostname = event.get("hostname")
         worker = self.workers.get(hostname) if isinstance(hostname, str) else None
-        task = self.tasks.get(uuid) or self._new_task(uuid, timestamp)
+        known = self.tasks.get(uuid)
+        task = known or self._new_task(uuid, timestamp)
         uuid = task["uuid"]  # the same str everywhere
         news = is_news(task, event, state, transition)
         take_fields(task, event, NOT_FIELDS, news)
@@ -2574,22 +2575,26 @@ class State:
                 task["clock"] = clock
             if hostname is not None and transition != "sent":
                 task["worker"] = hostname if worker is None else worker["hostname"]
-            self.tasks.move_to_end(uuid)  # now the newest
-            self._enter(uuid, task, state)
+            if known:
+                self.tasks.move_to_end(uuid)  # now the newest
+            self._enter(uuid, task, state, known)
+        elif not known:
+            self._enter(uuid, task, "PENDING", None)
         if transition == "sent":
             if hostname is not None and timestamp >= task.get("sent", timestamp):
                 task["client"] = hostname
         elif worker is None and isinstance(hostname, str):
             self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
         if transition:
-            known = task.get(transition)
-            if known is None or timestamp >= known:
+            latest = task.get(transition)
+            if latest is None or timestamp >= latest:
                 task[transition] = timestamp
         parent = event.get("parent_id")
         if isinstance(parent, str) and "parent_id" not in task:
             self._adopt(uuid, task, parent)
 
     def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
+        """Make room for a task, which is not listed yet, and return it."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = self.tasks[uuid] = vars(Record())
@@ -2597,18 +2602,21 @@ class State:
         task["state"] = "PENDING"
         task["timestamp"] = timestamp
         task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
-        self._waiting[uuid] = None
         return task
 
-    def _enter(self, uuid: str, task: dict[str, Any], state: str) -> None:
-        """Set a task's state, and list it where those of this state are."""
-        here, there = self._classes.get(task["state"], self._active), self._classes.get(state, self._active)
-        task["state"] = state
-        if here is not there:
+    def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
+        """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
+        there = self._classes.get(state, self._active)
+        if known:
+            here = self._classes.get(task["state"], self._active)
+            task["state"] = state
+            if here is there:
+                return
             del here[uuid]
-            there[uuid] = None
-            if state in FINISHED:
-                self._share(task)
+        task["state"] = state
+        there[uuid] = None
+        if state in FINISHED:
+            self._share(task)
 
     def _share(self, task: dict[str, Any]) -> None:
         """Let the task have the same objects as others, where each event brought its own."""
