@@ -98,6 +98,7 @@ MAX_STREAMS = 4096  # that one Receiver follows
 MAX_MENDED = 64  # streams with gaps looked after at a time
 MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
 MAX_JOINED = 32 << 20  # of all the events that arrive in parts
+MIN_JOINED = 16  # datagrams of the history that are kept as one object
 MIN_PART = 1024  # each part of an event but the last has at least so much
 MAX_PARTS = MAX_EVENT // MIN_PART  # of an event
 MAX_GAPS = 256  # of a stream looked after at a time
@@ -426,31 +427,41 @@ class Watcher:
 
 
 class Chunk:
-    """A part of a TransmitWindow's history: datagrams one behind the other, so that keeping one makes no object.
+    """A part of a TransmitWindow's history: datagrams that become one object once they are many.
 
     Thousands of objects that wait for their end cost more than all else: the oldest is always far from any cache.
     """
 
-    __slots__ = ("before", "data", "ends", "first")
+    __slots__ = ("before", "data", "ends", "first", "frames")
 
     def __init__(self, first: int, before: int) -> None:
         self.first = first  # the sequence number of the first
         self.before = before  # the cost of everything before it
-        self.data = bytearray()
-        self.ends: list[int] = []  # of the datagrams, in data
+        self.frames: list[bytes] = []
+        self.data = b""  # instead of them
+        self.ends: list[int] = []  # of each, in data
 
     def __gt__(self, seq: int) -> bool:  # lets bisect find the chunk of a sequence number
         return self.first > seq
 
+    def finish(self) -> int:
+        """Take no more datagrams; return the size of all in bytes."""
+        self.ends = list(accumulate(map(len, self.frames)))
+        if len(self.frames) >= MIN_JOINED:
+            self.data = b"".join(self.frames)
+            self.frames = []
+        return self.ends[-1]
+
     def datagram(self, seq: int) -> bytes:
         """Return the datagram that has this sequence number."""
         index = seq - self.first
-        return bytes(self.data[self.ends[index - 1] if index else 0 : self.ends[index]])
+        return self.frames[index] if self.frames else self.data[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def cost_at(self, seq: int) -> int:
         """Return the cost of everything up to and with this sequence number."""
-        index = seq - self.first
-        return self.before + DATAGRAM_COST * (index + 1) + self.ends[index]
+        count = seq - self.first + 1
+        size = self.ends[count - 1] if self.ends else sum(map(len, self.frames[:count]))
+        return self.before + DATAGRAM_COST * count + size
 
 
 class TransmitWindow:
@@ -469,8 +480,9 @@ class TransmitWindow:
         self._limit = self._most = limit
         self._large = deque((0, 0), maxlen=2)  # the sizes of the last two large events
         self._chunks = [Chunk(1, 0)]  # the datagrams from trail to lead
-        self._chunk = self._chunks[-1]
-        self._full = limit // 256  # bytes, from which on a chunk gets no more datagrams
+        self._frames = self._chunks[-1].frames
+        self._chunk_cost = limit // 50  # the cost of a chunk
+        self._full = self._chunk_cost  # the cost of everything when the last one is full
         self._size = 0  # of the full ones
         self._repaired: dict[int, float] = {}
         self._allowance: float = REPAIR_BURST
@@ -479,33 +491,35 @@ class TransmitWindow:
     def add(self, frame: bytes) -> None:
         """Keep the datagram that has the sequence number `next`."""
         try:
-            chunk = self._chunk
-            chunk.data += frame
-            chunk.ends.append(len(chunk.data))
+            self._frames.append(frame)
             self.cost += len(frame) + DATAGRAM_COST
             self.next += 1
-            if len(chunk.data) >= self._full:
+            if self.cost > self._full:
                 self._begin_chunk()
         except BaseException:  # of a signal handler, between any two steps
             self._heal()
             raise
 
     def _begin_chunk(self) -> None:
-        self._size += len(self._chunk.data)
-        self._chunk = Chunk(self.next, self.cost)
-        self._chunks.append(self._chunk)
+        chunk = Chunk(self.next, self.cost)
+        self._size += self._chunks[-1].finish()
+        self._chunks.append(chunk)
+        self._frames, self._full = chunk.frames, self.cost + self._chunk_cost
         while self._size > self._most:
-            self._size -= len(self._chunks.pop(0).data)
+            self._size -= self._chunks.pop(0).ends[-1]
             self.trail = self._chunks[0].first
 
     def _heal(self) -> None:
         """Make all of it agree again after an exception in the middle of add()."""
-        chunk = self._chunk = self._chunks[-1]
-        del chunk.data[chunk.ends[-1] if chunk.ends else 0 :]
+        last = self._chunks[-1]
+        if last.ends:
+            last = Chunk(last.first + len(last.ends), last.cost_at(last.first + len(last.ends) - 1))
+            self._chunks.append(last)
         self.trail = self._chunks[0].first
-        self.next = chunk.first + len(chunk.ends)
+        self.next = last.first + len(last.frames)
         self.cost = self._cost_at(self.next - 1)
-        self._size = sum(len(full.data) for full in self._chunks[:-1])
+        self._frames, self._full = last.frames, last.before + self._chunk_cost
+        self._size = sum(full.ends[-1] for full in self._chunks[:-1])
 
     def expect(self, size: int) -> None:
         """Keep an event of so many bytes that comes next whole, if it is large."""
