@@ -1230,11 +1230,12 @@ class Dispatcher:
                 if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
                     frame = self._frame % (window.next, body)
                     window.add(frame)
-                    link.send(frame)
+                    try:
+                        link.send(frame)
+                    except OSError as problem:
+                        self._count_failure(problem)
                 else:
                     sent = self._put_data(body)
-            except OSError as problem:
-                self._count_failure(problem)
             finally:
                 if self._later:
                     self._catch_up()
@@ -1496,6 +1497,8 @@ class Dispatcher:
     def _count_failure(self, problem: OSError) -> None:
         """Count data that the kernel did not take: it is kept, and will be asked for."""
         self._counts["datagrams"] -= 1
+        if problem.errno is None:  # a TimeoutError, say, of a signal handler
+            raise problem
         self._count_error(problem)
 
     def _put(self, frame: bytes, aside: Source | None = None) -> bool:
@@ -1932,8 +1935,12 @@ class Receiver:
         return self._stamp(events)
 
     def _pause(self, longest: float) -> float:
-        """Return for how many seconds, at most `longest`, nothing is to be confirmed or asked for."""
-        return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
+        """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
+        return (
+            0.0
+            if self._ready
+            else max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
+        )
 
     # From here on: a datagram on its way to an event.
 
@@ -1948,41 +1955,52 @@ class Receiver:
 
     def _read(self, patience: float) -> bool:
         """Take some datagrams that have arrived, waiting at most `patience` seconds for one; False if there was none."""
-        channel = self.channel
         if patience > 0 and self._empty:
-            if self._run > BUSY:
-                time.sleep(min(patience, COALESCE))
-            else:
-                wait_for(channel, max(0.0005, min(patience, self._pause(MAX_SLEEP))))
-            self._run = 0
-        now = time.monotonic()
-        events = []
+            self._wait(patience)
+        events: list[Event] = []
+        try:
+            found = self._drain(events, time.monotonic())
+        finally:  # also after an exception of a signal handler: they will not come again
+            self._ready.extend(self._stamp(events))
+            self._read_at = time.monotonic()
+        return found or bool(events)
+
+    def _wait(self, patience: float) -> None:
+        """Wait for a datagram, or let some gather."""
+        if self._run > BUSY:
+            time.sleep(min(patience, COALESCE))
+        else:
+            wait_for(self.channel, max(0.0005, min(patience, self._pause(MAX_SLEEP))))
+        self._run = 0
+
+    def _drain(self, events: list[Event], now: float) -> bool:
+        """Add the events of some datagrams; False if there was none."""
+        channel = self.channel
         if now >= self._ack_due:
             events += self._read_aside(now)
             self._confirm(now)
         # More at a time as long as they are soon dealt with: what is read is confirmed, and counts as room again.
         self._batch = min(2 * self._batch, MAX_READ) if now < self._read_at + ACK_DELAY / 2 else 1
-        size, self._empty = 0, False
+        before, size, self._empty = self._run, 0, False
         try:
             for _ in range(self._batch):
                 data, source = channel.recvfrom(65536)
-                size += len(data) + DATAGRAM_COST
                 self._run += 1
+                size += len(data) + DATAGRAM_COST
                 events += self._accept(data, source, now)
         except BlockingIOError:
             self._empty = True
             drained = time.monotonic()
-            events += self._read_aside(drained) + self._advance(drained, MAX_SLEEP)
+            events += self._read_aside(drained)
+            events += self._advance(drained, MAX_SLEEP)
+            return self._run > before
         except ConnectionError:  # Windows: an answer of ours found nobody
             return True
-        else:
-            self._read_since += size
-            if self._read_since > self._space:  # more than the buffer held at the mark
-                events += self._advance(self._mark, MAX_SLEEP)
-                self._mark = now
-        self._ready.extend(self._stamp(events))
-        self._read_at = time.monotonic()
-        return bool(size or events)
+        self._read_since += size
+        if self._read_since > self._space:  # more than the buffer held at the mark
+            events += self._advance(self._mark, MAX_SLEEP)
+            self._mark = now
+        return True
 
     def _read_aside(self, now: float) -> list[Event]:
         """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
@@ -2013,12 +2031,12 @@ class Receiver:
             usual = self._usual.get(data[:HEAD])
             if usual and usual.source == source:
                 window = usual.window
-                number = b"%d\n" % window.next
-                if data.startswith(number, HEAD) and window.in_order(window.next):  # as it is nearly always
+                digits = b"%d\n" % window.next
+                if data.startswith(digits, HEAD) and window.in_order(window.next):  # as it is nearly always
                     usual.cost += len(data) + DATAGRAM_COST
                     if usual.cost > self._ack_cost or usual.ack_at == inf:
                         self._plan_data_ack(usual, now)
-                    return parse_events(data, HEAD + len(number))
+                    return parse_events(data, HEAD + len(digits))
             return self._receive(data, source, now)
         except WireError as problem:
             self._counts[problem.counted] += 1

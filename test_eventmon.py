@@ -1305,6 +1305,26 @@ def test_without_a_way_to_wake_the_thread_a_buffered_event_is_sent_at_once():
         assert not dispatcher._buffer
 
 
+def test_a_timeout_of_a_signal_handler_goes_up_and_is_no_error_of_the_network():
+    with watching() as (_, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", n=0)
+        works, me = dispatcher._link.send, threading.get_ident()
+
+        def interrupted(frame):
+            if threading.get_ident() == me:
+                raise TimeoutError("of an alarm")
+            works(frame)
+
+        dispatcher._link.send = interrupted
+        with pytest.raises(TimeoutError):
+            dispatcher.send("step", n=1)
+        dispatcher._link.send = works
+        dispatcher.send("step", n=2)
+        wait_until(lambda: len(events) == 3)
+        assert dispatcher.stats["errors"] == 0
+        assert dispatcher.stats["events"] == 3
+
+
 def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
     code = (
         "import eventmon, multiprocessing.util\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
@@ -1750,6 +1770,27 @@ def test_who_is_quick_reads_ahead_and_lets_datagrams_gather(monkeypatch):
 def test_who_is_slow_confirms_only_what_it_can_deal_with_soon(monkeypatch):
     with Receiver() as receiver:
         assert gathered(receiver, monkeypatch, 0.003)[0] == 0
+
+
+def test_what_was_read_before_an_exception_of_a_signal_handler_is_delivered_by_the_next_capture(monkeypatch):
+    monkeypatch.setattr(eventmon, "BUSY", math.inf)
+    with Receiver() as receiver, eventmon.udp_socket(receiver._url) as sender:
+        target, accept, calls = receiver.channel.getsockname(), receiver._accept, []
+        for n in range(20):
+            sender.sendto(b'{"type":"step","timestamp":1,"n":%d}' % n, target)
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 13:
+                raise KeyboardInterrupt
+            return accept(*args)
+
+        receiver._accept, receiver._batch, receiver._read_at = interrupted, 16, math.inf
+        with pytest.raises(KeyboardInterrupt):
+            list(receiver.itercapture())
+        assert len(receiver._ready) == 12
+        assert receiver._pause(1.0) == 0.0  # a select() would wait for nothing
+        assert [event["n"] for event in receiver.itercapture(timeout=0)] == [n for n in range(20) if n != 12]
 
 
 def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
