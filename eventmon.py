@@ -665,12 +665,19 @@ class ReceiveWindow:
         self._jitter = jitter
         self._counts = counts
 
-    def in_order(self, seq: int) -> bool:
-        """Take `seq` if it is just the next one and nothing is missing, as it is nearly always."""
-        if seq == self.next == self.end:
+    def in_order(self, seq: int, now: float) -> bool:
+        """Take `seq` if it is the next to be delivered, and alone, as it is nearly always."""
+        if seq != self.next:
+            return False
+        if seq == self.end:
             self.next = self.end = seq + 1
             return True
-        return False
+        if seq + 1 in self._held:
+            return False
+        self._earn()
+        self._fill(seq, now)
+        self.next = seq + 1
+        return True
 
     def receive(self, seq: int, item: Any, size: int, now: float) -> list[Any]:
         """Take a datagram of `size` bytes; return the items that may now be delivered, in order."""
@@ -744,11 +751,14 @@ class ReceiveWindow:
     def _credible(self, lead: int, following: int) -> bool:
         """Believe a long jump only when the next datagram confirms it (RFC 3550, appendix A.1); what is earns credit."""
         if lead < self.end + MAX_AHEAD or lead == self._jump:
-            self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
+            self._earn()
             return True
         self._jump = following
         self._counts["malformed"] += 1
         return False
+
+    def _earn(self) -> None:
+        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
 
     def _extend(self, lead: int, now: float) -> None:
         if lead >= self.end:
@@ -2032,10 +2042,12 @@ class Receiver:
             if usual and usual.source == source:
                 window = usual.window
                 digits = b"%d\n" % window.next
-                if data.startswith(digits, HEAD) and window.in_order(window.next):  # as it is nearly always
+                if data.startswith(digits, HEAD) and window.in_order(window.next, self._clock):
                     usual.cost += len(data) + DATAGRAM_COST
                     if usual.cost > self._ack_cost or usual.ack_at == inf:
                         self._plan_data_ack(usual, now)
+                    if window.gaps:
+                        self._break(usual)
                     return parse_events(data, HEAD + len(digits))
             return self._receive(data, source, now)
         except WireError as problem:
@@ -2110,7 +2122,7 @@ class Receiver:
         seq = frame.numbers[0]
         stream.cost += size + DATAGRAM_COST
         self._plan_data_ack(stream, now)
-        if stream.window.in_order(seq):
+        if stream.window.in_order(seq, self._clock):
             return self._assemble(stream, [frame])
         return self._assemble(stream, stream.window.receive(seq, frame, size + DATAGRAM_COST, self._clock))
 
@@ -2133,6 +2145,11 @@ class Receiver:
                 self._answer(stream, b"ack", b"")
             else:
                 self._ack_due = min(self._ack_due, stream.ack_at)
+
+    def _break(self, stream: Stream) -> None:
+        """Look after a stream that has gaps, soon."""
+        self._broken[stream] = None
+        self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
 
     def _mend(self) -> list[Event]:
         """Ask for what is missing, and give up what is beyond repair; some streams at a time, in turns."""
@@ -2174,8 +2191,7 @@ class Receiver:
     def _assemble(self, stream: Stream, frames: list[Frame]) -> list[Event]:
         """Return the events of datagrams in order."""
         if stream.window.gaps:
-            self._broken[stream] = None
-            self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
+            self._break(stream)
         events = []
         for frame in frames:
             try:

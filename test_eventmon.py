@@ -488,10 +488,24 @@ def arrive(window, *numbers, now=0.0):
 def test_what_arrives_in_order_is_delivered_at_once():
     window, counts = receive_window()
     assert arrive(window, 1, 2, 3) == [1, 2, 3]
-    assert window.in_order(4)
-    assert not window.in_order(4)
+    assert window.in_order(4, 0.0)
+    assert not window.in_order(4, 0.0)
     assert window.due() == math.inf
     assert set(counts.values()) == {0}
+
+
+def test_a_repair_that_lets_nothing_else_be_delivered_is_in_order():
+    window, counts = receive_window()
+    arrive(window, 5, 8)
+    assert window.missing(1.0) == [(1, 4), (6, 7)]
+    assert [window.in_order(seq, 1.0) for seq in (2, 1, 2, 3)] == [False, True, True, True]
+    assert not window.in_order(4, 1.0)  # 5 follows
+    assert arrive(window, 4) == [4, 5]
+    assert window.in_order(6, 1.0)
+    assert [(gap.first, gap.last) for gap in window.gaps] == [(7, 7)]
+    assert arrive(window, 7) == [7, 8]
+    assert counts["repaired"] == 6
+    assert not window.gaps
 
 
 def test_what_arrives_out_of_order_is_put_in_order():
@@ -724,7 +738,8 @@ class VirtualWatcher:
     def hear(self, sender, seq):
         if self.network.now >= self.joins:
             window = self.window(sender)
-            self.got[sender] += window.receive(seq, seq, 1, self.network.now)
+            now = self.network.now
+            self.got[sender] += [seq] if window.in_order(seq, now) else window.receive(seq, seq, 1, now)
             self.plan(sender)
 
     def hear_beat(self, sender, lead, trail):
