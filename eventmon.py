@@ -2128,6 +2128,7 @@ class Receiver:
 
     def _plan_data_ack(self, stream: Stream, now: float) -> None:
         if stream.cost > self._ack_cost:
+            stream.acked = -inf  # with or without a pause: an answer to so much data is no flood
             self._plan_ack(stream, now)
         elif stream.ack_at == inf:
             self._plan_ack(stream, now + ACK_DELAY)
