@@ -2255,7 +2255,8 @@ NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has i
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
 TASK_FIELDS = (  # that most tasks have, in the order in which they get them
     ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
-    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client")
+    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
+    + ("exception", "traceback", "failed", "retried", "expires", "eta", "exchange", "routing_key")
 )
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 
@@ -2275,7 +2276,7 @@ class Record:
 
 
 _record = Record()
-for _key in TASK_FIELDS:  # before those of any event: the table has room for 30 keys, and keeps them for good
+for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep those of any event for good
     setattr(_record, _key, None)
 
 
@@ -2390,7 +2391,8 @@ class State:
             if isinstance(hostname, str):
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-                    self._last = dict(islice(self._last.items(), self.max_workers_in_memory, None))
+                    many = len(self._last) - max(0, self.max_workers_in_memory)
+                    self._last = dict(islice(self._last.items(), many, None))
                 worker = self.workers.get(hostname)
                 if worker is not None:
                     worker["heard"] = heard
@@ -2643,10 +2645,10 @@ class State:
             self._adopt(uuid, task, parent)
 
     def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
-        """Make room for a task, which is not listed yet, and return it."""
+        """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
-        task = self.tasks[uuid] = vars(Record())
+        task = vars(Record())
         task["uuid"] = uuid
         task["state"] = "PENDING"
         task["timestamp"] = timestamp
@@ -2662,6 +2664,8 @@ class State:
             if here is there:
                 return
             del here[uuid]
+        else:
+            self.tasks[uuid] = task
         task["state"] = state
         there[uuid] = None
         if state in FINISHED:
