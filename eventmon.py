@@ -69,11 +69,12 @@ from contextvars import ContextVar
 from functools import partial, wraps
 from itertools import accumulate, count, islice, repeat
 from math import inf, isfinite
+from operator import itemgetter
 from weakref import WeakSet
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TextIO
 
     Source = tuple[str, int]
@@ -204,6 +205,11 @@ class Event(dict["str", "Any"]):
         return self["type"]  # type: ignore[no-any-return]
 
     @property
+    def timestamp(self) -> float:
+        """When it happened, in seconds since the epoch."""
+        return self["timestamp"]  # type: ignore[no-any-return]
+
+    @property
     def group(self) -> str:
         """What stands before the type's first dash, as in "task"."""
         return self.type.partition("-")[0]
@@ -226,7 +232,6 @@ def no_constant(name: str) -> NoReturn:
 
 
 _scan = json.JSONDecoder(parse_constant=no_constant).scan_once  # type: ignore[attr-defined]
-_markers: dict[int, Any] = {}  # the containers being encoded, by which the encoder knows one inside itself
 
 
 def json_encoder() -> Callable[[Any, int], Iterable[str]]:
@@ -234,7 +239,7 @@ def json_encoder() -> Callable[[Any, int], Iterable[str]]:
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=readable)
     try:
         make, quote = json.encoder.c_make_encoder, json.encoder.encode_basestring  # type: ignore[attr-defined]
-        return make(_markers, readable, quote, None, ":", ",", False, False, False)  # type: ignore[no-any-return]
+        return make({}, readable, quote, None, ":", ",", False, False, False)  # type: ignore[no-any-return]
     except (AttributeError, TypeError):  # a Python without it, or with another
         return encoder.iterencode  # type: ignore[return-value]
 
@@ -261,7 +266,7 @@ def parse_json(body: bytes, start: int = 0) -> Any:
 def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
     """Return `value` made of what JSON has; `above` names the containers that it stands in."""
     try:
-        if value is None or isinstance(value, bool) or isinstance(value, int) and -(2**64) < value < 2**64:
+        if value is None or isinstance(value, bool) or isinstance(value, int) and value.bit_length() < 4096:
             return value
         if isinstance(value, float) and isfinite(value):
             return value
@@ -282,11 +287,14 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
 
 def format_json(value: Any) -> bytes:
     """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
+    global _encode
     try:
         return "".join(_encode(value, 0)).encode()
-    except Exception:  # noqa: BLE001 - a key, NaN, a lone surrogate, a container inside itself, a class of the user's
-        _markers.clear()
-        return "".join(_encode(plain(value), 0)).encode()
+    except BaseException as problem:  # a key, NaN, a lone surrogate, a container inside itself, a class of the user's
+        encode = _encode = json_encoder()  # the other one may take what it was busy with for a part of all that follows
+        if not isinstance(problem, Exception):
+            raise
+    return "".join(encode(plain(value), 0)).encode()
 
 
 def parse_event(value: Any) -> Event:
@@ -333,7 +341,7 @@ def parse_frame(data: bytes) -> Frame:
         raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
     if len(numbers) == expected + 2:
         raise Rejected("the stream is sealed with a key, and there is none here")
-    if len(numbers) != expected or len(stream) != 16:
+    if len(numbers) != expected or len(stream) != 16 or not stream.isalnum():
         raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
     for digits in numbers:
         if len(digits) > 19 or not digits.isdigit():
@@ -930,14 +938,15 @@ def listen(url: Url) -> socket.socket:
     return sock
 
 
-def wait_for(sock: socket.socket, seconds: float) -> None:
-    """Wait until something has arrived at `sock`, or for `seconds`; in any number of threads."""
+def wait_for(seconds: float, *socks: socket.socket) -> None:
+    """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
     try:
         if not hasattr(select, "poll"):
-            select.select([sock], [], [], max(0.0, seconds))
+            select.select(socks, [], [], max(0.0, seconds))
             return
         poll = select.poll()  # unlike select() not limited to the first 1,024 files
-        poll.register(sock, select.POLLIN)
+        for sock in socks:
+            poll.register(sock, select.POLLIN)
         poll.poll(max(0.0, seconds * 1000))
     except (OSError, ValueError):
         pass  # closed meanwhile
@@ -949,7 +958,10 @@ class Link:
     def __init__(self, url: Url) -> None:
         self.socket = udp_socket(url)
         self._connected = self.socket
+        self._bell, self._ear = socket.socketpair()  # wakes sleep(): what arrives at the socket any thread may take
         try:
+            self._bell.setblocking(False)
+            self._ear.setblocking(False)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
             self.socket.bind((url.interface if is_address(url.interface) else "", 0))
             host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
@@ -981,7 +993,22 @@ class Link:
 
     def wait(self, seconds: float) -> None:
         """Wait until an answer has arrived, or for `seconds`."""
-        wait_for(self.socket, seconds)
+        wait_for(seconds, self.socket)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait likewise, or until wake(); for one thread only."""
+        wait_for(seconds, self.socket, self._ear)
+        try:
+            self._ear.recv(4096)
+        except OSError:
+            pass  # nobody has rung
+
+    def wake(self) -> None:
+        """End a sleep() in another thread, or the next one."""
+        try:
+            self._bell.send(b"!")
+        except OSError:
+            pass  # it has been rung often enough, or the link is closed
 
     def receive(self) -> tuple[bytes, Source] | None:
         """Return a datagram that has arrived and its source, or None."""
@@ -990,19 +1017,10 @@ class Link:
         except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
             return None
 
-    def nudge(self) -> bool:
-        """End a wait() in another thread; False if it has to end by itself."""
-        try:
-            host, port = self.socket.getsockname()
-            self.socket.sendto(b"", (host if host != "0.0.0.0" else "127.0.0.1", port))
-        except OSError:  # closed, or there is no loopback
-            return False
-        return True
-
     def close(self) -> None:
         """Close the sockets."""
-        self.socket.close()
-        self._connected.close()
+        for sock in (self.socket, self._connected, self._bell, self._ear):
+            sock.close()
 
 
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
@@ -1169,7 +1187,7 @@ class Dispatcher:
     def _begin(self) -> None:
         """Start a stream, with nothing sent: at first, and in the child of a fork."""
         self.pid = os.getpid()
-        self.hostname = self._name or default_hostname()
+        self._hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # see _in_turn()
         self._has_turn: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
         self._later: deque[Callable[[], object]] = deque()  # for the end of that turn
@@ -1180,7 +1198,8 @@ class Dispatcher:
         # events and datagrams beside the one of each that has a sequence number
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
         self._buffer: list[bytes] = []
-        self._look_at = self._buffer_limit  # events in it: from so many on there is something to do
+        self._awake = False  # whether the thread looks after it
+        self._ending = self._closed
         self._large = count(1)  # numbers the events in parts
         self._link: Link | None = None
         self._plain = False  # open, and nothing is sealed
@@ -1192,9 +1211,19 @@ class Dispatcher:
 
     def _introduce(self) -> None:
         """Note what every event says of its sender, also as the JSON that stands between timestamp and clock."""
-        who = {"hostname": self.hostname, "pid": self.pid, "utcoffset": utc_offset()}
+        who = {"hostname": self._hostname, "pid": self.pid, "utcoffset": utc_offset()}
         self._ours = {"type": "", "timestamp": 0.0, **who, "clock": 0}
         self._ours_json = b',%b,"clock":' % format_json(who)[1:-1]
+
+    @property
+    def hostname(self) -> str:
+        """What names the sender in its events."""
+        return self._hostname
+
+    @hostname.setter
+    def hostname(self, name: str) -> None:
+        self._hostname = self._name = name
+        self._introduce()
 
     @property
     def stats(self) -> dict[str, int]:
@@ -1229,28 +1258,31 @@ class Dispatcher:
         event.update(fields)
         rest, comma = format_json(fields)[1:], b"," if fields else b""
         body = b"%b%d.%06d%b%d%b%b" % (head, now // 1000000, now % 1000000, self._ours_json, clock, comma, rest)
-        if buffered and len(body) <= self._room:
+        if self._has_turn() or len(body) > self._room or self._window.cost > self._window.horizon:
+            return event if self._post(body, buffered) else None
+        if buffered:
             self._buffer.append(body)
-            return event if len(self._buffer) < self._look_at and self._link or self._held(body) else None
-        if len(body) > self._room or self._window.cost > self._window.horizon or self._has_turn():
-            return event if self._post(body, False) else None
-        with self._lock:  # a turn, as _in_turn() has it
-            try:
-                window, link, sent = self._window, self._link, True
-                if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
-                    frame = self._frame % (window.next, body)
-                    window.add(frame)
-                    try:
-                        link.send(frame)
-                    except OSError as problem:
-                        self._count_failure(problem)
-                else:
-                    sent = self._put_data(body)
-            finally:
-                if self._later:
-                    self._catch_up()
-        if self._closing is not None:
-            self._close_late()
+            few = len(self._buffer) < self._buffer_limit
+            return event if few and self._awake and not self._ending or self._held(body) else None
+        try:
+            with self._lock:  # a turn, as _in_turn() has it
+                try:
+                    window, link, sent = self._window, self._link, True
+                    if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
+                        frame = self._frame % (window.next, body)
+                        window.add(frame)
+                        try:
+                            link.send(frame)
+                        except OSError as problem:
+                            self._count_failure(problem)
+                    else:
+                        sent = self._put_data(body)
+                finally:
+                    if self._later:
+                        self._catch_up()
+        finally:
+            if self._closing is not None:
+                self._close_late()
         return event if sent else None
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -1327,13 +1359,13 @@ class Dispatcher:
 
     def _end(self) -> bool:
         """Send what is buffered and then nothing more; False if that is done."""
-        if not self._closed:
-            self._send_buffer()
-            self._closed = True
-            self._plain = False
-            self._look_at = 0  # who still holds an event back sees that it is too late
-            return True
-        return False
+        if self._closed:
+            return False
+        self._ending = True  # from here on who holds an event back looks whether it is still sent
+        self._send_buffer()
+        self._closed = True
+        self._plain = False
+        return True
 
     def _say_goodbye(self) -> None:
         self._put_everywhere(b"bye")
@@ -1341,7 +1373,7 @@ class Dispatcher:
         if self._finalizer:
             self._finalizer.cancel()
         if link and self._thread.is_alive():
-            link.nudge()  # the thread closes it
+            link.wake()  # the thread closes it
         elif link:
             link.close()
 
@@ -1387,7 +1419,7 @@ class Dispatcher:
     def _post(self, body: bytes, buffered: bool) -> bool:
         if len(body) > self._room:
             return self._post_parts(body)
-        if buffered:
+        if buffered and not self._has_turn():  # in a turn it would overtake what was noted before
             self._buffer.append(body)  # which needs no turn
             return self._held(body)
         if self._window.cost > self._window.horizon:
@@ -1396,21 +1428,19 @@ class Dispatcher:
 
     def _held(self, body: bytes) -> bool:
         """Send what is buffered if it is time; False if nothing is sent any more, also not this event."""
-        link = self._link
-        if link is None and not self._closed:
-            self._in_turn(self._open)  # whose thread sends it in time
-        elif link and self._look_at == 1:
-            self._look_at = self._buffer_limit
-            if not link.nudge():
-                self._in_turn(self._send_buffer)
+        if not self._awake and not self._ending:
+            self._awake = True
+            link = self._link or self._in_turn(self._open)
+            if link:
+                link.wake()  # its thread sends it in time
         if len(self._buffer) >= self._buffer_limit:
             self._make_room()
             self._in_turn(self._send_buffer)
-        return not self._closed or self._in_turn(self._take_back, body) is not False
+        return not self._ending or self._in_turn(self._take_back, body) is not False
 
     def _take_back(self, body: bytes) -> bool:
         """Take an event that came while the Dispatcher was being closed out of the buffer, if it is still there."""
-        if body not in self._buffer:
+        if not self._closed or body not in self._buffer:
             return True
         self._buffer.remove(body)
         return self._refuse()
@@ -1461,12 +1491,12 @@ class Dispatcher:
         if size and not self._closed:
             self._send_buffer()
             self._window.expect(size)
-        return self._put_data(part, bool(size), False, frame)
+        return self._put_data(part, 1 if size else 0, False, frame)
 
     def _send_buffer(self) -> None:
         """Send what is buffered, as many events to a datagram as fit."""
         left = len(self._buffer)  # to which other threads may add
-        while left > 0:
+        while left > 0 and self._buffer and not self._closed:  # it is a new one where a signal handler has forked
             bodies = self._buffer[: self._buffer_limit]
             ends, fitting = list(accumulate(map(len, bodies))), len(bodies)
             while fitting > 1 and ends[fitting - 1] + fitting >= self._room:
@@ -1589,7 +1619,7 @@ class Dispatcher:
             if name in self._window.watchers:
                 self._window.watchers[name].address = source
         except WireError:
-            self._counts["rejected"] += bool(data)  # not our own nudge
+            self._counts["rejected"] += 1
             return []
         if any(first < self._window.trail for first, _ in ranges):
             self._put(self._beat(b"beat"))  # tells what cannot be had any more
@@ -1661,10 +1691,10 @@ class Dispatcher:
         try:
             while True:
                 if buffer_at == inf and self._buffered:
-                    self._look_at = 1  # the next event there wakes us
+                    self._awake = False  # the next event there wakes us
                     if self._buffer:
-                        buffer_at, self._look_at = now + BUFFER_TIME / 2, self._buffer_limit
-                link.wait(min(beat_at, buffer_at, work_at + self._freq if self._freq else inf) - time.monotonic())
+                        self._awake, buffer_at = True, now + BUFFER_TIME / 2
+                link.sleep(min(beat_at, buffer_at, work_at + self._freq if self._freq else inf) - time.monotonic())
                 now = time.monotonic()
                 if self._link is not link:
                     return
@@ -1721,6 +1751,8 @@ _dispatchers: WeakSet[Dispatcher] = WeakSet()
 
 def after_fork() -> None:
     """In the child of a fork: every Dispatcher begins a stream of its own."""
+    global _encode
+    _encode = json_encoder()  # another thread may have been using it
     for dispatcher in list(_dispatchers):
         dispatcher.on_after_fork()
 
@@ -1906,6 +1938,7 @@ class Receiver:
         is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
+        self._run = 0
         ready = self._ready
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
@@ -1917,8 +1950,10 @@ class Receiver:
                     left -= 1
                     if not ready:
                         last = time.monotonic()
+                    elif time.monotonic() > self._read_at + ACK_DELAY / 2 and left > len(ready):
+                        self._read(0.0, 1)  # who is suddenly slow still moves on, for all to see
                 else:
-                    found = self._read(min(patience, last + patience - time.monotonic()))
+                    found = self._read(min(patience, last + patience - time.monotonic()), left)
                     enough = max(patience, JUNK_TIME) if found else patience
                     if not ready and time.monotonic() >= last + enough:
                         return
@@ -1963,13 +1998,13 @@ class Receiver:
             self._counts["events"] += len(events)
         return events
 
-    def _read(self, patience: float) -> bool:
-        """Take some datagrams that have arrived, waiting at most `patience` seconds for one; False if there was none."""
+    def _read(self, patience: float, most: float) -> bool:
+        """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
         if patience > 0 and self._empty:
             self._wait(patience)
         events: list[Event] = []
         try:
-            found = self._drain(events, time.monotonic())
+            found = self._drain(events, most, time.monotonic())
         finally:  # also after an exception of a signal handler: they will not come again
             self._ready.extend(self._stamp(events))
             self._read_at = time.monotonic()
@@ -1980,11 +2015,11 @@ class Receiver:
         if self._run > BUSY:
             time.sleep(min(patience, COALESCE))
         else:
-            wait_for(self.channel, max(0.0005, min(patience, self._pause(MAX_SLEEP))))
+            wait_for(max(0.0005, min(patience, self._pause(MAX_SLEEP))), self.channel)
         self._run = 0
 
-    def _drain(self, events: list[Event], now: float) -> bool:
-        """Add the events of some datagrams; False if there was none."""
+    def _drain(self, events: list[Event], most: float, now: float) -> bool:
+        """Add the events of at most so many datagrams; False if there was none."""
         channel = self.channel
         if now >= self._ack_due:
             events += self._read_aside(now)
@@ -1993,7 +2028,7 @@ class Receiver:
         self._batch = min(2 * self._batch, MAX_READ) if now < self._read_at + ACK_DELAY / 2 else 1
         before, size, self._empty = self._run, 0, False
         try:
-            for _ in range(self._batch):
+            for _ in range(int(min(self._batch, most))):
                 data, source = channel.recvfrom(65536)
                 self._run += 1
                 size += len(data) + DATAGRAM_COST
@@ -2067,7 +2102,7 @@ class Receiver:
         identity = None if self._key else source, frame.stream
         stream = self._streams.get(identity) or self._meet(identity, frame, source, now)
         if frame.kind in (b"data", b"part"):
-            if identity in self._streams and not self._key:
+            if frame.kind == b"data" and identity in self._streams and not self._key:
                 self._usual[data[:HEAD]] = stream
             return self._take(stream, frame, len(data), now)
         if stamp and stamp <= stream.stamp:
@@ -2108,7 +2143,9 @@ class Receiver:
         identity, stream = (self._strangers or self._streams).popitem(last=False)
         self._unconfirmed.pop(stream, None)
         self._broken.pop(stream, None)
-        self._usual.pop(b"%b data %b " % (MAGIC, stream.name), None)
+        head = b"%b data %b " % (MAGIC, stream.name)
+        if self._usual.get(head) is stream:
+            del self._usual[head]
         window = stream.window
         self._counts["held"] -= window.size
         if window.next > stream.start:
@@ -2314,6 +2351,14 @@ def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transiti
     return before not in FINISHED or state == "RECEIVED"
 
 
+class Table(OrderedDict["str", "Any"]):
+    """An OrderedDict that compares as the dict that it is for users: whatever the order."""
+
+    __eq__ = dict.__eq__
+    __ne__ = dict.__ne__
+    __hash__ = None  # type: ignore[assignment]
+
+
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
@@ -2340,8 +2385,8 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
-        self.tasks: OrderedDict[str, dict[str, Any]] = OrderedDict()  # the latest event's last
-        self.workers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
+        self.workers: OrderedDict[str, dict[str, Any]] = Table()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
@@ -2557,6 +2602,8 @@ class State:
         with self._lock:
             for uuid in [uuid for uuid, task in self.tasks.items() if not ready or task["state"] in FINISHED]:
                 self._forget(uuid)
+            if not ready:
+                self._orphans.clear()
 
     def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
         """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
@@ -3338,8 +3385,8 @@ def send(options: Any) -> int:
 ANSWER_TIME = 20.0  # the longest that the bench waits for a process of its own
 QUIET_TIME = 5.0  # without an event, after which its watcher says what it has
 HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
-IMPORT = f"{HERE}; module = __import__(sys.argv[2])"
 UUID = "5d0c91aa"
+BURST = 50  # events that are received together: few enough for the smallest usual buffer
 PINGS = 50  # in a row: few enough that all find the two processes on the same cores
 TASK: dict[str, dict[str, Any]] = {  # the events of a task
     "task-received": {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0},
@@ -3348,58 +3395,38 @@ TASK: dict[str, dict[str, Any]] = {  # the events of a task
 }
 
 
-def patiently(process: Any, wait: Callable[[], Any]) -> Any:
-    """Return what wait() for a process returns; the process is killed when that takes too long, or is broken off."""
-    timer = threading.Timer(ANSWER_TIME, process.kill)  # Popen.wait(timeout) looks from time to time: too coarse here
-    timer.start()
-    try:
-        return wait()
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        timer.cancel()
+def child(function: Callable[..., Iterator[Any]], *args: Any) -> Generator[Any, None, None]:
+    """Yield what a generator function of this file does in a process that lives until close(); or raise Failure."""
+    from subprocess import PIPE, Popen
+
+    folder, name = os.path.split(os.path.abspath(__file__))
+    code = f"{HERE}; import json; answers = getattr(__import__(sys.argv[2]), sys.argv[3])(*json.loads(input()))"
+    code += "\nfor answer in answers: print(json.dumps(answer), flush=True)"
+    words = [sys.executable, "-c", code, folder, os.path.splitext(name)[0], function.__name__]
+    with Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace") as process:
+        pipe: Any = process
+        try:
+            print(json.dumps(args), file=pipe.stdin, flush=True)  # a key stands on no command line
+            while True:
+                timer = threading.Timer(ANSWER_TIME, process.kill)
+                timer.start()
+                try:
+                    line = pipe.stdout.readline()
+                finally:
+                    timer.cancel()
+                if not line:
+                    process.kill()
+                    errors = pipe.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
+                    raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
+                yield json.loads(line)
+        finally:
+            process.kill()
 
 
-class Child:
-    """A process that runs a generator function of this file: what it yields are answers. It ends with the context."""
-
-    def __init__(self, function: Callable[..., Iterator[Any]], *args: Any) -> None:
-        from subprocess import PIPE, Popen
-
-        folder, name = os.path.split(os.path.abspath(__file__))
-        words = [f"{IMPORT}; module.in_child(sys.argv[3])", folder, os.path.splitext(name)[0], function.__name__]
-        self._process: Any = Popen(
-            [sys.executable, "-c", *words], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace"
-        )
-        print(json.dumps(args), file=self._process.stdin, flush=True)  # a key stands on no command line
-
-    def answer(self) -> Any:
-        """Return the next answer; Failure if none comes in time."""
-        line = patiently(self._process, self._process.stdout.readline)
-        if not line:
-            self._process.kill()
-            errors = self._process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
-            raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
-        return json.loads(line)
-
-    def __enter__(self) -> Child:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        with self._process:  # closes its pipes and waits
-            pass
-
-
-def in_child(name: str) -> None:
-    """Be a Child: call the function that is so called with the arguments on standard input, and print its answers."""
-    for answer in globals()[name](*json.loads(sys.stdin.readline())):
-        print(json.dumps(answer), flush=True)
-
-
-def row(what: str, figure: float, naive: float | None, unit: str, **more: Any) -> dict[str, Any]:
-    """Return a row of the bench."""
+def row(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
+    """Return a row of the bench, of the best figures."""
+    best = max if unit == "/s" else min
+    figure, naive = best(ours), best(by_hand, default=None)
     return {"what": what, "figure": figure, "naive": naive, "ratio": naive and figure / naive, "unit": unit, **more}
 
 
@@ -3411,8 +3438,15 @@ def seconds_for(work: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
+def core_share(work: Callable[[], object]) -> float:
+    """Return how many percent of a core this process takes while it does some work."""
+    cpu = time.process_time()
+    wall = seconds_for(work)
+    return 100 * (time.process_time() - cpu) / wall
+
+
 def send_by_hand(url: Url, n: int) -> float:
-    """Send `n` events with the fields of a Dispatcher's; return events a second."""
+    """Send `n` events with the fields of a Dispatcher's, one to a datagram; return events a second."""
     who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": utc_offset()}
     group = socket.gethostbyname(url.host), url.port
     with udp_socket(url) as sock:
@@ -3424,55 +3458,72 @@ def send_by_hand(url: Url, n: int) -> float:
         return n / (time.perf_counter() - start)
 
 
-def send_many(url: str, key: bytes, n: int, groups: Sequence[str], child: Child | None = None) -> tuple[float, int]:
-    """Send `n` events; return events a second until they are sent, or the child has them, and how many it lacks."""
-    if child:
-        child.answer()
-    with Dispatcher(url, buffer_group=groups, key=key) as events:
+def send_many(url: str, key: str, n: int, together: int, hearer: Iterator[Any] | None = None) -> tuple[float, int]:
+    """Send `n` events; return events a second until they are sent, or hear() has them, and how many it lacks."""
+    if hearer:
+        next(hearer)
+    with Dispatcher(url, buffer_group=("task",) if together > 1 else (), buffer_limit=together, key=key) as events:
         start = time.perf_counter()
         for i in range(n):
             events.send("task-progress", uuid=UUID, progress=i)
         events.flush(0)
-        count, end = child.answer() if child else (n, time.perf_counter())
+        count, end = next(hearer) if hearer else (n, time.perf_counter())
     return count / (end - start), n - count
 
 
-def hear(url: str, key: str, n: int) -> Iterator[Any]:
-    """In a child: say when it listens, then how many of `n` events its State has taken, and when."""
+def hear(url: str, key: str, n: int, idle: float = 0.0) -> Iterator[Any]:
+    """Yield when it listens, how many of `n` events a State has taken and when, what it takes of a core while idle."""
     state = State()
-    with Receiver(url, key=bytes.fromhex(key)) as receiver:
+    with Receiver(url, {"*": state.event}, key=key) as receiver:
         receiver.fileno()
         yield "listening"
-        for event in receiver.itercapture(n, QUIET_TIME):
-            state.event(event)
-        yield state.event_count, time.perf_counter()
+        take(state, receiver.itercapture(n, QUIET_TIME))
+        yield state.event_count, time.perf_counter() - (QUIET_TIME if state.event_count < n else 0)
+        receiver.capture(timeout=SETTLE)
+        yield core_share(partial(receiver.capture, timeout=idle))
 
 
-def send_rows(url: str, other: str, key: bytes, n: int, rounds: int) -> Iterator[dict[str, Any]]:
+def send_rows(url: str, other: Url, key: str, n: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Measure sending, to nobody and to the State of another process, beside plain JSON on a socket."""
-    kinds = {"one event a datagram": (n, ()), "buffered": (n * 5 // 2, ("task",))}
-    by_hand: list[float] = []
-    results: dict[str, list[tuple[float, int]]] = {
-        f"{do}, {kind}": [] for do in ("send", "send to State") for kind in kinds
-    }
-    for _ in range(rounds):
-        by_hand.append(send_by_hand(parse_url(other), n))
-        for kind, (number, groups) in kinds.items():
-            results[f"send, {kind}"].append(send_many(url, key, number, groups))
-            with Child(hear, url, key.hex(), number) as child:
-                results[f"send to State, {kind}"].append(send_many(url, key, number, groups, child))
-    for what, pairs in results.items():
-        rates, lost = zip(*pairs)
-        yield row(what, max(rates), max(by_hand), "/s", lost=sum(lost))
+    from contextlib import closing
+
+    for kind, many, together in (("one event a datagram", n, 1), ("buffered", n * 5 // 2, 24)):
+        by_hand, alone, heard = [], [], []
+        for _ in range(rounds):
+            by_hand.append(send_by_hand(other, n))
+            alone.append(send_many(url, key, many, together)[0])
+            with closing(child(hear, url, key, many)) as hearer:
+                heard.append(send_many(url, key, many, together, hearer))
+        rates, lost = zip(*heard)
+        yield row(f"send, {kind}", "/s", alone, by_hand)
+        yield row(f"send to State, {kind}", "/s", rates, by_hand, lost=sum(lost))
 
 
-def take(state: State, events: list[Event]) -> None:
+def receive_row(url: str, other: Url, key: str, n: int, rounds: int) -> dict[str, Any]:
+    """Measure how fast what waits in a socket is received, beside recvfrom() and json.loads()."""
+    ours, by_hand = [], []
+    with Receiver(url, key=key) as receiver, Dispatcher(url, key=key) as events, listen(other) as sock:
+        receiver.fileno()
+        for _ in range(rounds):
+            spent = bare = 0.0
+            for i in range(n):
+                for _ in range(BURST):
+                    events.send("task-progress", uuid=UUID, progress=i)
+                send_by_hand(other, BURST)
+                spent += seconds_for(lambda: deque(receiver.itercapture(BURST, QUIET_TIME), maxlen=0))
+                bare += seconds_for(lambda: json.loads(sock.recvfrom(65536)[0]), BURST) * BURST
+            ours.append(n * BURST / spent)
+            by_hand.append(n * BURST / bare)
+    return row("receive, one event a datagram", "/s", ours, by_hand)
+
+
+def take(state: State, events: Iterable[Event]) -> None:
     """Give events to a State."""
     for event in events:
         state.event(event)
 
 
-def take_by_hand(tasks: dict[str, Any], events: list[Event]) -> None:
+def take_by_hand(tasks: dict[str, Any], events: Iterable[Event]) -> None:
     """Keep what events say of tasks in a plain dict."""
     for event in events:
         tasks.setdefault(event["uuid"], {}).update(event)
@@ -3488,60 +3539,41 @@ def take_rate(taking: Callable[[list[Event]], None], n: int) -> float:
     return n * len(TASK) / spent
 
 
-def task_size(taking: Callable[[list[Event]], None], n: int) -> float:
-    """Return how many bytes of memory the events of `n` tasks leave, for each task."""
-    import tracemalloc
-
-    tracemalloc.start()
-    take_rate(taking, n)
-    size = tracemalloc.get_traced_memory()[0] / n
-    tracemalloc.stop()
-    return size
-
-
 def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Measure how fast a State takes the events of `n` tasks, and in how much memory, beside a plain dict."""
-    rates = [
-        (take_rate(partial(take, State(max_tasks_in_memory=n)), n), take_rate(partial(take_by_hand, {}), n))
-        for _ in range(rounds)
-    ]
-    ours, by_hand = map(max, zip(*rates))
-    yield row("State.event", ours, by_hand, "/s")
-    n = max(1, n // 4)
-    state = State(max_tasks_in_memory=n)
+    import tracemalloc
+
+    ours, by_hand, sizes = [], [], []
+    for _ in range(rounds):
+        ours.append(take_rate(partial(take, State(max_tasks_in_memory=n)), n))
+        by_hand.append(take_rate(partial(take_by_hand, {}), n))
+    yield row("State.event", "/s", ours, by_hand)
+    state, n = State(max_tasks_in_memory=n), max(1, n // 4)
     state.recent = deque(maxlen=0)  # which is as large for any number of tasks
-    ours, by_hand = task_size(partial(take, state), n), task_size(partial(take_by_hand, {}), n)
-    yield row("State, memory of a finished task", ours, by_hand, "bytes")
+    for taking in (partial(take, state), partial(take_by_hand, {})):
+        tracemalloc.start()
+        take_rate(taking, n)
+        sizes.append(tracemalloc.get_traced_memory()[0] / n)
+        tracemalloc.stop()
+    yield row("State, memory of a finished task", "bytes", sizes[:1], sizes[1:])
 
 
 def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Measure what the monitor asks of a State with `n` tasks, 50 of them running, beside going through them all."""
-    state, now = State(max_tasks_in_memory=n), time.time()
-    tasks: dict[str, dict[str, Any]] = {}
+    state, now, tasks = State(max_tasks_in_memory=n), time.time(), []
     for i in range(n):
         kind = "task-succeeded" if i % max(1, n // 50) else "task-started"
-        event = {"type": kind, "uuid": f"task-{i}", "timestamp": now - 60 + 60 * i / n, "hostname": "alpha@laptop"}
-        state.event(event)
-        tasks[f"task-{i}"] = event
-    times = [task["timestamp"] for task in tasks.values()]
-    queries: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "State.tasks_by_time(limit=50)": (
-            lambda: list(state.tasks_by_time(limit=50)),
-            lambda: sorted(tasks.values(), key=lambda task: task["timestamp"], reverse=True)[:50],
-        ),
-        "State.iteractive()": (
-            lambda: list(state.iteractive()),
-            lambda: [task for task in tasks.values() if task["type"] == "task-started"],
-        ),
-        "State.scale_graph()": (
-            lambda: state.scale_graph(now=now),
-            lambda: Counter(int(now - then) for then in times if now - then < 60),
-        ),
-    }
-    for what, (asking, looking) in queries.items():
-        pairs = [(seconds_for(asking, 20), seconds_for(looking)) for _ in range(rounds)]
-        ours, by_hand = (min(seconds) * 1e6 for seconds in zip(*pairs))
-        yield row(what, ours, by_hand, "us")
+        tasks.append(Event(kind, uuid=f"task-{i}", timestamp=now - 60 + 60 * i / n, hostname="alpha@laptop"))
+    take(state, tasks)
+    when, ages, on = itemgetter("timestamp"), [now - task["timestamp"] for task in tasks], "task-started"
+
+    def query(what: str, asking: Callable[[], object], looking: Callable[[], object]) -> dict[str, Any]:
+        pairs = [(seconds_for(asking, 20) * 1e6, seconds_for(looking) * 1e6) for _ in range(rounds)]
+        return row(f"State.{what}", "us", *zip(*pairs))
+
+    yield query("tasks_by_time(limit=50)", lambda: [*state.tasks_by_time(50)], lambda: sorted(tasks, key=when)[:-51:-1])
+    yield query("iteractive()", lambda: [*state.iteractive()], lambda: [task for task in tasks if task["type"] == on])
+    yield query("scale_graph()", lambda: state.scale_graph(now=now), lambda: Counter(int(a) for a in ages if a < 60))
 
 
 def peer() -> socket.socket:
@@ -3553,14 +3585,14 @@ def peer() -> socket.socket:
 
 
 def pong(url: str, key: str, n: int, address: Sequence[Any]) -> Iterator[Any]:
-    """In a child: say where it listens, answer what ping() sends, and say the median seconds that an event took."""
+    """Yield where it listens, answer what ping() sends, and yield the median seconds that an event took."""
     delays: list[float] = []
 
     def answer(event: Event) -> None:
         delays.append(time.perf_counter() - event["sent"])
         sock.send(bytes(200))
 
-    with Receiver(url, {"ping": answer}, key=bytes.fromhex(key)) as receiver, peer() as sock:
+    with Receiver(url, {"ping": answer}, key=key) as receiver, peer() as sock:
         receiver.fileno()
         sock.connect(tuple(address))
         yield sock.getsockname()
@@ -3571,107 +3603,69 @@ def pong(url: str, key: str, n: int, address: Sequence[Any]) -> Iterator[Any]:
         yield sorted(delays)[len(delays) // 2]
 
 
-def ping(url: str, key: bytes, n: int) -> tuple[float, float]:
+def ping(url: str, key: str, n: int) -> tuple[float, float]:
     """Send events, and then datagrams, each after an answer, `n` times; return the median microseconds of one way."""
+    from contextlib import closing
+
     trips = []
-    with (
-        peer() as sock,
-        Child(pong, url, key.hex(), n, sock.getsockname()) as child,
-        Dispatcher(url, key=key) as events,
-    ):
-        sock.connect(tuple(child.answer()))
-        for _ in range(n):
-            for _ in range(PINGS):
-                events.send("ping", sent=time.perf_counter())
-                sock.recv(2048)
-            for _ in range(PINGS):
-                start = time.perf_counter()
-                sock.send(bytes(200))
-                sock.recv(2048)
-                trips.append((time.perf_counter() - start) / 2)
-        return child.answer() * 1e6, sorted(trips)[len(trips) // 2] * 1e6
-
-
-def import_time(names: str, folder: str) -> float:
-    """Return the milliseconds that a fresh interpreter, in which no site package has imported anything, takes."""
-    from subprocess import PIPE, Popen
-
-    code = f"{HERE}; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
-    with Popen([sys.executable, "-S", "-c", code, folder], stdout=PIPE, text=True) as process:
-        return float(patiently(process, process.communicate)[0]) * 1000
+    with peer() as sock, closing(child(pong, url, key, n, sock.getsockname())) as answers:
+        sock.connect(tuple(next(answers)))
+        with Dispatcher(url, key=key) as events:
+            for _ in range(n):
+                for _ in range(PINGS):
+                    events.send("ping", sent=time.perf_counter())
+                    sock.recv(2048)
+                for _ in range(PINGS):
+                    start = time.perf_counter()
+                    sock.send(bytes(200))
+                    sock.recv(2048)
+                    trips.append((time.perf_counter() - start) / 2)
+        return next(answers) * 1e6, sorted(trips)[len(trips) // 2] * 1e6
 
 
 def import_row(rounds: int) -> dict[str, Any]:
-    """Measure our import, beside that of what a user would import instead."""
+    """Measure our import, without site packages, which import much of it, beside that of what a user would import."""
     import py_compile
+    from subprocess import PIPE, run
     from tempfile import TemporaryDirectory
+
+    def milliseconds(names: str) -> float:
+        code = f"{HERE}; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
+        return float(run([sys.executable, "-S", "-c", code, folder], stdout=PIPE, check=False).stdout) * 1000
 
     with TemporaryDirectory() as folder:
         py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
-        times = [
-            [import_time(names, folder) for names in ("eventmon", "socket, json, threading")] for _ in range(rounds)
-        ]
-    ours, by_hand = map(min, zip(*times))
-    return row("import eventmon", ours, by_hand, "ms")
+        pairs = [(milliseconds("eventmon"), milliseconds("socket, json, threading")) for _ in range(rounds)]
+    return row("import eventmon", "ms", *zip(*pairs))
 
 
-def core_share(work: Callable[[], object]) -> float:
-    """Return how many percent of a core this process takes while it does some work."""
-    cpu = time.process_time()
-    wall = seconds_for(work)
-    return 100 * (time.process_time() - cpu) / wall
-
-
-def idle_dispatcher(url: str, key: str, seconds: float) -> Iterator[float]:
-    """In a child: say what a Dispatcher takes of a core that is watched and sends nothing."""
-    with Dispatcher(url, key=bytes.fromhex(key)) as events:
-        events.send("hello")
-        time.sleep(SETTLE)
-        yield core_share(partial(time.sleep, seconds))
-
-
-def idle_watcher(url: str, key: str, seconds: float) -> Iterator[Any]:
-    """In a child: say when it listens, then what it takes of a core after the first event."""
-    with Receiver(url, {"*": State().event}, key=bytes.fromhex(key)) as receiver:
-        receiver.fileno()
-        yield "listening"
-        receiver.capture(1, ANSWER_TIME)
-        receiver.capture(timeout=SETTLE)
-        yield core_share(partial(receiver.capture, timeout=seconds))
-
-
-def bench_rows(url: str, other: str, key: bytes, scale: float) -> Iterator[dict[str, Any]]:
+def bench_rows(url: str, other: str, key: str, scale: float) -> Iterator[dict[str, Any]]:
     """Measure everything, by way of `url`, and what is sent by hand by way of the other one."""
+    from contextlib import closing
 
-    def size(n: int) -> int:
-        return max(1, int(n * scale))
-
-    rounds, seconds = min(5, size(5)), 2 * min(1.0, scale)
-    yield from send_rows(url, other, key, size(40000), rounds)
-    yield from state_rows(size(40000), min(3, rounds))
-    yield from query_rows(size(100000), rounds)
-    pings = [ping(url, key, size(20)) for _ in range(rounds)]
-    ours, by_hand = map(min, zip(*pings))
-    yield row("latency, send to handler", ours, by_hand, "us")
+    thousand, rounds, seconds = max(1, int(1000 * scale)), min(5, max(1, int(5 * scale))), 2 * min(1.0, scale)
+    yield from send_rows(url, parse_url(other), key, 40 * thousand, rounds)
+    yield receive_row(url, parse_url(other), key, thousand // 10, rounds)
+    yield from state_rows(40 * thousand, min(3, rounds))
+    yield from query_rows(100 * thousand, rounds)
+    pings = [ping(url, key, max(1, thousand // 50)) for _ in range(rounds)]
+    yield row("latency, send to handler", "us", *zip(*pings))
     yield import_row(3 * rounds)
-    with Child(idle_watcher, url, key.hex(), seconds) as watcher:
-        watcher.answer()
-        with Child(idle_dispatcher, url, key.hex(), seconds) as dispatcher:
-            yield row("idle Dispatcher", dispatcher.answer(), None, "%")
-            yield row("idle watcher", watcher.answer(), None, "%")
+    with closing(child(hear, url, key, 1, seconds)) as hearer, Dispatcher(url, key=key) as events:
+        next(hearer)
+        events.send("hello")
+        next(hearer)
+        time.sleep(SETTLE)
+        yield row("idle Dispatcher", "%", [core_share(partial(time.sleep, seconds))])
+        yield row("idle watcher", "%", [next(hearer)])
 
 
-def number_cell(number: float | None, unit: str) -> str:
-    """Return a figure as people read it: three digits, or all of a large number."""
-    return "-" if number is None else f"{number:,.0f}{unit}" if number >= 100 else f"{number:.3g}{unit}"
-
-
-def bench_line(result: Mapping[str, Any]) -> str:
-    """Return a row of the bench as a line of its table."""
-    unit = result["unit"] if result["unit"] in ("/s", "%") else f" {result['unit']}"
-    figure, naive = number_cell(result["figure"], unit), number_cell(result["naive"], unit)
-    lost = f"  {result['lost']:,} lost" if result.get("lost") else ""
-    return f"{result['what']:<36}{figure:>14}{naive:>14}{number_cell(result['ratio'], 'x'):>11}{lost}"
+def bench_line(what: str, figure: float, naive: float | None, ratio: float | None, unit: str, lost: int = 0) -> str:
+    """Return a row of the bench as a line of its table: of a figure three digits, or all of a large one."""
+    unit = unit if unit in ("/s", "%") else f" {unit}"
+    parts = (figure, unit), (naive, unit), (ratio, "x")
+    cells = ["-" if n is None else f"{n:,.0f}{end}" if n >= 100 else f"{n:.3g}{end}" for n, end in parts]
+    return "{:<36}{:>14}{:>14}{:>11}".format(what, *cells) + (f"  {lost:,} lost" if lost else "")
 
 
 def bench(options: Any) -> int:
@@ -3686,8 +3680,8 @@ def bench(options: Any) -> int:
         system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         print(f"eventmon {__version__}, {platform.python_implementation()} {platform.python_version()}, {system}")
         print(f"{'':<36}{'eventmon':>14}{'by hand':>14}{'ratio':>11}", flush=True)
-    for result in bench_rows(url, other, key_from(options.key), options.scale):
-        print(json.dumps(result) if options.json else bench_line(result), flush=True)
+    for result in bench_rows(url, other, key_from(options.key).hex(), options.scale):
+        print(json.dumps(result) if options.json else bench_line(**result), flush=True)
     return 0
 
 

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -1024,8 +1025,18 @@ def test_a_value_that_contains_itself_leaves_nothing_behind_in_the_encoder():
     endless = []
     endless.append(endless)
     assert b"[[...]]" in eventmon.format_json({"endless": endless})
-    assert not eventmon._markers
-    assert eventmon.format_json({"fine": [[]]}) == b'{"fine":[[]]}'
+    encode = eventmon._encode
+    assert eventmon.format_json({"fine": [[]], "large": 2**70}) == b'{"fine":[[]],"large":%d}' % 2**70
+    assert eventmon._encode is encode
+
+    class Interrupts:
+        def __repr__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        eventmon.format_json([Interrupts()])
+    assert eventmon._encode is not encode
+    assert eventmon.format_json([2**70, float("nan")]) == b'[%d,"nan"]' % 2**70
 
 
 def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
@@ -1293,13 +1304,20 @@ def test_threads_do_not_tear_each_others_large_events():
 def test_an_event_that_is_buffered_while_another_thread_closes_is_sent_or_refused():
     dispatcher = Dispatcher(buffer_group={"task"})
     dispatcher.send("task-a")
+    send_buffer, late = dispatcher._send_buffer, []
+
+    def meanwhile():
+        send_buffer()
+        thread = threading.Thread(target=lambda: late.append(pytest.raises(ValueError, dispatcher.send, "task-b")))
+        thread.start()
+        wait_until(lambda: dispatcher._buffer)
+
+    dispatcher._send_buffer = meanwhile
     assert dispatcher._in_turn(dispatcher._end)
-    for body in (b"{}", b"[]"):
-        dispatcher._buffer.append(body)  # a thread that looked before that
-    with pytest.raises(ValueError, match="closed"):
-        dispatcher._held(b"[]")
-    assert dispatcher._buffer == [b"{}"]
-    assert dispatcher._held(b"of which _end() sent it")
+    wait_until(lambda: late)
+    assert not dispatcher._buffer
+    assert dispatcher._held(b"what _end() has sent")
+    send_buffer()  # of the thread, which has not heard of it yet
     dispatcher._say_goodbye()
 
 
@@ -1308,16 +1326,55 @@ def test_an_event_that_is_buffered_after_a_pause_is_sent_in_time():
         for n in range(5):
             dispatcher.send("task-progress", n=n)
             wait_until(lambda n=n: len(events) == n + 1)
-            wait_until(lambda: dispatcher._look_at == 1)  # the thread waits for another
+            wait_until(lambda: not dispatcher._awake)  # the thread waits for another
 
 
-def test_without_a_way_to_wake_the_thread_a_buffered_event_is_sent_at_once():
-    with Dispatcher(buffer_group={"task"}) as dispatcher:
+def test_no_other_thread_takes_what_wakes_the_one_that_sends_the_buffer():
+    with Dispatcher() as dispatcher:
         dispatcher.send("hello")
-        wait_until(lambda: dispatcher._look_at == 1)
-        dispatcher._link.nudge = lambda: False
-        dispatcher.send("task-progress")
-        assert not dispatcher._buffer
+        dispatcher._link.wake()
+        assert dispatcher._link.receive() is None
+
+
+def test_events_of_a_signal_handler_keep_their_order_also_where_some_are_buffered():
+    with watching() as (_, events), Dispatcher(buffer_group={"task"}) as dispatcher:
+        dispatcher._in_turn(lambda: [dispatcher.send(type) for type in ("task-1", "hello-2", "task-3", "hello-4")])
+        wait_until(lambda: len(events) == 4)
+    assert [event.subject for event in events] == ["1", "2", "3", "4"]
+
+
+def test_a_fork_in_the_middle_of_sending_the_buffer_leaves_the_child_nothing_to_send():
+    with Dispatcher(buffer_group={"task"}, buffer_limit=100) as dispatcher:
+        for _ in range(3):
+            dispatcher.send("task-progress", text="x" * 40000)
+        dispatcher._put_data, calls = lambda *args: calls.append(args) or dispatcher._buffer.clear(), []
+        dispatcher._send_buffer()
+        assert len(calls) == 1
+        del dispatcher._put_data
+
+
+def test_a_close_in_a_signal_handler_is_done_also_if_the_handler_raises():
+    dispatcher = Dispatcher()
+    dispatcher.send("hello")
+    works = dispatcher._link.send
+
+    def interrupted(frame):
+        dispatcher._link.send = works
+        dispatcher.close()
+        raise SystemExit
+
+    dispatcher._link.send = interrupted
+    with pytest.raises(SystemExit):
+        dispatcher.send("hello")
+    assert dispatcher._closed
+
+
+def test_another_hostname_names_the_sender_from_then_on():
+    with Dispatcher(hostname="one") as dispatcher:
+        dispatcher.send("hello")
+        dispatcher.hostname = "two"
+        assert dispatcher.send("hello")["hostname"] == "two"
+        assert b'"hostname":"two"' in kept(dispatcher._window)[-1]
 
 
 def test_a_timeout_of_a_signal_handler_goes_up_and_is_no_error_of_the_network():
@@ -1609,7 +1666,7 @@ def test_a_capture_ends_after_its_limit_or_timeout_or_when_told():
 
 def test_who_does_not_want_to_wait_does_not_read_junk_for_ever():
     receiver = Receiver()
-    receiver._read = lambda patience: True  # always something, and never an event
+    receiver._read = lambda patience, most: True  # always something, and never an event
     assert list(receiver.itercapture(timeout=0)) == []
 
 
@@ -1759,32 +1816,62 @@ def test_a_forger_of_a_name_takes_nothing_from_the_stream_that_has_it():
     assert got == ["a", "b", "c", "d"]
 
 
-def gathered(receiver, monkeypatch, seconds):
-    """Send a receiver events, each of which takes it so long; return (most read ahead, naps) meanwhile."""
-    clock, naps = [0.0], []
+def gathered(receiver, monkeypatch, *seconds):
+    """Send a receiver 100 events, of which each takes it so long, and one when it has them.
+
+    Return how many were read ahead at each, and the naps meanwhile.
+    """
+    clock, naps, ahead = [0.0], [], []
     fake = SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=naps.append)
     monkeypatch.setattr(eventmon, "time", fake)
-    ahead, target = [], receiver.channel.getsockname()
     with eventmon.udp_socket(receiver._url) as sender:
-        for n in range(100):
-            sender.sendto(b'{"type":"step","timestamp":1,"n":%d}' % n, target)
-        for event in receiver.itercapture(100):
+        send = partial(sender.sendto, b'{"type":"step","timestamp":1}', receiver.channel.getsockname())
+        for _ in range(100):
+            send()
+        for _ in receiver.itercapture(101):
             ahead.append(len(receiver._ready))
-            clock[0] += seconds
-            assert event["n"] == len(ahead) - 1
-        sender.sendto(b'{"type":"last","timestamp":1}', target)
-        assert next(receiver.itercapture(1)).type == "last"
-    return max(ahead), naps
+            clock[0] += seconds[len(ahead) * len(seconds) // 102]
+            if len(ahead) == 100:
+                send()
+    return ahead, naps
 
 
 def test_who_is_quick_reads_ahead_and_lets_datagrams_gather(monkeypatch):
     with Receiver() as receiver:
-        assert gathered(receiver, monkeypatch, 1e-6) == (eventmon.MAX_READ - 1, [eventmon.COALESCE])
+        ahead, naps = gathered(receiver, monkeypatch, 1e-6)
+        assert max(ahead) == eventmon.MAX_READ - 1
+        assert naps == [eventmon.COALESCE]
 
 
 def test_who_is_slow_confirms_only_what_it_can_deal_with_soon(monkeypatch):
     with Receiver() as receiver:
-        assert gathered(receiver, monkeypatch, 0.003)[0] == 0
+        ahead, _ = gathered(receiver, monkeypatch, 0.003)
+        assert max(ahead) == 0
+
+
+def test_who_is_suddenly_slow_goes_on_reading_and_answering(monkeypatch):
+    with Receiver() as receiver:
+        ahead, _ = gathered(receiver, monkeypatch, 1e-6, 0.003)
+        assert len(set(ahead[51:69])) == 1  # for each that it is done with, another one
+
+
+def test_no_more_is_read_than_is_asked_for():
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        for n in range(100):
+            dispatcher.send("step", n=n)
+        for n in range(0, 100, 5):
+            assert [event["n"] for event in receiver.itercapture(5, 20)] == list(range(n, n + 5))
+            assert not receiver._ready
+
+
+def test_forged_streams_of_parts_are_not_remembered_beyond_their_number(monkeypatch):
+    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
+    receiver = Receiver()
+    for n in range(500):
+        for kind in (b"data %016x 1", b"data %016x 2", b"data %016x 3", b"part %016x 4 1 0 2", b"part %016x 5 1 1 2"):
+            receiver.handle_message(b"EM1 " + kind % n + b'\n{"type":"x"}', SOURCE)
+    assert len(receiver._usual) <= 50
 
 
 def test_what_was_read_before_an_exception_of_a_signal_handler_is_delivered_by_the_next_capture(monkeypatch):
@@ -2685,9 +2772,10 @@ def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
 
 BENCH = [
     "send, one event a datagram",
-    "send, buffered",
     "send to State, one event a datagram",
+    "send, buffered",
     "send to State, buffered",
+    "receive, one event a datagram",
     "State.event",
     "State, memory of a finished task",
     "State.tasks_by_time(limit=50)",
@@ -2731,14 +2819,24 @@ def test_bench_prints_a_table_with_a_key_as_well(tmp_path):
 
 
 def test_a_process_of_the_bench_that_fails_or_hangs_is_one_line(monkeypatch, url):
-    with eventmon.Child(eventmon.hear, "http://x", "", 1) as child, pytest.raises(eventmon.Failure, match="scheme"):
-        child.answer()
-    with eventmon.Child(eventmon.hear, url, "", 1) as child:
-        assert child.answer() == "listening"
-        monkeypatch.setattr(eventmon, "ANSWER_TIME", 0.1)
-        with pytest.raises(eventmon.Failure, match="no answer"):
-            child.answer()
-    assert child._process.returncode
+    with pytest.raises(eventmon.Failure, match="scheme"):
+        next(eventmon.child(eventmon.hear, "http://x", "", 1))
+    hearer = eventmon.child(eventmon.hear, url, "", 1)
+    assert next(hearer) == "listening"
+    monkeypatch.setattr(eventmon, "ANSWER_TIME", 0.1)
+    with pytest.raises(eventmon.Failure, match="no answer"):
+        next(hearer)
+
+
+def test_a_process_of_the_bench_ends_with_its_generator(monkeypatch, url):
+    processes = []
+    monkeypatch.setattr(
+        subprocess.Popen, "kill", lambda self, kill=subprocess.Popen.kill: (processes.append(self), kill(self))
+    )
+    hearer = eventmon.child(eventmon.hear, url, "", 1)
+    assert next(hearer) == "listening"
+    hearer.close()
+    assert [process.returncode is not None for process in processes] == [True]
 
 
 def test_every_public_name_is_there_and_documented():
