@@ -1258,7 +1258,7 @@ class Dispatcher:
         event.update(fields)
         rest, comma = format_json(fields)[1:], b"," if fields else b""
         body = b"%b%d.%06d%b%d%b%b" % (head, now // 1000000, now % 1000000, self._ours_json, clock, comma, rest)
-        if self._has_turn() or len(body) > self._room or self._window.cost > self._window.horizon:
+        if self._has_turn() or len(body) > self._room or not buffered and self._window.cost > self._window.horizon:
             return event if self._post(body, buffered) else None
         if buffered:
             self._buffer.append(body)
@@ -3423,7 +3423,7 @@ def child(function: Callable[..., Iterator[Any]], *args: Any) -> Generator[Any, 
             process.kill()
 
 
-def row(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
+def measured(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
     """Return a row of the bench, of the best figures."""
     best = max if unit == "/s" else min
     figure, naive = best(ours), best(by_hand, default=None)
@@ -3471,6 +3471,18 @@ def send_many(url: str, key: str, n: int, together: int, hearer: Iterator[Any] |
     return count / (end - start), n - count
 
 
+def take(state: State, events: Iterable[Event]) -> None:
+    """Give events to a State."""
+    for event in events:
+        state.event(event)
+
+
+def take_by_hand(tasks: dict[str, Any], events: Iterable[Event]) -> None:
+    """Keep what events say of tasks in a plain dict."""
+    for event in events:
+        tasks.setdefault(event["uuid"], {}).update(event)
+
+
 def hear(url: str, key: str, n: int, idle: float = 0.0) -> Iterator[Any]:
     """Yield when it listens, how many of `n` events a State has taken and when, what it takes of a core while idle."""
     state = State()
@@ -3495,8 +3507,8 @@ def send_rows(url: str, other: Url, key: str, n: int, rounds: int) -> Iterator[d
             with closing(child(hear, url, key, many)) as hearer:
                 heard.append(send_many(url, key, many, together, hearer))
         rates, lost = zip(*heard)
-        yield row(f"send, {kind}", "/s", alone, by_hand)
-        yield row(f"send to State, {kind}", "/s", rates, by_hand, lost=sum(lost))
+        yield measured(f"send, {kind}", "/s", alone, by_hand)
+        yield measured(f"send to State, {kind}", "/s", rates, by_hand, lost=sum(lost))
 
 
 def receive_row(url: str, other: Url, key: str, n: int, rounds: int) -> dict[str, Any]:
@@ -3514,19 +3526,7 @@ def receive_row(url: str, other: Url, key: str, n: int, rounds: int) -> dict[str
                 bare += seconds_for(lambda: json.loads(sock.recvfrom(65536)[0]), BURST) * BURST
             ours.append(n * BURST / spent)
             by_hand.append(n * BURST / bare)
-    return row("receive, one event a datagram", "/s", ours, by_hand)
-
-
-def take(state: State, events: Iterable[Event]) -> None:
-    """Give events to a State."""
-    for event in events:
-        state.event(event)
-
-
-def take_by_hand(tasks: dict[str, Any], events: Iterable[Event]) -> None:
-    """Keep what events say of tasks in a plain dict."""
-    for event in events:
-        tasks.setdefault(event["uuid"], {}).update(event)
+    return measured("receive, one event a datagram", "/s", ours, by_hand)
 
 
 def take_rate(taking: Callable[[list[Event]], None], n: int) -> float:
@@ -3547,7 +3547,7 @@ def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
     for _ in range(rounds):
         ours.append(take_rate(partial(take, State(max_tasks_in_memory=n)), n))
         by_hand.append(take_rate(partial(take_by_hand, {}), n))
-    yield row("State.event", "/s", ours, by_hand)
+    yield measured("State.event", "/s", ours, by_hand)
     state, n = State(max_tasks_in_memory=n), max(1, n // 4)
     state.recent = deque(maxlen=0)  # which is as large for any number of tasks
     for taking in (partial(take, state), partial(take_by_hand, {})):
@@ -3555,7 +3555,7 @@ def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
         take_rate(taking, n)
         sizes.append(tracemalloc.get_traced_memory()[0] / n)
         tracemalloc.stop()
-    yield row("State, memory of a finished task", "bytes", sizes[:1], sizes[1:])
+    yield measured("State, memory of a finished task", "bytes", sizes[:1], sizes[1:])
 
 
 def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -3569,7 +3569,7 @@ def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
 
     def query(what: str, asking: Callable[[], object], looking: Callable[[], object]) -> dict[str, Any]:
         pairs = [(seconds_for(asking, 20) * 1e6, seconds_for(looking) * 1e6) for _ in range(rounds)]
-        return row(f"State.{what}", "us", *zip(*pairs))
+        return measured(f"State.{what}", "us", *zip(*pairs))
 
     yield query("tasks_by_time(limit=50)", lambda: [*state.tasks_by_time(50)], lambda: sorted(tasks, key=when)[:-51:-1])
     yield query("iteractive()", lambda: [*state.iteractive()], lambda: [task for task in tasks if task["type"] == on])
@@ -3636,7 +3636,7 @@ def import_row(rounds: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
         pairs = [(milliseconds("eventmon"), milliseconds("socket, json, threading")) for _ in range(rounds)]
-    return row("import eventmon", "ms", *zip(*pairs))
+    return measured("import eventmon", "ms", *zip(*pairs))
 
 
 def bench_rows(url: str, other: str, key: str, scale: float) -> Iterator[dict[str, Any]]:
@@ -3649,15 +3649,15 @@ def bench_rows(url: str, other: str, key: str, scale: float) -> Iterator[dict[st
     yield from state_rows(40 * thousand, min(3, rounds))
     yield from query_rows(100 * thousand, rounds)
     pings = [ping(url, key, max(1, thousand // 50)) for _ in range(rounds)]
-    yield row("latency, send to handler", "us", *zip(*pings))
+    yield measured("latency, send to handler", "us", *zip(*pings))
     yield import_row(3 * rounds)
     with closing(child(hear, url, key, 1, seconds)) as hearer, Dispatcher(url, key=key) as events:
         next(hearer)
         events.send("hello")
         next(hearer)
         time.sleep(SETTLE)
-        yield row("idle Dispatcher", "%", [core_share(partial(time.sleep, seconds))])
-        yield row("idle watcher", "%", [next(hearer)])
+        yield measured("idle Dispatcher", "%", [core_share(partial(time.sleep, seconds))])
+        yield measured("idle watcher", "%", [next(hearer)])
 
 
 def bench_line(what: str, figure: float, naive: float | None, ratio: float | None, unit: str, lost: int = 0) -> str:
