@@ -1177,7 +1177,6 @@ class Dispatcher:
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
-        self._known: dict[str, tuple[bytes, bool]] = {}  # see _look_up()
         self._closed = self._exits = False
         self._begin()
         _dispatchers.add(self)
@@ -1207,13 +1206,16 @@ class Dispatcher:
         self._problem: OSError | UnicodeError | None = None  # the last one of the network
         self._opened = self._reopens = -inf
         self._active = self._processed = 0
+        self._ours: dict[str, Any] = {}
         self._introduce()
 
     def _introduce(self) -> None:
-        """Note what every event says of its sender, also as the JSON that stands between timestamp and clock."""
-        who = {"hostname": self._hostname, "pid": self.pid, "utcoffset": utc_offset()}
-        self._ours = {"type": "", "timestamp": 0.0, **who, "clock": 0}
-        self._ours_json = b',%b,"clock":' % format_json(who)[1:-1]
+        """Note what every event says of its sender."""
+        ours = {"type": "", "timestamp": 0.0, "hostname": self._hostname, "pid": self.pid}
+        ours.update(utcoffset=utc_offset(), clock=0)
+        if ours != self._ours:
+            self._ours = ours
+            self._known: dict[str, tuple[bytes, bytes, bool, int]] = {}  # see _look_up()
 
     @property
     def hostname(self) -> str:
@@ -1248,7 +1250,7 @@ class Dispatcher:
             return self._send(type, fields, blind)
         # What _send() does, in half the time: most of the JSON is known already, whole numbers are soon written, and
         # calls are few.
-        head, buffered = known
+        template, frame, buffered, room = known
         now, clock = time.time_ns() // 1000, next(_ticks)
         event = new_event(Event)
         event.update(self._ours)
@@ -1256,11 +1258,12 @@ class Dispatcher:
         event["timestamp"] = now / 1e6
         event["clock"] = clock
         event.update(fields)
-        rest, comma = format_json(fields)[1:], b"," if fields else b""
-        body = b"%b%d.%06d%b%d%b%b" % (head, now // 1000000, now % 1000000, self._ours_json, clock, comma, rest)
-        if self._has_turn() or len(body) > self._room or not buffered and self._window.cost > self._window.horizon:
-            return event if self._post(body, buffered) else None
+        rest = format_json(fields)[1:]
+        parts = now // 1000000, now % 1000000, clock, b"," if fields else b"", rest
+        if self._has_turn() or len(rest) > room or not buffered and self._window.cost > self._window.horizon:
+            return event if self._post(template % parts, buffered) else None
         if buffered:
+            body = template % parts
             self._buffer.append(body)
             few = len(self._buffer) < self._buffer_limit
             return event if few and self._awake and not self._ending or self._held(body) else None
@@ -1269,14 +1272,14 @@ class Dispatcher:
                 try:
                     window, link, sent = self._window, self._link, True
                     if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
-                        frame = self._frame % (window.next, body)
-                        window.add(frame)
+                        data = frame % (window.next, *parts)
+                        window.add(data)
                         try:
-                            link.send(frame)
+                            link.send(data)
                         except OSError as problem:
                             self._count_failure(problem)
                     else:
-                        sent = self._put_data(body)
+                        sent = self._put_data(template % parts)
                 finally:
                     if self._later:
                         self._catch_up()
@@ -1288,7 +1291,7 @@ class Dispatcher:
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
         known = self._look_up(event.get("type"))
-        return event if known and self._post(format_json(dict(event)), known[1]) else None
+        return event if known and self._post(format_json(dict(event)), known[2]) else None
 
     def flush(self, timeout: float = 1.0) -> int:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
@@ -1396,18 +1399,26 @@ class Dispatcher:
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
-        return event if self._post(format_json(event), known[1]) else None
+        return event if self._post(format_json(event), known[2]) else None
 
-    def _look_up(self, type: Any) -> tuple[bytes, bool] | None:
-        """Return how the JSON of events of a type begins, and whether they are buffered; None if they are not sent."""
+    def _look_up(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
+        """Return what send() knows of a type, None if its events are not sent.
+
+        That is a template for such an event, to be filled in with seconds, microseconds, clock, comma and the rest; one
+        for its frame, beginning with the sequence number; whether it is buffered; and how long the rest may be.
+        """
         group = checked_type(type).partition("-")[0]
         if self._closed:
             self._refuse()
         if not self.enabled or self._groups is not None and group not in self._groups:
             return None
-        known = b'{"type":%b,"timestamp":' % format_json(type), group in self._buffered
-        if len(self._known) < MAX_TYPES and len(type) <= MAX_TYPE:
-            self._known[type] = known
+        table, ours = self._known, {key: self._ours[key] for key in ("hostname", "pid", "utcoffset")}
+        words = [text.replace(b"%", b"%%") for text in (format_json(type), format_json(ours)[1:-1])]
+        template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
+        frame = b"EM1 data %b %%d\n%b" % (self._stream, template)
+        known = template, frame, group in self._buffered, self._room - len(template) - MAX_HEADER
+        if len(table) < MAX_TYPES and len(type) <= MAX_TYPE:
+            table[type] = known
         return known
 
     def _refuse(self) -> bool:
