@@ -1242,8 +1242,9 @@ class Dispatcher:
         Adds hostname, pid, utcoffset and, unless `blind`, clock, where `fields` does not have them. ValueError
         for a type that is not a non-empty str, an event over 16 MiB as JSON, and a closed Dispatcher.
         """
+        table = self._known
         try:
-            known = self._known.get(type) if self.enabled else None
+            known = table.get(type) if self.enabled else None
         except TypeError:  # not even hashable
             known = None
         if known is None or blind or not OURS.isdisjoint(fields):
@@ -1270,8 +1271,9 @@ class Dispatcher:
         try:
             with self._lock:  # a turn, as _in_turn() has it
                 try:
-                    window, link, sent = self._window, self._link, True
-                    if self._plain and link and not self._buffer and window.next % LISTEN_EVERY:
+                    window, sent = self._window, True
+                    link = self._link if self._plain and self._known is table else None  # no signal handler has forked
+                    if link and not self._buffer and window.next % LISTEN_EVERY:
                         data = frame % (window.next, *parts)
                         window.add(data)
                         try:
@@ -1290,7 +1292,7 @@ class Dispatcher:
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
-        known = self._look_up(event.get("type"))
+        known = self._wanted(event.get("type"))
         return event if known and self._post(format_json(dict(event)), known[2]) else None
 
     def flush(self, timeout: float = 1.0) -> int:
@@ -1392,7 +1394,7 @@ class Dispatcher:
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool) -> Event | None:
-        known = self._look_up(type)
+        known = self._wanted(type)
         if known is None:
             return None
         ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
@@ -1401,10 +1403,15 @@ class Dispatcher:
         event = Event(type, {**ours, **fields})
         return event if self._post(format_json(event), known[2]) else None
 
-    def _look_up(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
-        """Return what send() knows of a type, None if its events are not sent.
+    def _wanted(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
+        """Return what send() knows of a type, None if its events are not sent: see _look_up()."""
+        known = self._known.get(type) if self.enabled and isinstance(type, str) else None
+        return known or self._look_up(type)
 
-        That is a template for such an event, to be filled in with seconds, microseconds, clock, comma and the rest; one
+    def _look_up(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
+        """Find out what _wanted() returns.
+
+        It is a template for such an event, to be filled in with seconds, microseconds, clock, comma and the rest; one
         for its frame, beginning with the sequence number; whether it is buffered; and how long the rest may be.
         """
         group = checked_type(type).partition("-")[0]

@@ -1371,6 +1371,24 @@ def test_a_close_in_a_signal_handler_is_done_also_if_the_handler_raises():
     assert dispatcher._closed
 
 
+def test_a_fork_in_the_middle_of_a_send_sends_it_in_the_stream_of_the_child(monkeypatch):
+    with Dispatcher() as dispatcher:
+        dispatcher.send("hello")
+        stream, works = dispatcher._stream, eventmon.format_json
+
+        def forked(value):
+            monkeypatch.setattr(eventmon, "format_json", works)
+            dispatcher.pid = 0  # as the child finds it
+            dispatcher.on_after_fork()
+            dispatcher.send("of-the-signal-handler")
+            return works(value)
+
+        monkeypatch.setattr(eventmon, "format_json", forked)
+        dispatcher.send("hello")
+        streams = [eventmon.parse_frame(data).stream for data in kept(dispatcher._window)]
+        assert streams == [dispatcher._stream] * 2 != [stream] * 2
+
+
 def test_another_hostname_names_the_sender_from_then_on():
     with Dispatcher(hostname="one") as dispatcher:
         dispatcher.send("hello")
