@@ -69,7 +69,6 @@ from contextvars import ContextVar
 from functools import partial, wraps
 from itertools import accumulate, count, islice, repeat
 from math import inf, isfinite
-from operator import itemgetter
 from weakref import WeakSet
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
+    Known = tuple[bytes, bytes, bool, int]  # see Dispatcher._look_up()
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
 __version__ = "0.1.0"
@@ -323,7 +323,6 @@ def format_events(bodies: list[bytes]) -> bytes:
 
 
 MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
-HEAD = len(b"EM1 data 0123456789abcdef ")  # of data, without its number
 LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
@@ -349,9 +348,17 @@ def parse_frame(data: bytes) -> Frame:
     return Frame(kind, stream, tuple(map(int, numbers)), body)
 
 
+def head_of(kind: bytes, stream: bytes) -> bytes:
+    """Return how the frames of one kind begin in a stream: all that stands before the numbers."""
+    return b"%b %b %b " % (MAGIC, kind, stream)
+
+
+DATA_HEAD = len(head_of(b"data", b"0123456789abcdef"))
+
+
 def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
     """Return a frame; the mirror of parse_frame."""
-    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join([b"%d" % n for n in numbers]), body)
+    return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
 
 
 def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
@@ -1193,7 +1200,7 @@ class Dispatcher:
         self._closing: float | None = None  # close() for so long, after that turn
         self._window = TransmitWindow()
         self._stream = os.urandom(8).hex().encode()
-        self._frame = b"EM1 data %b %%d\n%%b" % self._stream
+        self._frame = head_of(b"data", self._stream) + b"%d\n%b"
         # events and datagrams beside the one of each that has a sequence number
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
         self._buffer: list[bytes] = []
@@ -1215,7 +1222,7 @@ class Dispatcher:
         ours.update(utcoffset=utc_offset(), clock=0)
         if ours != self._ours:
             self._ours = ours
-            self._known: dict[str, tuple[bytes, bytes, bool, int]] = {}  # see _look_up()
+            self._known: dict[str, Known] = {}  # by type
 
     @property
     def hostname(self) -> str:
@@ -1279,6 +1286,7 @@ class Dispatcher:
                         try:
                             link.send(data)
                         except OSError as problem:
+                            self._counts["datagrams"] -= 1
                             self._count_failure(problem)
                     else:
                         sent = self._put_data(template % parts)
@@ -1403,12 +1411,12 @@ class Dispatcher:
         event = Event(type, {**ours, **fields})
         return event if self._post(format_json(event), known[2]) else None
 
-    def _wanted(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
+    def _wanted(self, type: Any) -> Known | None:
         """Return what send() knows of a type, None if its events are not sent: see _look_up()."""
         known = self._known.get(type) if self.enabled and isinstance(type, str) else None
         return known or self._look_up(type)
 
-    def _look_up(self, type: Any) -> tuple[bytes, bytes, bool, int] | None:
+    def _look_up(self, type: Any) -> Known | None:
         """Find out what _wanted() returns.
 
         It is a template for such an event, to be filled in with seconds, microseconds, clock, comma and the rest; one
@@ -1422,7 +1430,7 @@ class Dispatcher:
         table, ours = self._known, {key: self._ours[key] for key in ("hostname", "pid", "utcoffset")}
         words = [text.replace(b"%", b"%%") for text in (format_json(type), format_json(ours)[1:-1])]
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
-        frame = b"EM1 data %b %%d\n%b" % (self._stream, template)
+        frame = head_of(b"data", self._stream) + b"%d\n" + template
         known = template, frame, group in self._buffered, self._room - len(template) - MAX_HEADER
         if len(table) < MAX_TYPES and len(type) <= MAX_TYPE:
             table[type] = known
@@ -1498,7 +1506,7 @@ class Dispatcher:
         event, starts = next(self._large), range(0, len(body), self._room)
         for index, start in enumerate(starts):
             self._make_room()
-            frame = b"EM1 part %b %%d %d %d %d\n%%b" % (self._stream, event, index, len(starts))
+            frame = head_of(b"part", self._stream) + b"%%d %d %d %d\n%%b" % (event, index, len(starts))
             size = 0 if index else len(body) + len(starts) * MAX_HEADER
             if self._in_turn(self._put_part, frame, body[start : start + self._room], size) is False:
                 return False
@@ -1549,12 +1557,12 @@ class Dispatcher:
             else:
                 self._counts["datagrams"] -= 1
         except OSError as problem:
+            self._counts["datagrams"] -= 1
             self._count_failure(problem)
         return True
 
     def _count_failure(self, problem: OSError) -> None:
-        """Count data that the kernel did not take: it is kept, and will be asked for."""
-        self._counts["datagrams"] -= 1
+        """Count a datagram that the kernel did not take: what matters is kept, and will be asked for."""
         if problem.errno is None:  # a TimeoutError, say, of a signal handler
             raise problem
         self._count_error(problem)
@@ -1570,7 +1578,7 @@ class Dispatcher:
             else:
                 link.send(seal(frame, self._key))
         except OSError as problem:
-            self._count_error(problem)
+            self._count_failure(problem)
             return False
         self._counts["datagrams"] += 1
         return True
@@ -1999,11 +2007,9 @@ class Receiver:
 
     def _pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        return (
-            0.0
-            if self._ready
-            else max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
-        )
+        if self._ready:
+            return 0.0
+        return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
     # From here on: a datagram on its way to an event.
 
@@ -2012,7 +2018,8 @@ class Receiver:
             now = time.time()
             for event in events:
                 event["local_received"] = now
-            witness(events[-1].get("clock"))
+            clocks = [event.get("clock") for event in events]
+            witness(max((clock for clock in clocks if type(clock) is int), default=None))
             self._counts["events"] += len(events)
         return events
 
@@ -2091,17 +2098,17 @@ class Receiver:
     def _accept(self, data: bytes, source: Source, now: float) -> list[Event]:
         """Return the events that a datagram makes deliverable; count it if it is bad."""
         try:
-            usual = self._usual.get(data[:HEAD])
+            usual = self._usual.get(data[:DATA_HEAD])
             if usual and usual.source == source:
                 window = usual.window
                 digits = b"%d\n" % window.next
-                if data.startswith(digits, HEAD) and window.in_order(window.next, self._clock):
+                if data.startswith(digits, DATA_HEAD) and window.in_order(window.next, self._clock):
                     usual.cost += len(data) + DATAGRAM_COST
                     if usual.cost > self._ack_cost or usual.ack_at == inf:
                         self._plan_data_ack(usual, now)
                     if window.gaps:
                         self._break(usual)
-                    return parse_events(data, HEAD + len(digits))
+                    return parse_events(data, DATA_HEAD + len(digits))
             return self._receive(data, source, now)
         except WireError as problem:
             self._counts[problem.counted] += 1
@@ -2121,7 +2128,7 @@ class Receiver:
         stream = self._streams.get(identity) or self._meet(identity, frame, source, now)
         if frame.kind in (b"data", b"part"):
             if frame.kind == b"data" and identity in self._streams and not self._key:
-                self._usual[data[:HEAD]] = stream
+                self._usual[data[:DATA_HEAD]] = stream
             return self._take(stream, frame, len(data), now)
         if stamp and stamp <= stream.stamp:
             raise Replay("a heartbeat seen before")
@@ -2161,7 +2168,7 @@ class Receiver:
         identity, stream = (self._strangers or self._streams).popitem(last=False)
         self._unconfirmed.pop(stream, None)
         self._broken.pop(stream, None)
-        head = b"%b data %b " % (MAGIC, stream.name)
+        head = head_of(b"data", stream.name)
         if self._usual.get(head) is stream:
             del self._usual[head]
         window = stream.window
@@ -2722,16 +2729,15 @@ class State:
 
     def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
         """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
-        there = self._classes.get(state, self._active)
+        before, there = task["state"], self._classes.get(state, self._active)
+        task["state"] = state
         if known:
-            here = self._classes.get(task["state"], self._active)
-            task["state"] = state
+            here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
         else:
             self.tasks[uuid] = task
-        task["state"] = state
         there[uuid] = None
         if state in FINISHED:
             self._share(task)
@@ -3578,6 +3584,8 @@ def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
 
 def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Measure what the monitor asks of a State with `n` tasks, 50 of them running, beside going through them all."""
+    from operator import itemgetter
+
     state, now, tasks = State(max_tasks_in_memory=n), time.time(), []
     for i in range(n):
         kind = "task-succeeded" if i % max(1, n // 50) else "task-started"

@@ -1410,6 +1410,8 @@ def test_a_timeout_of_a_signal_handler_goes_up_and_is_no_error_of_the_network():
         dispatcher._link.send = interrupted
         with pytest.raises(TimeoutError):
             dispatcher.send("step", n=1)
+        with pytest.raises(TimeoutError):
+            dispatcher.flush()
         dispatcher._link.send = works
         dispatcher.send("step", n=2)
         wait_until(lambda: len(events) == 3)
@@ -1826,6 +1828,16 @@ def test_a_stream_that_was_displaced_goes_on_where_it_was(monkeypatch):
     got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
     assert got == ["a", "b", "c"]
     assert len(receiver._evicted) <= 50
+
+
+def test_the_clock_goes_past_the_highest_of_all_that_was_read_together():
+    with Receiver() as receiver, eventmon.udp_socket(receiver._url) as sender, Dispatcher() as dispatcher:
+        highest = dispatcher.send("x")["clock"] + 10**6
+        for clock in (1, highest, 2.5, None, True, 3):
+            sender.sendto(eventmon.format_json({"type": "step", "clock": clock}), receiver.channel.getsockname())
+        receiver._batch, receiver._read_at = 16, math.inf
+        assert next(receiver.itercapture(timeout=20)).type == "step"
+        assert dispatcher.send("x")["clock"] > highest
 
 
 def test_a_forger_of_a_name_takes_nothing_from_the_stream_that_has_it():
