@@ -66,18 +66,23 @@ import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextvars import ContextVar
-from functools import partial, wraps
-from itertools import accumulate, count, islice, repeat
-from math import inf, isfinite
+from functools import lru_cache, partial, wraps
+from itertools import accumulate, chain, count, islice, repeat
+from math import ceil, inf, isfinite
 from weakref import WeakSet
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TextIO
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
+    Span = tuple[str, str]
+    Line = list[Span]
+    Row = tuple[Line, Any]
+    Cell = Callable[[Mapping[str, Any], float], Span]
+    Order = Callable[[Mapping[str, Any], float], Any]
     Known = tuple[bytes, bytes, bool, int]  # see Dispatcher._look_up()
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
@@ -142,7 +147,14 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
-MAX_SHOWN = 1000  # characters of any value on the screen
+MAX_SHOWN = 1000  # characters of any value in a line on the screen
+MAX_DETAIL = 65536  # characters of any value that is shown whole
+MAX_LINES = 2000  # of such a value
+MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
+MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
+MAX_GLYPHS = 4096  # characters whose width is remembered
+MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
+MAX_UNREAD = 100  # looks at a keyboard that says it has something and has nothing: its terminal is gone
 MAX_RECENT = 1000  # events kept in State.recent
 WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
@@ -2786,17 +2798,117 @@ class State:
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
+# A line is a list of spans, (text, style); a style is a name, to which curses gives a look. All is drawn in Unicode.
 
-def printable(value: Any) -> str:
-    """Return the start of a text so that it does nothing to a terminal but show.
+STYLES = {
+    "FAILURE": "red",
+    "RETRY": "yellow",
+    "STARTED": "cyan",
+    "RECEIVED": "blue",
+    "PENDING": "dim",
+    "SUCCESS": "green",
+    "REVOKED": "magenta",
+    "REJECTED": "magenta",
+}
+EVENT_STYLES = {
+    **{type: STYLES[state] for type, state in TASK_STATES.items()},
+    "worker-online": "green",
+    "worker-heartbeat": "dim",
+    "worker-offline": "magenta",
+    "log-critical": "red",
+    "log-error": "red",
+    "log-warning": "yellow",
+    "log-debug": "dim",
+}
+URGENT = ("FAILURE", "RETRY", "STARTED", "", "RECEIVED", "PENDING", "SUCCESS", "REVOKED", "REJECTED")  # "": the others
+BARS = " ▁▂▃▄▅▆▇█"
+TRANSITIONS = tuple(type[5:] for type in TASK_STATES)
+FIRST_SHOWN = ("worker", "client", "args", "kwargs", "progress", "result", "exception")  # of everything about a task
+SHOWN_APART = frozenset(
+    (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "children", "parent_id", "root_id", "traceback")
+)
+HINTS = {  # the most important first
+    "table": ("q quit", "? keys", "enter details", "/ filter", "s sort", "space freeze", "c clear finished"),
+    "typing": ("esc drop", "enter keep", "words, or state:failure,retry", "name: worker:"),
+    "panel": ("q back", "j/k scroll", "t traceback", "r result"),
+    "linked": ("q back", "j/k scroll", "tab next link", "enter go there", "t traceback", "r result"),
+}
+NOTHING: Mapping[str, Any] = {}
+INVISIBLE = "\u200c\u200d\ufe0e\ufe0f"  # joiners and variation selectors: few terminals agree on what they make wide
+HELP = """
+1 2 3, Tab      tasks, workers, events
+j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
+Enter, i        everything about the task, worker or event
+t               traceback of the task
+r               result of the task
+/               filter as you type; Enter keeps the filter, Escape drops it
+s               sort by the next column
+space           freeze the picture; events go on being counted
+c               clear what has finished
+?               these keys
+q, Escape       back; from the top, quit
 
-    Control, bidirectional and unassigned characters go, and so do those beyond what any terminal has room for.
+In an opened task:
+Tab, Enter      choose its parent or a child; go there, and q comes back
+
+A filter is words that must all be found, in any case:
+resize alpha          in name, uuid, worker, state, arguments, result
+state:failure,retry   in the state, either of them
+name:shop worker:beta type:log host:laptop uuid:5d0c
+
+At the top of the table the newest is selected, whichever it is; below, the selection stays on its row.
+"""
+
+
+def spell(value: Any, limit: int, depth: int = 0) -> Iterator[str]:
+    """Yield a value as JSON, piece by piece: of a large one no more need be made than is shown."""
+    if isinstance(value, str):
+        yield json.dumps(value[:limit], ensure_ascii=False)
+    elif not isinstance(value, (dict, list, tuple)):
+        yield format_json(value).decode()
+    elif depth == MAX_DEPTH:
+        yield "…"
+    else:
+        yield "{" if isinstance(value, dict) else "["
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from spell(item, limit, depth + 1)
+            if isinstance(value, dict):
+                yield ": "
+                yield from spell(value[item], limit, depth + 1)
+        yield "}" if isinstance(value, dict) else "]"
+
+
+def text_of(value: Any, limit: int) -> str:
+    """Return the start of a value as text: a str as it is, "" for None, else JSON."""
+    if isinstance(value, str):
+        return value[:limit]
+    if value is None:
+        return ""
+    pieces, size = [], 0
+    for piece in spell(value, limit):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            break
+    return "".join(pieces)[:limit]
+
+
+@lru_cache(4096)
+def harmless(char: str) -> str:
+    """Return what is shown for a character: white space is a space, what does not print is "?"."""
+    if char in INVISIBLE:
+        return ""
+    return char if char.isprintable() else " " if char.isspace() else "?"
+
+
+def printable(value: Any, limit: int = MAX_SHOWN) -> str:
+    """Return the start of a value as text that does nothing to a terminal but show.
+
+    No control, bidirectional or unassigned character is left, nor what is beyond any terminal's width.
     """
-    text = value if isinstance(value, str) else "" if value is None else format_json(value).decode()
-    text = text[:MAX_SHOWN]
-    return (
-        text if text.isprintable() else "".join(c if c.isprintable() else " " if c in "\n\t\r" else "?" for c in text)
-    )
+    text = text_of(value, limit)
+    return text if text.isascii() and text.isprintable() else "".join(map(harmless, text))
 
 
 def plural(noun: str, n: int) -> str:
@@ -2804,11 +2916,12 @@ def plural(noun: str, n: int) -> str:
     return noun if n == 1 else f"{noun}s"
 
 
+@lru_cache(4096)
 def cells_of(char: str) -> int:
-    """Return 2 for a wide character, 0 for a combining one, else 1 (Unicode Standard Annex 11)."""
+    """Return 2 for a wide character, 0 for one that joins another, else 1 (Unicode Standard Annex 11)."""
     import unicodedata
 
-    if unicodedata.category(char) in ("Mn", "Me"):
+    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7fb":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
@@ -2818,25 +2931,67 @@ def cells(text: str) -> int:
     return len(text) if text.isascii() else sum(map(cells_of, text))
 
 
-def fit(text: str, width: int, fill: bool = True) -> str:
-    """Return printable text cut, and with `fill` filled up, to `width` columns of a terminal."""
-    if cells(text) > width:
-        taken, room = [], width
-        for char in text:
-            room -= cells_of(char)
-            if room < 0:
-                break
-            taken.append(char)
-        text = "".join(taken)
-    return text + " " * (width - cells(text)) if fill else text
+def chars_in(text: str, width: int) -> int:
+    """Return how many characters of printable text fit in `width` columns."""
+    if text.isascii():
+        return min(len(text), width)
+    return bisect_right(list(accumulate(map(cells_of, text[: 2 * width + 1]))), width)
 
 
-def clock_time(seconds: Any) -> str:
-    """Return local time of day, "" for what is no time."""
+def fit(text: str, width: int) -> str:
+    """Return printable text filled up, or visibly cut, to `width` columns."""
+    room = width - cells(text)
+    if room < 0:
+        text = text[: chars_in(text, width - 1)] + "…" if width else ""
+        room = width - cells(text)
+    return text + " " * room
+
+
+def fit_line(line: Line, width: int) -> Line:
+    """Return a line filled up, in the style of its end, or cut to `width` columns."""
+    fitted = []
+    for text, style in line:
+        taken = fit(text, min(width, cells(text)))
+        fitted.append((taken, style))
+        width -= cells(taken)
+    return [*fitted, (" " * width, fitted[-1][1] if fitted else "")] if width else fitted
+
+
+def wrap(value: Any, width: int) -> list[str]:
+    """Return a value as printable lines of at most `width` columns, broken at a space where one is near."""
+    text = text_of(value, MAX_DETAIL)
+    lines: list[str] = []
+    given = text.expandtabs(4).splitlines()
+    for line in given[:MAX_LINES]:
+        rest = printable(line, len(line))
+        while (size := max(1, chars_in(rest, width))) < len(rest):
+            space = rest.rfind(" ", size * 2 // 3, size + 1)
+            size = space + 1 if space > 0 else size
+            lines.append(rest[:size].rstrip())
+            rest = rest[size:]
+        lines.append(rest)
+    if len(given) > MAX_LINES or isinstance(value, str) and len(value) > MAX_DETAIL:
+        lines.append("… and more")
+    return lines
+
+
+def local_time(form: str, seconds: Any) -> str:
+    """Return a time as local time, "" for what is none; `form` as for time.strftime()."""
     try:
-        return time.strftime("%H:%M:%S", time.localtime(number(seconds, inf)))
+        return time.strftime(form, time.localtime(number(seconds, inf)))
     except (OverflowError, OSError, ValueError):
         return ""
+
+
+def clock_time(seconds: Any, now: float) -> str:
+    """Return local time of day in at most 8 characters, or the day if it was more than a day ago."""
+    return local_time("%m-%d" if now - number(seconds, now) > 86400 else "%H:%M:%S", seconds)
+
+
+def fine_time(form: str, seconds: Any) -> str:
+    """Return a time as local time to the millisecond, "" for what is none."""
+    text = local_time(form, seconds)
+    return f"{text}.{int(seconds % 1 * 1000):03d}" if text else ""
 
 
 def duration(seconds: float) -> str:
@@ -2852,30 +3007,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f}h" if seconds < 360000 else f"{seconds / 86400:.0f}d"
 
 
-class View(namedtuple("View", ["page", "selected", "done"], defaults=("", None, False))):
-    """What the user has chosen to see: a page, "" for the one that has something; the selected row's identity, None
-    for the first; whether to quit."""
-
-
-Line = namedtuple("Line", ["text", "style"])
-
-STYLES = {
-    "SUCCESS": "green",
-    "FAILURE": "red",
-    "RETRY": "yellow",
-    "REVOKED": "magenta",
-    "REJECTED": "magenta",
-    "STARTED": "cyan",
-    "RECEIVED": "blue",
-    "PENDING": "dim",
-}
-
-
-def run_time(task: Mapping[str, Any], now: float) -> str:
-    """Return how long a task took, or has taken so far."""
-    if type(task.get("runtime")) in (int, float):
-        return duration(number(task["runtime"], 0.0))
-    return duration(now - task["started"]) if task["state"] == "STARTED" and "started" in task else ""
+def seconds_run(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has taken so far; None if it has not started, or waits for another attempt."""
+    state, start = task["state"], task.get("started")
+    if state in FINISHED and number(task.get("runtime"), -1.0) >= 0:
+        return float(task["runtime"])
+    if start is None or state in ("PENDING", "RECEIVED", "RETRY"):
+        return None
+    return float((task["timestamp"] if state in FINISHED else now) - start)
 
 
 def outcome_of(task: Mapping[str, Any]) -> str:
@@ -2883,183 +3022,29 @@ def outcome_of(task: Mapping[str, Any]) -> str:
     for name in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
         if task.get(name) is not None:
             return printable(task[name])
+    given = " ".join(printable(task[name]) for name in ("args", "kwargs") if task.get(name) not in (None, "{}"))
     done = number(task.get("progress"), -1.0)
-    if task["state"] not in FINISHED and 0 <= done <= 1:
-        return f"{done:4.0%} {printable(task.get('args'))}"
-    return " ".join(printable(task[name]) for name in ("args", "kwargs") if task.get(name) not in (None, "{}"))
+    if task["state"] in FINISHED or not 0 <= done <= 1:
+        return given
+    return f"{'━' * round(done * 8):─<8} {done:4.0%} {given}"
 
 
-def task_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
-    """Return (uuid, cells, style) of the tasks, the newest first."""
-
-    def row(uuid: str, task: dict[str, Any]) -> Sequence[str]:
-        name, worker = printable(task.get("name")), printable(task.get("worker") or task.get("client"))
-        moment = clock_time(task["timestamp"])
-        return (
-            moment,
-            printable(task["state"]),
-            name,
-            printable(uuid[:8]),
-            worker,
-            run_time(task, now),
-            outcome_of(task),
-        )
-
-    return [(uuid, partial(row, uuid, task), STYLES.get(task["state"], "cyan")) for uuid, task in state.tasks_by_time()]
-
-
-def worker_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
-    """Return (hostname, cells, style) of the workers, by name."""
-
-    def row(worker: dict[str, Any], alive: bool) -> Sequence[str]:
-        values = [printable(worker.get(name)) for name in ("hostname", "pid", "active", "processed", "loadavg")]
-        heard = duration(now - worker["heard"]) if worker["heard"] > 0 else ""
-        return (values[0], "alive" if alive else "gone", *values[1:], heard)
-
-    with_life = [(worker, state._is_alive(worker, now)) for _, worker in sorted(state.workers.items())]
-    return [
-        (worker["hostname"], partial(row, worker, alive), "green" if alive else "dim") for worker, alive in with_life
-    ]
-
-
-def event_cells(event: Mapping[str, Any]) -> Sequence[str]:
-    """Return time, type, host and the other fields of an event."""
+def event_text(event: Mapping[str, Any]) -> str:
+    """Return what an event tells beside its type, time and host."""
     shown_apart = ("type", "timestamp", "hostname", "local_received", "utcoffset", "clock", "pid")
-    rest = (f"{printable(key)}={printable(event[key])}" for key in event if key not in shown_apart)
-    moment = clock_time(event.get("timestamp"))
-    return moment, printable(event.get("type")), printable(event.get("hostname")), " ".join(rest)
+    rest = (
+        f"{printable(key)}={printable(event[key])}"
+        for key in event
+        if key not in shown_apart and event[key] is not None
+    )
+    return " ".join(rest)[:MAX_SHOWN]
 
 
-def event_rows(state: State, now: float) -> list[tuple[Any, Callable[[], Sequence[str]], str]]:
-    """Return (identity, cells, style) of the recent events, the newest first."""
-    return [
-        (id(event), partial(event_cells, event), STYLES.get(TASK_STATES.get(str(event.get("type")), ""), ""))
-        for event in reversed(list(state.recent))
-    ]
-
-
-class Page(namedtuple("Page", ["title", "rows", "columns", "empty"])):
-    """A table: title, function to its rows, columns, what to say if it is empty.
-
-    A column is its heading, its width on a terminal of 80 columns, and how much of what there is beyond 80 it gets.
-    """
-
-    __slots__ = ()
-
-    def line(self, values: Iterable[str], width: int) -> str:
-        """Return a row of values, each fitted to its column."""
-        beyond = max(0, width - 80)
-        return " ".join(fit(value, size + int(beyond * share)) for value, (_, size, share) in zip(values, self.columns))
-
-
-PAGES = {
-    "1": Page(
-        "Tasks",
-        task_rows,
-        (
-            *(("TIME", 8, 0), ("STATE", 9, 0), ("NAME", 16, 0.3), ("UUID", 8, 0), ("WORKER", 12, 0.2)),
-            *(("RUN", 6, 0), ("RESULT", 15, 0.5)),
-        ),
-        "no tasks yet: 3 shows every event",
-    ),
-    "2": Page(
-        "Workers",
-        worker_rows,
-        (
-            *(("WORKER", 20, 0.5), ("", 5, 0), ("PID", 7, 0), ("ACTIVE", 6, 0), ("DONE", 8, 0)),
-            *(("LOAD", 16, 0), ("HEARD", 12, 0.5)),
-        ),
-        "no workers yet: a Dispatcher with freq=2 is one",
-    ),
-    "3": Page(
-        "Events",
-        event_rows,
-        (("TIME", 8, 0), ("TYPE", 16, 0.1), ("HOST", 16, 0.2), ("FIELDS", 37, 0.7)),
-        "no events yet: try python eventmon.py send hello",
-    ),
-}
-
-
-def page_of(view: View, state: State) -> str:
-    """Return the page to show: until one is chosen, the one that has something."""
-    return view.page or ("1" if state.tasks or not state.event_count else "3")
-
-
-def selected_index(view: View, rows: Sequence[tuple[Any, Any, str]]) -> int:
-    """Return where the selected row is now, 0 if it is gone."""
-    return next((index for index, row in enumerate(rows) if row[0] == view.selected), 0)
-
-
-def move(by: float, view: View, state: State, height: int, now: float) -> View:
-    """Select the row `by` pages of `height`, or by that many rows if it is whole; inf and -inf are the ends."""
-    rows = PAGES[page_of(view, state)].rows(state, now)
-    if not rows:
-        return view
-    step = by if by in (inf, -inf) else by if by in (1, -1) else by * height
-    index = int(min(max(selected_index(view, rows) + step, 0), len(rows) - 1))
-    return view._replace(selected=rows[index][0] if index else None)
-
-
-def turn(page: str, view: View, state: State, height: int, now: float) -> View:
-    """Go to a page, or to the next one."""
-    page = page or str(int(page_of(view, state)) % len(PAGES) + 1)
-    return view._replace(page=page, selected=None)
-
-
-def leave(view: View, state: State, height: int, now: float) -> View:
-    """Quit."""
-    return view._replace(done=True)
-
-
-KEYS: dict[str, Callable[[View, State, int, float], View]] = {
-    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
-    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
-    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
-    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
-    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
-    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
-    **{page: partial(turn, page) for page in PAGES},
-    "^I": partial(turn, ""),
-    "q": leave,
-}
-
-
-def header(state: State, page: str, status: Mapping[str, Any], width: int, now: float) -> list[Line]:
-    """Return the lines above the table: what is heard, what became of it, the headings."""
-    rate = sum(state._tally(1, 5.0, now)) / 5
-    events, workers = state.event_count, len(state.alive_workers(now))
-    parts = [f"eventmon  {events:,} {plural('event', events)}  {rate:,.0f}/s  {workers} {plural('worker', workers)}"]
-    alarms = [f"{status[name]:,} {name}" for name in ("lost", "rejected", "malformed") if status.get(name)]
-    alarms += [f"{state.evicted:,} evicted"] if state.evicted else []
-    tally = Counter(task["state"] for _, task in state.itertasks())
-    states = "  ".join(f"{printable(name)} {count:,}" for name, count in tally.most_common(8))
-    tabs = "  ".join(f"[{key} {PAGES[key].title}]" if key == page else f" {key} {PAGES[key].title} " for key in PAGES)
-    return [
-        Line(printable("  ".join(parts + alarms + [status.get("url", "")])), "red" if alarms else "bold"),
-        Line(f"{tabs}   {states}", ""),
-        Line(PAGES[page].line([heading for heading, _, _ in PAGES[page].columns], width), "reverse"),
-    ]
-
-
-def screen(state: State, view: View, status: Mapping[str, Any], rows: int, columns: int, now: float) -> list[Line]:
-    """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
-
-    `status` is the url and a Receiver's stats. Pure: the same arguments give the same lines.
-    """
-    page = page_of(view, state)
-    table = PAGES[page].rows(state, now)
-    room = max(0, rows - 4)
-    chosen = selected_index(view, table)
-    top = min(max(0, chosen - room // 2), max(0, len(table) - room))
-    lines = header(state, page, status, columns, now)
-    for index in range(top, min(top + room, len(table))):
-        _, values, style = table[index]
-        lines.append(Line(PAGES[page].line(values(), columns), "selected" if index == chosen else style))
-    if not table:
-        lines.append(Line(PAGES[page].empty if state.event_count else f"nothing heard yet; {PAGES['3'].empty}", "dim"))
-    lines += [Line("", "")] * (rows - 1 - len(lines))
-    lines[rows - 1 :] = [Line("q quit  j/k move  1 tasks  2 workers  3 events", "dim")]
-    return [Line(fit(text, columns), style) for text, style in lines][:rows]
+def plain_line(event: Mapping[str, Any]) -> str:
+    """Return an event as a line for people."""
+    moment = local_time("%H:%M:%S", event.get("timestamp"))
+    parts = (moment, printable(event.get("type")), printable(event.get("hostname")), event_text(event))
+    return "  ".join(filter(None, parts))
 
 
 def json_line(event: Mapping[str, Any]) -> str:
@@ -3070,11 +3055,755 @@ def json_line(event: Mapping[str, Any]) -> str:
         return json.dumps(plain(event))
 
 
+Column = namedtuple("Column", ["heading", "width", "share", "rank", "cell", "order"], defaults=(None,))
+Column.__doc__ = """A column of a table: its heading; its least width, and its share of what is beyond all of these; its
+rank, the highest being left out first; cell(record, now) -> span; order(record, now), which it is sorted by, or None."""
+
+
+def field(key: str, style: str = "", width: int = 0) -> Cell:
+    """Return a cell that shows a field, at the right of `width` columns."""
+    return lambda record, now: (printable(record.get(key)).rjust(width), style)
+
+
+def by(key: str) -> Order:
+    """Return an order by a field, as text, whatever the case."""
+    return lambda record, now: printable(record.get(key)).lower()
+
+
+def by_number(key: str) -> Order:
+    """Return an order by a number, the highest first."""
+    return lambda record, now: -number(record.get(key), -1.0)
+
+
+def as_it_comes(record: Mapping[str, Any], now: float) -> int:
+    """Return the same for all, so that they stay as they are: an order."""
+    return 0
+
+
+def time_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return when something new was heard of a task."""
+    return clock_time(task["timestamp"], now), "dim"
+
+
+def state_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return the state of a task."""
+    return printable(task["state"]), STYLES.get(task["state"], "cyan")
+
+
+def name_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return the name of a task, bold until it is finished."""
+    return printable(task.get("name")), "" if task["state"] in FINISHED else "bold"
+
+
+def uuid_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return the start of a task's uuid."""
+    return printable(task["uuid"][:8]), "dim"
+
+
+def host_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return the worker that has a task, or else the client that sent it."""
+    return printable(task.get("worker") or task.get("client")), ""
+
+
+def run_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return how long a task took, or has taken so far."""
+    seconds = seconds_run(task, now)
+    return "" if seconds is None else duration(seconds).rjust(6), ""
+
+
+def longest_first(task: Mapping[str, Any], now: float) -> float:
+    """Return an order by how long a task took, or has taken so far."""
+    return -(seconds_run(task, now) or -1.0)
+
+
+def outcome_cell(task: Mapping[str, Any], now: float) -> Span:
+    """Return what matters most of a task."""
+    return outcome_of(task), "red" if task["state"] == "FAILURE" else ""
+
+
+def status_cell(worker: Mapping[str, Any], now: float) -> Span:
+    """Return whether a worker is alive."""
+    return ("alive", "green") if State._is_alive(worker, now) else ("gone", "red")
+
+
+def heard_cell(worker: Mapping[str, Any], now: float) -> Span:
+    """Return how long ago something was heard of a worker."""
+    return duration(now - worker["heard"]).rjust(6) if worker["heard"] > 0 else "", ""
+
+
+def load_cell(worker: Mapping[str, Any], now: float) -> Span:
+    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
+    load = worker.get("loadavg")
+    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load), ""
+
+
+def software_cell(worker: Mapping[str, Any], now: float) -> Span:
+    """Return what a worker runs."""
+    return f"{printable(worker.get('sw_ident'))} {printable(worker.get('sw_ver'))}", "dim"
+
+
+def moment_cell(event: Mapping[str, Any], now: float) -> Span:
+    """Return when an event happened."""
+    return fine_time("%H:%M:%S", event.get("timestamp")), "dim"
+
+
+def type_cell(event: Mapping[str, Any], now: float) -> Span:
+    """Return the type of an event."""
+    return printable(event.get("type")), EVENT_STYLES.get(str(event.get("type")), "bold")
+
+
+def event_cell(event: Mapping[str, Any], now: float) -> Span:
+    """Return what an event tells."""
+    return event_text(event), ""
+
+
+TASK_COLUMNS = (
+    Column("TIME", 8, 0.0, 4, time_cell, as_it_comes),
+    Column("STATE", 8, 0.0, 2, state_cell, by("state")),
+    Column("NAME", 11, 0.3, 1, name_cell, by("name")),
+    Column("UUID", 8, 0.0, 7, uuid_cell),
+    Column("WORKER", 10, 0.2, 6, host_cell, by("worker")),
+    Column("   RUN", 6, 0.0, 3, run_cell, longest_first),
+    Column("RESULT", 12, 0.5, 5, outcome_cell),
+)
+WORKER_COLUMNS = (
+    Column("WORKER", 16, 0.4, 1, field("hostname", "bold"), as_it_comes),
+    Column("STATUS", 7, 0.0, 2, status_cell, by_number("heard")),
+    Column("    PID", 7, 0.0, 6, field("pid", "", 7)),
+    Column(" ACTIVE", 7, 0.0, 3, field("active", "", 7), by_number("active")),
+    Column("    DONE", 8, 0.0, 4, field("processed", "", 8), by_number("processed")),
+    Column(" HEARD", 6, 0.0, 5, heard_cell),
+    Column("LOAD", 14, 0.0, 7, load_cell),
+    Column("SOFTWARE", 14, 0.6, 8, software_cell),
+)
+EVENT_COLUMNS = (
+    Column("TIME", 12, 0.0, 3, moment_cell, as_it_comes),
+    Column("TYPE", 14, 0.15, 1, type_cell, by("type")),
+    Column("HOST", 12, 0.15, 4, field("hostname"), by("hostname")),
+    Column("FIELDS", 16, 0.7, 2, event_cell),
+)
+
+
+class Page(namedtuple("Page", ["title", "kind", "count", "items", "columns", "words", "fields", "empty"])):
+    """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; items(state) -> list of
+    (identity, record), in the order of its first column that has one; the fields in which a filter looks for words,
+    () being all, and those that it can name; what to say if the table is empty."""
+
+    __slots__ = ()
+
+
+def tasks_count(state: State, now: float) -> str:
+    """Return how many tasks there are."""
+    return f"{len(state.tasks):,}"
+
+
+def workers_count(state: State, now: float) -> str:
+    """Return how many workers are alive, and if others are known, of how many."""
+    alive, known = len(state.alive_workers(now)), len(state.workers)
+    return f"{alive:,}" if alive == known else f"{alive:,}/{known:,}"
+
+
+def events_count(state: State, now: float) -> str:
+    """Return how many events there were."""
+    return f"{state.event_count:,}"
+
+
+PAGES = {
+    "1": Page(
+        *("Tasks", "task", tasks_count, lambda state: list(state.tasks_by_time()), TASK_COLUMNS),
+        ("name", "uuid", "worker", "state", "args", "kwargs", "result", "exception"),
+        {"name": "name", "uuid": "uuid", "worker": "worker", "host": "worker", "state": "state"},
+        "no tasks yet: 3 shows every event",
+    ),
+    "2": Page(
+        *("Workers", "worker", workers_count, lambda state: sorted(state.workers.items()), WORKER_COLUMNS),
+        ("hostname", "pid", "sw_ident", "sw_ver", "sw_sys"),
+        {"worker": "hostname", "host": "hostname"},
+        "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
+    ),
+    "3": Page(
+        *("Events", "event", events_count, lambda state: [(event, event) for event in reversed(state.recent)]),
+        *(EVENT_COLUMNS, ()),
+        {"type": "type", "host": "hostname", "worker": "hostname", "name": "name", "uuid": "uuid"},
+        "no events yet",
+    ),
+}
+
+
+class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("", 0, 0))):
+    """What is open above the table: its kind, what it is about, its first row on the screen, the number of the link
+    that is chosen."""
+
+    __slots__ = ()
+
+
+class View(
+    namedtuple(
+        "View",
+        ["page", "selected", "anchor", "order", "filter", "typing", "panels", "frozen", "done"],
+        defaults=("", None, 0, 0, "", False, (), None, False),
+    )
+):
+    """What the user has chosen to see.
+
+    A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, and the
+    line of the table where it stands; the number of the order; the filter, and whether it is being typed; the open
+    panels, the uppermost last; the State and the time that stay on the screen, or None; whether to quit.
+    """
+
+    __slots__ = ()
+
+
+class Stage(namedtuple("Stage", ["live", "state", "rows", "columns", "now"])):
+    """What a view is of: the State that takes events, the one to show, how large the terminal is, the time."""
+
+    __slots__ = ()
+
+
+def stage_of(state: State, view: View, rows: int, columns: int, now: float) -> Stage:
+    """Return the stage of a view: the state as it is, or as it was when it was frozen."""
+    shown, then = view.frozen or (state, now)
+    return Stage(state, shown, rows, columns, then)
+
+
+def still(state: State) -> State:
+    """Return a copy of a State that shows the same, whatever comes."""
+    copy = State()
+    copy.tasks.update((uuid, {**task, "children": list(task["children"])}) for uuid, task in state.tasks.items())
+    copy.workers.update((hostname, dict(worker)) for hostname, worker in state.workers.items())
+    copy.recent.extend(state.recent)
+    copy.event_count = state.event_count
+    return copy
+
+
+def page_of(view: View, state: State) -> str:
+    """Return the page to show: until one is chosen, the one that has something."""
+    return view.page or ("1" if state.tasks or not state.event_count else "3")
+
+
+def terms_of(text: str, page: Page) -> Iterator[tuple[Sequence[Any], list[str]]]:
+    """Yield the terms of a filter: fields, and alternatives of which one is to be found there.
+
+    A term that names a field of another page than this is none.
+    """
+    for word in text.lower().split():
+        name, colon, wanted = word.partition(":")
+        alternatives = [alternative for alternative in wanted.split(",") if alternative]
+        if not colon or not any(name in other.fields for other in PAGES.values()):
+            yield page.words, [word]
+        elif name in page.fields and alternatives:
+            yield (page.fields[name],), alternatives
+
+
+def matches(record: Mapping[str, Any], terms: Iterable[tuple[Sequence[Any], list[str]]]) -> bool:
+    """Whether each of the terms is found in a record."""
+    for fields, alternatives in terms:
+        values = [record.get(field) for field in fields] if fields else [dict(record)]
+        text = "\n".join([text_of(value, MAX_SHOWN) for value in values if value is not None]).lower()
+        if not any(alternative in text for alternative in alternatives):
+            return False
+    return True
+
+
+def orders_of(page: Page) -> list[Any]:
+    """Return the columns that a page can be sorted by."""
+    return [column for column in page.columns if column.order]
+
+
+def table_of(view: View, stage: Stage) -> list[tuple[Any, Any]]:
+    """Return (identity, record) of the rows of the table, filtered and sorted."""
+    page = PAGES[page_of(view, stage.state)]
+    terms = list(terms_of(view.filter, page))
+    table = [row for row in page.items(stage.state) if matches(row[1], terms)] if terms else page.items(stage.state)
+    if view.order:
+        order = orders_of(page)[view.order].order
+        table.sort(key=lambda row: order(row[1], stage.now))
+    return table
+
+
+# What a panel shows: rows, each a line and the link that it is, (kind, identity) of another panel, or None.
+
+
+def entry(label: str, value: Any, width: int, style: str = "") -> list[Row]:
+    """Return a labelled value as rows."""
+    indent = min(12, width // 4)
+    texts = wrap(value, max(1, width - indent)) or [""]
+    labels = chain((label,), repeat(""))
+    return [([(fit(name, indent), "dim"), (text, style)], None) for name, text in zip(labels, texts)]
+
+
+def task_link(label: str, uuid: str, stage: Stage) -> list[Row]:
+    """Return a row that leads to a task."""
+    task = stage.state.tasks.get(uuid)
+    if task is None:
+        return entry(label, f"{uuid}  not in memory", stage.columns, "dim")
+    text = f"{uuid[:8]}  {task['state']}  {printable(task.get('name'))}  {outcome_of(task)}"
+    [(line, _)] = entry(label, "", stage.columns)
+    text = fit(printable(text), max(0, stage.columns - cells(line[0][0])))
+    return [([line[0], (text, STYLES.get(task["state"], "cyan"))], ("task", uuid))]
+
+
+def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> list[Row]:
+    """Return rows of the fields that are not shown already."""
+    rest = [key for key in record if key not in shown]
+    return [row for key in rest for row in entry(printable(key), record[key], width)]
+
+
+def times_of(task: Mapping[str, Any], width: int) -> list[Row]:
+    """Return rows with the times of a task's transitions, and what went by between them."""
+    rows, before = [], None
+    for name in sorted((name for name in TRANSITIONS if name in task), key=task.__getitem__):
+        since = "" if before is None else f"  +{duration(task[name] - before)}"
+        rows += entry(name, fine_time("%Y-%m-%d %H:%M:%S", task[name]) + since, width)
+        before = task[name]
+    return rows
+
+
+def relatives_of(task: Mapping[str, Any], stage: Stage) -> list[Row]:
+    """Return rows that lead to a task's parent, root and children."""
+    uuid, rows = task["uuid"], []
+    for label in ("parent", "root"):
+        relative = task.get(f"{label}_id")
+        if isinstance(relative, str) and relative != uuid:
+            rows += task_link(label, relative, stage)
+    children = [child for child in task["children"] if child != uuid]
+    for index, child in enumerate(children[:MAX_LINKS]):
+        rows += task_link("" if index else "children", child, stage)
+    if len(children) > MAX_LINKS:
+        rows += entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
+    return rows
+
+
+def part_rows(field: str, uuid: str, stage: Stage) -> list[Row]:
+    """Return the whole of one field of a task, its lines kept."""
+    value = stage.state.tasks.get(uuid, {}).get(field)
+    return [([(text, "")], None) for text in wrap(f"no {field}" if value is None else value, stage.columns)]
+
+
+def task_rows(uuid: str, stage: Stage) -> list[Row]:
+    """Return everything about a task."""
+    task, width = stage.state.tasks.get(uuid), stage.columns
+    if task is None:
+        return entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
+    rows = entry("name", task.get("name"), width, "bold") + entry("uuid", uuid, width)
+    rows += entry(
+        "state", f"{task['state']}  {run_cell(task, stage.now)[0].strip()}", width, STYLES.get(task["state"], "cyan")
+    )
+    for key in FIRST_SHOWN:
+        if task.get(key) is not None:
+            rows += entry(key, task[key], width, "red" if key == "exception" else "")
+    rows += times_of(task, width) + relatives_of(task, stage) + rest_of(task, SHOWN_APART, width)
+    return rows + [([("", "")], None)] + part_rows("traceback", uuid, stage) if task.get("traceback") else rows
+
+
+def worker_rows(hostname: str, stage: Stage) -> list[Row]:
+    """Return everything about a worker, and the way to its latest tasks."""
+    worker, width = stage.state.workers.get(hostname), stage.columns
+    if worker is None:
+        return entry("", f"{printable(hostname)} is not in memory", width)
+    status, style = status_cell(worker, stage.now)
+    rows = entry("worker", hostname, width, "bold") + entry("status", status, width, style)
+    rows += entry("heard", fine_time("%Y-%m-%d %H:%M:%S", worker["heard"]), width)
+    rows += rest_of(worker, ("hostname", "heard", "timestamp"), width)
+    for index, (uuid, _) in enumerate(stage.state.tasks_by_worker(hostname, MAX_LINKS)):
+        rows += task_link("" if index else "tasks", uuid, stage)
+    return rows
+
+
+def event_rows(event: Mapping[str, Any], stage: Stage) -> list[Row]:
+    """Return everything about an event, and the way to its task."""
+    rows = entry("type", event.get("type"), stage.columns, "bold")
+    rows += entry("time", fine_time("%Y-%m-%d %H:%M:%S", event.get("timestamp")), stage.columns)
+    rows += rest_of(event, ("type", "timestamp"), stage.columns)
+    uuid = event.get("uuid")
+    return rows + task_link("task", uuid, stage) if isinstance(uuid, str) else rows
+
+
+def help_rows(identity: Any, stage: Stage) -> list[Row]:
+    """Return what the keys do."""
+    return [([(text, "")], None) for text in wrap(HELP.strip(), stage.columns)]
+
+
+PANELS: dict[str, Callable[[Any, Stage], list[Row]]] = {
+    "task": task_rows,
+    "worker": worker_rows,
+    "event": event_rows,
+    "keys": help_rows,
+    **{field: partial(part_rows, field) for field in ("traceback", "result")},
+}
+
+
+def rows_of(view: View, stage: Stage) -> list[Any]:
+    """Return what there is to scroll through: the rows of the uppermost panel, or else of the table."""
+    if not view.panels:
+        return table_of(view, stage)
+    panel = view.panels[-1]
+    return PANELS[panel.kind](panel.identity, stage)
+
+
+def link_of(panel: Panel, rows: Sequence[Row]) -> int:
+    """Return the index of the row that is the chosen link, -1 if there is none."""
+    links = [index for index, (_, link) in enumerate(rows) if link]
+    return links[panel.link % len(links)] if links else -1
+
+
+def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, int]:
+    """Return the index of the selected row of a table or the chosen link of a panel, and of the row at the top."""
+    if view.panels:
+        panel = view.panels[-1]
+        return link_of(panel, rows), max(0, min(panel.top, len(rows) - room))
+    chosen = 0 if view.selected is None else next((i for i, row in enumerate(rows) if row[0] == view.selected), 0)
+    return chosen, max(0, min(chosen - min(view.anchor, room - 1), len(rows) - room))
+
+
+# The lines of the screen.
+
+
+def layout(view: View, rows: int) -> tuple[int, int, int, int, int, int]:
+    """Return how many lines go to title, graph, states, headings, footer; and to what is in the middle."""
+    title, headings, footer = int(rows > 3), int(rows > 5), int(rows > 2)
+    graph, states = (0, 0) if view.panels else (min(4, rows // 10), int(rows > 7))
+    return title, graph, states, headings, footer, rows - title - graph - states - headings - footer
+
+
+def arrange(parts: Iterable[tuple[int, str, str]], width: int) -> Line:
+    """Return the parts (rank, text, style) that there is room for, the lowest ranks first, in the order given."""
+    parts, left = list(parts), width + 1
+    kept: set[int] = set()
+    for _, index in sorted((rank, index) for index, (rank, _, _) in enumerate(parts)):
+        size = cells(parts[index][1]) + 1
+        if size <= left or not kept:
+            kept.add(index)
+            left -= size
+    return [span for index in sorted(kept) for span in (parts[index][1:], (" ", ""))]
+
+
+def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
+    """Return the pages and how much they have, the rate, what went wrong, and the URL."""
+    live, shown = stage.live, page_of(view, stage.state)
+    parts = []
+    if view.frozen:
+        parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "alarm"))
+    for key, page in PAGES.items():
+        text = f" {key} {page.title} {page.count(live, stage.now)} "
+        parts.append((1, text, "reverse") if key == shown else (4, text, ""))
+    parts.append((3, f"{sum(live._tally(1, 5.0, stage.now)) / 5:,.0f}/s ", "bold"))
+    troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
+    parts += [
+        (2, f" {many:,} {name} ", "alarm") for name, many in {**troubles, "evicted": live.evicted}.items() if many
+    ]
+    line = arrange(parts, stage.columns)
+    left = stage.columns - sum(cells(text) for text, _ in line)
+    url = printable(status.get("url"))
+    fitting = next((text for text in (url, url.partition("?")[0]) if cells(text) <= left), "")
+    return [*line, (" " * (left - cells(fitting)) + fitting, "dim")]
+
+
+def graph_lines(stage: Stage, height: int) -> list[Line]:
+    """Return so many lines: the events of each of the last seconds, the latest at the right, and the highest rate."""
+    label = 10 if stage.columns >= 40 else 0
+    width, now = stage.columns - label, ceil(stage.now)  # whole seconds: no column changes any more but the last
+    levels = stage.live.scale_graph(width, 8 * height, width, now)
+    highest = max(stage.live._tally(width, width, now), default=0)
+    labels = [f" {highest:,}/s", *[""] * (height - 2), f" {width} s"]
+    bases = range(8 * (height - 1), -1, -8)
+    bars = ["".join([BARS[max(0, min(8, level - base))] for level in levels]) for base in bases]
+    return [[(bar, "cyan"), (fit(text, label), "dim")] for bar, text in zip(bars, labels)]
+
+
+def states_line(stage: Stage) -> Line:
+    """Return the tasks by state, the urgent ones first."""
+    tally = Counter([task["state"] for task in stage.live.tasks.values()]).most_common()
+    tally.sort(key=lambda item: URGENT.index(item[0] if item[0] in URGENT else ""))
+    parts = [(rank, f" {printable(name)} {n:,} ", STYLES.get(name, "cyan")) for rank, (name, n) in enumerate(tally)]
+    return arrange(parts, stage.columns)
+
+
+def widths_of(columns: Sequence[Any], width: int) -> list[tuple[Any, int]]:
+    """Return the columns that there is room for, each with its width; together, a space between, they take `width`."""
+    kept = list(columns)
+    while len(kept) > 1 and sum(column.width + 1 for column in kept) > width + 1:
+        kept.remove(max(kept, key=lambda column: column.rank))
+    beyond = width + 1 - sum(column.width + 1 for column in kept)
+    sizes = [column.width + max(0, min(2 * column.width, int(beyond * column.share))) for column in kept]
+    elastic = max(range(len(kept)), key=lambda index: kept[index].share)
+    sizes[elastic] += width + 1 - sum(size + 1 for size in sizes)
+    return list(zip(kept, sizes))
+
+
+def heading_line(view: View, stage: Stage) -> Line:
+    """Return the headings of the table, with a mark where it is sorted; or what the panel is about."""
+    if view.panels:
+        kind, identity, *_ = view.panels[-1]
+        return [(f" {kind} {printable(identity) if isinstance(identity, str) else ''}", "heading")]
+    page = PAGES[page_of(view, stage.state)]
+    order = orders_of(page)[view.order]
+    sizes = widths_of(page.columns, stage.columns)
+    texts = [(column.heading + "▾").replace(" ", "", 1) if column is order else column.heading for column, _ in sizes]
+    return [(" ".join([fit(text, size) for text, (_, size) in zip(texts, sizes)]), "heading")]
+
+
+def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Line]:
+    """Return what to do about a table without rows."""
+    text = PAGES[page_of(view, stage.state)].empty
+    if not stage.state.event_count:
+        text = f"no events yet on {status.get('url')} — try: {status.get('hint')}"
+    elif view.filter:
+        text = f"nothing matches {view.filter}"
+    return [[(line, "")] for line in wrap(text, stage.columns)]
+
+
+def middle_lines(view: View, stage: Stage, rows: Sequence[Any], room: int) -> list[Line]:
+    """Return those rows of the table or panel that are on the screen."""
+    chosen, top = place(view, rows, room)
+    lines = []
+    if view.panels:
+        lines = [line for line, _ in rows[top : top + room]]
+    else:
+        sizes = widths_of(PAGES[page_of(view, stage.state)].columns, stage.columns)
+        for _, record in rows[top : top + room]:
+            line = []
+            for column, size in sizes:
+                text, style = column.cell(record, stage.now)
+                line += [(fit(text, size), style), (" ", "")]
+            lines.append(line[:-1])
+    if top <= chosen < top + len(lines):
+        lines[chosen - top] = [(text, "selected") for text, _ in lines[chosen - top]]
+    return lines
+
+
+def footer_line(view: View, stage: Stage, rows: Sequence[Any], room: int) -> Line:
+    """Return the filter with how many match, or which lines these are; and keys."""
+    parts, keys = [], "table"
+    if view.panels:
+        chosen, top = place(view, rows, room)
+        parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
+        keys = "panel" if chosen < 0 else "linked"
+    elif view.typing or view.filter:
+        total = len(PAGES[page_of(view, stage.state)].items(stage.state))
+        text, many = printable(view.filter), f" {len(rows):,} of {total:,} "
+        while text and cells(text) + len(many) + 3 > stage.columns:
+            text = text[1:]
+        parts = [f"/{text}{'█' * view.typing}", many]
+        keys = "typing" if view.typing else keys
+    spans = [(text, "bold") for text in parts] + [(f" {text} ", "dim") for text in HINTS[keys]]
+    return arrange([(rank, *span) for rank, span in enumerate(spans)], stage.columns)
+
+
+def screen(
+    state: State, view: View, rows: int, columns: int, now: float, status: Mapping[str, Any] = NOTHING
+) -> list[Line]:
+    """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
+
+    `status` has the url, a hint how to send there, and what a Receiver counts. Pure: the same arguments give the same
+    lines.
+    """
+    stage = stage_of(state, view, rows, columns, now)
+    title, graph, states, headings, footer, room = layout(view, rows)
+    found = rows_of(view, stage)
+    present = stage._replace(now=now)
+    lines = [title_line(view, present, status)] * title + graph_lines(present, graph)
+    lines += [states_line(present)] * states + [heading_line(view, stage)] * headings
+    middle = middle_lines(view, stage, found, room) if found else empty_lines(view, stage, status)
+    lines += (middle + [[]] * room)[:room] + [footer_line(view, stage, found, room)] * footer
+    return [fit_line(line, columns) for line in lines]
+
+
+# The keys: each makes a view of a view.
+
+
+def pick(view: View, table: Sequence[tuple[Any, Any]], index: int, line: int) -> View:
+    """Select a row, to stand on that line of the table; the first is whichever comes to be the first."""
+    return view._replace(selected=table[index][0] if index else None, anchor=line)
+
+
+def scroll(view: View, **changes: int) -> View:
+    """Change the uppermost panel."""
+    return view._replace(panels=(*view.panels[:-1], view.panels[-1]._replace(**changes)))
+
+
+def move(by: float, view: View, stage: Stage) -> View:
+    """Go `by` rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
+    rows, room = rows_of(view, stage), max(1, layout(view, stage.rows)[-1])
+    chosen, top = place(view, rows, room)
+    step = by if isinstance(by, int) or by in (inf, -inf) else by * room
+    if view.panels:
+        return scroll(view, top=int(max(0, min(top + step, len(rows) - room))))
+    index = int(max(0, min(chosen + step, len(rows) - 1)))
+    return pick(view, rows, index, int(max(0, min(chosen - top + step, room - 1)))) if rows else view
+
+
+def turn(page: str, view: View, stage: Stage) -> View:
+    """Go to a page."""
+    return view._replace(page=page, selected=None, anchor=0, order=0, panels=())
+
+
+def tab(view: View, stage: Stage) -> View:
+    """Go to the next page; in a panel, choose the next link."""
+    if not view.panels:
+        return turn(str(int(page_of(view, stage.state)) % len(PAGES) + 1), view, stage)
+    rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
+    view = scroll(view, link=view.panels[-1].link + 1)
+    chosen, top = place(view, rows, room)
+    return view if top <= chosen < top + room else scroll(view, top=max(0, chosen - room // 2))
+
+
+def enter(view: View, stage: Stage) -> View:
+    """Open a panel about the selected row; in a panel, about its chosen link."""
+    rows = rows_of(view, stage)
+    chosen, _ = place(view, rows, 1)
+    if not rows or chosen < 0:
+        return view
+    link = rows[chosen][1] if view.panels else (PAGES[page_of(view, stage.state)].kind, rows[chosen][0])
+    return view._replace(panels=(*view.panels, Panel(*link))[-MAX_PANELS:])
+
+
+def show(field: str, view: View, stage: Stage) -> View:
+    """Open a panel with a field of the task that is selected or open."""
+    rows = rows_of(view, stage)
+    kind, identity = view.panels[-1][:2] if view.panels else ("event", rows[place(view, rows, 1)[0]][1] if rows else {})
+    if kind == "event":
+        identity = identity.get("uuid")
+    if not isinstance(identity, str) or kind in (field, "worker", "keys"):
+        return view
+    return view._replace(panels=(*view.panels, Panel(field, identity))[-MAX_PANELS:])
+
+
+def ask(view: View, stage: Stage) -> View:
+    """Open the panel about the keys."""
+    return (
+        view if view.panels and view.panels[-1].kind == "keys" else view._replace(panels=(*view.panels, Panel("keys")))
+    )
+
+
+def sort(view: View, stage: Stage) -> View:
+    """Sort the table by the next column."""
+    return view._replace(order=(view.order + 1) % len(orders_of(PAGES[page_of(view, stage.state)])))
+
+
+def freeze(view: View, stage: Stage) -> View:
+    """Let the picture stand still, or go on."""
+    return view._replace(frozen=None if view.frozen else (still(stage.live), stage.now))
+
+
+def clear(view: View, stage: Stage) -> View:
+    """Forget the finished tasks."""
+    stage.live.clear_tasks()
+    return view
+
+
+def leave(view: View, stage: Stage) -> View:
+    """Close the uppermost panel, or quit."""
+    return view._replace(panels=view.panels[:-1], done=not view.panels)
+
+
+def back(view: View, stage: Stage) -> View:
+    """Close what is open: the uppermost panel, else the filter, else the frozen picture; or quit."""
+    if not view.panels and (view.filter or view.frozen):
+        return view._replace(filter="", frozen=view.frozen if view.filter else None)
+    return leave(view, stage)
+
+
+def click(line: int, view: View, stage: Stage) -> View:
+    """Select the row on a line of the screen; open what is selected already, or a link."""
+    rows, (*above, _, room) = rows_of(view, stage), layout(view, stage.rows)
+    chosen, top = place(view, rows, room)
+    line -= sum(above)
+    index = top + line
+    if not 0 <= line < room or index >= len(rows):
+        return view
+    if view.panels:
+        link = rows[index][1]
+        return enter(scroll(view, link=sum(1 for _, other in rows[:index] if other)), stage) if link else view
+    return enter(view, stage) if index == chosen else pick(view, rows, index, line)
+
+
+def edit(view: View, **changes: Any) -> View:
+    """Change the filter."""
+    return view._replace(panels=(), **changes)
+
+
+ENTER = ("^J", "^M", "KEY_ENTER")
+KEYS: dict[str, Callable[[View, Stage], View]] = {
+    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
+    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
+    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
+    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
+    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
+    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
+    "wheel down": partial(move, 3),
+    "wheel up": partial(move, -3),
+    **{page: partial(turn, page) for page in PAGES},
+    **dict.fromkeys((*ENTER, "i"), enter),
+    "^I": tab,
+    "t": partial(show, "traceback"),
+    "r": partial(show, "result"),
+    "?": ask,
+    "s": sort,
+    " ": freeze,
+    "c": clear,
+    "q": leave,
+    "^[": back,
+    "/": lambda view, stage: edit(view, typing=True),
+}
+EDITS: dict[str, Callable[[View, Stage], View]] = {
+    **dict.fromkeys(ENTER, lambda view, stage: edit(view, typing=False)),
+    **dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), lambda view, stage: edit(view, filter=view.filter[:-1])),
+    "^U": lambda view, stage: edit(view, filter=""),
+    "^W": lambda view, stage: edit(view, filter=re.sub(r"\S*\s*$", "", view.filter)),
+    "^[": lambda view, stage: edit(view, filter="", typing=False),
+}
+
+
+def press(view: View, key: str, state: State, rows: int, columns: int, now: float) -> View:
+    """Return the view after a key: "j", "^D", "KEY_UP" as curses calls it; "wheel up", "wheel down", "click 7" (line)."""
+    view = view._replace(page=page_of(view, state))  # which a new event shall not change any more
+    stage = stage_of(state, view, rows, columns, now)
+    if key.startswith("click "):
+        return click(int(key[6:]), view, stage)
+    if view.typing and key in EDITS:
+        return EDITS[key](view, stage)
+    if view.typing and len(key) == 1:
+        return edit(view, filter=(view.filter + key)[:MAX_TYPE])
+    return KEYS[key](view, stage) if key in KEYS else view
+
+
+class Ascii(dict["int", "Any"]):
+    """For str.translate(): ASCII of the same width for whatever is none."""
+
+    def __missing__(self, code: int) -> str:
+        return chr(code) if code < 128 else "?" * cells_of(chr(code))
+
+
+ASCII = Ascii(str.maketrans("▁▂▃▄▅▆▇█━─…▾—", ".:-=+*%#=-~v-"))
+
+
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
-FRAME_TIME = 0.05  # between two pictures
+FRAME_TIME = 0.05  # between two pictures,
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed: the rest is for events
 DRAIN = 500  # events taken between two looks at the keyboard
-COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
+COUNT_TIME = 60.0  # after the last event, until when the graph may have something to move
+LOOKS = {
+    "": "NORMAL",
+    "bold": "BOLD",
+    "dim": "DIM",
+    "heading": "BOLD UNDERLINE",
+    "reverse": "REVERSE",
+    "red": "BOLD",
+    "selected": "BOLD REVERSE",
+    "alarm": "BOLD REVERSE",
+}
+COLOURS = {  # style -> name of a colour, and its number of 256 that can be read on a light and on a dark background
+    "red": ("RED", 160),
+    "alarm": ("RED", 160),
+    "green": ("GREEN", 28),
+    "yellow": ("YELLOW", 136),
+    "blue": ("BLUE", 32),
+    "magenta": ("MAGENTA", 133),
+    "cyan": ("CYAN", 30),
+}
+GREY = 244  # of 256
 
 
 class Tap:
@@ -3109,142 +3838,10 @@ class Tap:
                 return
 
 
-def prepare(window: Any) -> dict[str, int]:
-    """Set the terminal up; return style -> curses attribute."""
-    import curses
-
-    styles = {"": curses.A_NORMAL, "bold": curses.A_BOLD, "dim": curses.A_DIM, "reverse": curses.A_REVERSE}
-    styles["selected"] = curses.A_REVERSE | curses.A_BOLD
-    window.nodelay(True)
-    try:
-        curses.curs_set(0)
-    except curses.error:
-        pass  # a terminal whose cursor is always there
-    if curses.has_colors() and not os.environ.get("NO_COLOR"):
-        curses.start_color()
-        curses.use_default_colors()
-        for index, name in enumerate(COLOURS, 1):
-            curses.init_pair(index, getattr(curses, f"COLOR_{name.upper()}"), -1)
-            styles[name] = curses.color_pair(index)
-    return styles
-
-
-def read_key(window: Any) -> str:
-    """Return the name of a key that was pressed, "" for none: "j", "^D", "KEY_UP"."""
-    import curses
-
-    code = window.getch()
-    return curses.keyname(code).decode("ascii", "replace") if code >= 0 else ""
-
-
-def paint(window: Any, lines: Sequence[Line], styles: Mapping[str, int]) -> None:
-    """Put the lines on the screen; curses sends what has changed."""
-    import curses
-
-    for row, line in enumerate(lines):
-        try:
-            text = line.text.encode(window.encoding, "replace").decode(window.encoding)
-            window.addstr(row, 0, text, styles.get(line.style, 0))
-        except curses.error:
-            pass  # the last cell, after which the cursor has nowhere to go; or the terminal has just shrunk
-    window.refresh()
-
-
-def loop(receiver: Receiver | None, state: State, tap: Tap, name: str, then: float | None, window: Any) -> None:
-    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
-    styles = prepare(window)
-    inputs: list[Any] = [sys.stdin, receiver] if receiver else [sys.stdin]
-    view = View()
-    silent = 0
-    drawn: tuple[Any, ...] = ()
-    painted = heard = time.monotonic()
-    while not view.done and tap.left > 0:
-        now = time.monotonic()
-        for event in tap(receiver.itercapture(DRAIN, 0, tap.wakeup)) if receiver else ():
-            state.event(event)
-            heard = now
-        if tap.timeout is not None and now > heard + tap.timeout:
-            return
-        wall = time.time() if then is None else then
-        for key in iter(partial(read_key, window), ""):
-            view = KEYS[key](view, state, window.getmaxyx()[0], wall) if key in KEYS else view
-            silent = 0
-        picture = (state.event_count, view, window.getmaxyx(), int(now))
-        if picture != drawn and now >= painted + FRAME_TIME:
-            status = {"url": receiver.url, **receiver.stats} if receiver else {"url": name}
-            rows, columns = window.getmaxyx()
-            paint(window, screen(state, view, status, rows, columns, wall), styles)
-            drawn, painted = picture, now
-        patience = FRAME_TIME if picture != drawn else MAX_SLEEP * 2
-        ready = select.select(inputs, [], [], receiver._pause(patience) if receiver else patience)[0]
-        silent = silent + 1 if sys.stdin in ready else 0
-        if silent > 100:  # something to read, and no key comes of it: the terminal is gone
-            return
-
-
-def monitor(receiver: Receiver | None, state: State, tap: Tap, name: str = "", now: float | None = None) -> None:
-    """Paint the screen and take keys until the user quits; what a receiver hears goes through `tap` to `state` first.
-
-    Without a receiver it shows what `state` holds, called `name`, as it was at `now`.
-    """
-    import curses
-    import signal
-
-    ended: list[int] = []
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        tap.left = 0.0  # the loop ends, should the exception get lost, as one does in a finalizer
-        ended.append(128 + number)
-        raise SystemExit(128 + number)
-
-    if receiver:
-        receiver.channel  # noqa: B018 - opened while an error can still be read
-    if hasattr(curses, "set_escdelay"):
-        curses.set_escdelay(25)
-    mine = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, terminate) if mine else None
-    try:
-        curses.wrapper(partial(loop, receiver, state, tap, name, now))
-        if ended:
-            raise SystemExit(ended[0])
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
-    """Show live tasks, workers and events in the terminal until the user quits.
-
-    `receiver` defaults to one on the default URL, `state` to a new one. Raises ImportError without curses, and
-    OSError when the socket cannot be opened.
-    """
-    source = Receiver() if receiver is None else receiver
-    try:
-        monitor(source, State() if state is None else state, Tap())
-    finally:
-        if receiver is None:
-            source.close()
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
-
-
-class Failure(Exception):
-    """Ends a command with one line on standard error, the first argument; the second is the exit status."""
-
-
 def complain(message: str) -> None:
     """Print a line on standard error, if there is one."""
     if sys.stderr is not None:
         print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
-
-
-def describe(problem: Exception | None) -> str:
-    """Return what an error of the system says, and of which file."""
-    if not isinstance(problem, OSError):
-        return str(problem)
-    reason = problem.strerror or str(problem)
-    return f"{problem.filename}: {reason}" if problem.filename else reason
 
 
 def lines_of(path: str) -> Iterator[bytes]:
@@ -3266,37 +3863,361 @@ def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
                 yield index, problem
 
 
-def replay(path: str) -> Iterator[Event]:
-    """Yield the events of a recorded file; complain of lines that are none."""
+def replay(path: str, tell: Callable[[str], None] = complain) -> Iterator[Event]:
+    """Yield the events of a recorded file; tell of lines that are none."""
     for line, event in recorded(path):
         if isinstance(event, WireError):
-            complain(f"{path}: line {line}: {event}")
+            tell(f"{path}: line {line}: {event}")
         else:
             yield event
 
 
-def plain_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line for people."""
-    return "  ".join(cell for cell in event_cells(event) if cell)
+class Glyphs(dict["int", "str"]):
+    """For str.translate(): question marks for characters that take more or less room in curses than here."""
+
+    def __missing__(self, code: int) -> str:
+        import curses
+
+        char, pad = chr(code), curses.newpad(1, 8)
+        try:
+            pad.addstr(char)
+            same = pad.getyx()[1] == cells_of(char)
+        except curses.error:
+            same = False
+        if len(self) > MAX_GLYPHS:
+            self.clear()
+        return self.setdefault(code, char if same else "?" * cells_of(char))
+
+
+class Terminal:
+    """What curses does for the monitor: it reads keys, and paints lines, of which only those that have changed."""
+
+    def __init__(self, window: Any) -> None:
+        import curses
+
+        self._curses: Any = curses
+        self._window = window
+        self._glyphs = Glyphs() if "utf" in window.encoding.lower() else ASCII
+        self._painted: list[Line] = []
+        self._looks = self._prepare_looks()
+        self._button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
+        curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | self._button5)
+        curses.mouseinterval(0)
+        window.nodelay(True)
+        try:
+            curses.curs_set(0)
+        except curses.error:
+            pass  # a terminal whose cursor is always there
+
+    def _prepare_looks(self) -> dict[str, int]:
+        """Return style -> curses attribute."""
+        curses = self._curses
+        looks = dict.fromkeys((*LOOKS, *COLOURS), 0)
+        for style, names in LOOKS.items():
+            for name in names.split():
+                looks[style] |= getattr(curses, f"A_{name}")
+        if os.environ.get("NO_COLOR") or not curses.has_colors():
+            return looks
+        try:
+            curses.use_default_colors()
+        except curses.error:
+            return looks  # the terminal's own background would be gone
+        for pair, (style, (name, number)) in enumerate(COLOURS.items(), 1):
+            many = curses.COLORS >= 256
+            curses.init_pair(pair, number if many else getattr(curses, f"COLOR_{name}"), -1)
+            looks[style] |= curses.color_pair(pair)
+        if curses.COLORS >= 256:
+            curses.init_pair(len(COLOURS) + 1, GREY, -1)
+            looks["dim"] = curses.color_pair(len(COLOURS) + 1)
+        return looks
+
+    def size(self) -> tuple[int, int]:
+        """Return rows and columns; curses learns here that they have changed."""
+        try:
+            columns, rows = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            columns = rows = 0
+        if rows > 0 < columns and self._window.getmaxyx() != (rows, columns):
+            self._curses.resizeterm(rows, columns)
+            self._window.clear()
+            self._painted = []
+        return self._window.getmaxyx()  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """Set the terminal up and paint it anew: another program has had it."""
+        self._curses.endwin()
+        self._window.clear()
+        self._painted = []
+
+    def paint(self, lines: list[Line]) -> None:
+        """Show the lines."""
+        before = self._painted
+        for row, line in enumerate(lines):
+            if row >= len(before) or line != before[row]:
+                self._window.move(row, 0)
+                for text, style in line:
+                    try:
+                        self._window.addstr(
+                            text if text.isascii() else text.translate(self._glyphs), self._looks[style]
+                        )
+                    except self._curses.error:
+                        pass  # behind the last cell the cursor has nowhere to go; or the terminal has just shrunk
+        self._painted = lines
+        self._window.refresh()
+
+    def pressed(self) -> Iterator[str]:
+        """Yield the keys that were pressed, as press() takes them."""
+        keys = iter(self._read, None)
+        for key in keys:
+            if key == self._curses.KEY_MOUSE:
+                yield from self._mouse()
+            elif isinstance(key, str) and key.isprintable():
+                yield key
+            elif key == "\x1b":
+                following = next(keys, "")
+                if following in ("[", "O"):  # a sequence that curses does not know: up to its final letter
+                    any("@" <= str(other) <= "~" for other in keys)
+                else:
+                    yield from ("^[", following)
+            elif isinstance(key, int) or key < "\x80":
+                yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
+
+    def _read(self) -> Any:
+        """Return the next character, the number of a key that is none, or None."""
+        try:
+            return self._window.get_wch()
+        except self._curses.error:
+            return None
+
+    def _mouse(self) -> Iterator[str]:
+        try:
+            _, _, line, _, button = self._curses.getmouse()
+        except self._curses.error:
+            return
+        clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+        yield f"click {line}" if clicked else "wheel up" if up else "wheel down"
+
+
+class Live:
+    """What a receiver hears, for the monitor."""
+
+    def __init__(self, receiver: Receiver, tap: Tap) -> None:
+        self.files = [receiver]
+        self.now = time.time
+        self.pause = receiver._pause
+        self._receiver = receiver
+        self._tap = tap
+        where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
+        self._hint = f"python eventmon.py send hello{where}"
+
+    def take(self) -> Iterator[Event]:
+        """Yield some of the events that have come."""
+        return self._tap(self._receiver.itercapture(DRAIN, 0, self._tap.wakeup))
+
+    def is_over(self, silence: float) -> bool:
+        """Whether to end, `silence` seconds after the last event."""
+        patience = inf if self._tap.timeout is None else self._tap.timeout
+        return self._tap.left <= 0 or silence > patience or self._receiver.should_stop
+
+    def status(self) -> dict[str, Any]:
+        """Return what screen() takes as status."""
+        return {"url": self._receiver.url, "hint": self._hint, **self._receiver.stats}
+
+
+class Recording:
+    """What a file holds, for the monitor; the time is that of the last event."""
+
+    files: tuple[()] = ()
+
+    def __init__(self, path: str, tap: Tap) -> None:
+        self.problems: list[str] = []
+        self._path = path
+        self._bad = 0
+        self._now = time.time()
+        self._events = tap(replay(path, self._complain))
+        self._read = False
+
+    def _complain(self, problem: str) -> None:
+        self._bad += 1
+        if self._bad <= MAX_PROBLEMS:
+            self.problems.append(problem)
+
+    def take(self) -> Iterator[Event]:
+        """Yield some of the events."""
+        self._read = True
+        for event in islice(self._events, DRAIN):
+            self._read = False
+            self._now = number(event.setdefault("local_received", event["timestamp"]), self._now)
+            yield event
+
+    def now(self) -> float:
+        """Return the time to show."""
+        return self._now
+
+    def pause(self, longest: float) -> float:
+        """Return how many seconds, at most `longest`, there is nothing to take."""
+        return longest if self._read else 0.0
+
+    def is_over(self, silence: float) -> bool:
+        """Whether to end: only the user ends it."""
+        return False
+
+    def status(self) -> dict[str, Any]:
+        """Return what screen() takes as status."""
+        return {"url": self._path, "hint": "another file", "malformed": self._bad}
+
+
+class Monitor:
+    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
+
+    def __init__(self, source: Live | Recording, state: State) -> None:
+        self._source = source
+        self._state = state
+        self._view = View()
+        self._signals: set[int] = set()  # that have come and are still to be heeded
+        self._wake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._heard = self._painted = self._due = time.monotonic()  # the last event and picture; when one may be next
+        self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
+        self._unread = 0  # looks at the keyboard that found nothing where there was something to read
+
+    def run(self) -> None:
+        """Show the screen until the user quits. SIGTERM raises SystemExit once the terminal is as it was."""
+        import curses
+        import signal
+
+        if hasattr(curses, "set_escdelay"):
+            curses.set_escdelay(25)  # milliseconds
+        heeded = (signal.SIGTERM, signal.SIGCONT, signal.SIGWINCH)
+        mine = threading.current_thread() is threading.main_thread()
+        before = [(number, signal.signal(number, self._note)) for number in heeded if mine]
+        try:
+            curses.wrapper(self._loop)
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler or signal.SIG_DFL)
+            self._wake.close()
+            self._waker.close()
+        if signal.SIGTERM in self._signals:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signals.add(number)
+        try:
+            self._waker.send(b"\0")  # ends the wait, as a signal alone does not
+        except OSError:
+            pass  # enough of them lie there already
+
+    def _loop(self, window: Any) -> None:
+        from signal import SIGCONT, SIGTERM
+
+        terminal = Terminal(window)
+        while not self._view.done and SIGTERM not in self._signals:
+            for event in self._source.take():
+                self._state.event(event)
+                self._heard = time.monotonic()
+            if self._source.is_over(time.monotonic() - self._heard) or self._unread > MAX_UNREAD:
+                return
+            if SIGCONT in self._signals:
+                self._signals.remove(SIGCONT)
+                self._drawn = None
+                terminal.renew()
+            where = (*terminal.size(), self._source.now())
+            for key in terminal.pressed():
+                self._view = self._state.freeze_while(press, self._view, key, self._state, *where)
+                self._drawn, self._due, self._unread = None, self._painted + FRAME_TIME, 0
+            self._wait(self._draw(terminal, *where))
+
+    def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
+        """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
+        now, state = time.monotonic(), self._state
+        counts = state._active or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
+        status = self._source.status()
+        picture = (state.event_count, self._view, rows, columns, status, counts and int(wall))
+        if picture != self._drawn and now >= self._due:
+            terminal.paint(state.freeze_while(screen, state, self._view, rows, columns, wall, status))
+            self._drawn, self._painted = picture, time.monotonic()
+            self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
+        if picture != self._drawn:
+            return self._due - now
+        return 1 - wall % 1 if counts else MAX_SLEEP * 2
+
+    def _wait(self, longest: float) -> None:
+        """Wait for events, keys and signals."""
+        inputs = [sys.stdin, self._wake, *self._source.files]
+        ready = select.select(inputs, [], [], max(0.0, self._source.pause(longest)))[0]
+        self._unread += sys.stdin in ready
+        if self._wake in ready:
+            self._wake.recv(4096)
 
 
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
         return False
+    name = os.environ.get("TERM")
     try:
         import curses
 
         curses.setupterm()
         if curses.tigetstr("cup"):
             return True
-        problem = f"TERM={os.environ.get('TERM', '')} cannot move the cursor"
+        problem = f"TERM={name} cannot move the cursor"
     except ImportError:
         problem = "this Python has no curses"
     except curses.error:
-        problem = f"TERM={os.environ.get('TERM', '')} is not known"
+        problem = f"TERM={name} is not known" if name else "TERM is not set"
     complain(f"{problem}: printing lines instead of the monitor")
     return False
+
+
+def print_lines(events: Iterable[Event], form: Callable[[Event], str]) -> None:
+    """Print each event as a line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for event in events:
+        print(form(event), flush=True)
+
+
+def noted(state: State, events: Iterable[Event]) -> Iterator[Event]:
+    """Yield events that the state has taken."""
+    for event in events:
+        state.event(event)
+        yield event
+
+
+def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
+    """Show live tasks, workers and events in the terminal until the user quits.
+
+    `receiver` defaults to one on the default URL, `state` to a new one. Where there is no terminal, or none that curses
+    knows, it prints lines. Raises OSError when the socket cannot be opened.
+    """
+    heard = Receiver() if receiver is None else receiver
+    state = State() if state is None else state
+    try:
+        heard.fileno()  # opened while an error can still be read
+        if has_terminal():
+            Monitor(Live(heard, Tap()), state).run()
+        else:
+            print_lines(noted(state, heard.itercapture()), plain_line)
+    finally:
+        if receiver is None:
+            heard.close()
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Ends a command with one line on standard error, the first argument; the second is the exit status."""
+
+
+def describe(problem: Exception | None) -> str:
+    """Return what an error of the system says, and of which file."""
+    if not isinstance(problem, OSError):
+        return str(problem)
+    reason = problem.strerror or str(problem)
+    return f"{problem.filename}: {reason}" if problem.filename else reason
 
 
 def listening(options: Any) -> Receiver:
@@ -3334,23 +4255,16 @@ def watch(options: Any) -> int:
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
         receiver = None if options.file else stack.enter_context(listening(options))
-        in_monitor = not (options.json or options.plain) and has_terminal()
-        if receiver and in_monitor:
-            monitor(receiver, State(), tap)
+        if not (options.json or options.plain) and has_terminal():
+            source = Live(receiver, tap) if receiver else Recording(options.file, tap)
+            Monitor(source, State()).run()
+            for problem in getattr(source, "problems", ()):
+                complain(problem)
             return 0
-        events = tap(receiver.itercapture(None, tap.timeout, tap.wakeup) if receiver else replay(options.file))
-        if in_monitor:
-            state = State()
-            for event in events:
-                state.event(event)
-            monitor(None, state, Tap(), options.file, heard_at(state.recent[-1]) if state.recent else None)
-            return 0
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
         if receiver:
             end_with_reader(receiver)
-        for event in events:
-            print(json_line(event) if options.json else plain_line(event), flush=True)
+        events = receiver.itercapture(None, tap.timeout, tap.wakeup) if receiver else replay(options.file)
+        print_lines(tap(events), json_line if options.json else plain_line)
     return 0
 
 

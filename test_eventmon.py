@@ -2490,54 +2490,715 @@ def test_a_state_can_be_pickled_and_used_again():
 
 # --- the screen ---
 
-
-def shown(state, page="", rows=12, columns=80, now=20.0, **status):
-    return [line.text for line in eventmon.screen(state, eventmon.View(page), status, rows, columns, now)]
-
-
-def test_the_screen_is_exactly_as_large_as_the_terminal():
-    state = many_tasks()
-    for rows, columns in ((24, 80), (40, 120), (10, 40), (5, 20), (2, 3), (1, 1), (100, 300)):
-        for page in ("", *eventmon.PAGES):
-            lines = shown(state, page, rows, columns)
-            assert [eventmon.cells(line) for line in lines] == [columns] * rows
+NOON = 43200.0  # the tests' screens are in UTC, of a day long ago
+TRACEBACK = (
+    'Traceback (most recent call last):\n  File "shop.py", line 7, in charge\n    pay(total)\nValueError: refused'
+)
 
 
-def test_an_empty_screen_says_what_to_do_next():
-    assert "try python eventmon.py send hello" in "".join(shown(State(), url="udp://x"))
-    assert "udp://x" in shown(State(), url="udp://x")[0]
-
-
-def test_the_screen_shows_tasks_newest_first(monkeypatch):
+@pytest.fixture
+def utc(monkeypatch):
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
-    state = state_of(
-        task_event("received", uuid="aaaaaaaa-1", name="job", timestamp=3661.0),
-        task_event("started", uuid="aaaaaaaa-1", timestamp=3662.0),
-        task_event("failed", uuid="bbbbbbbb-1", name="日本", exception="E('x')", runtime=0.25, timestamp=3663.0),
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def heard(type, host, second, **fields):
+    when = NOON + second
+    return Event(type, hostname=host, timestamp=when, local_received=when, **fields)
+
+
+def shop():
+    """A State with a bit of everything: ten seconds of a shop's work, until NOON + 10."""
+    run, resize, charge, report = "5d0c91aa-11", "81ffd017-22", "aca02be9-33", "0be1c7d2-44"
+    software = {"sw_ident": "eventmon", "sw_ver": "0.1.0", "loadavg": [0.5, 0.25, 0.12]}
+    return state_of(
+        heard("worker-online", "beta@build-7", 0, freq=2, pid=202, active=0, processed=9, **software),
+        heard("worker-offline", "beta@build-7", 1, freq=2, pid=202, active=0, processed=9, **software),
+        heard("worker-online", "alpha@laptop", 1, freq=20, pid=101, active=1, processed=3, **software),
+        heard("task-sent", "web@laptop", 1.5, uuid=run, name="shop.import", args="('2026-11.csv',)", kwargs="{}"),
+        heard("task-received", "alpha@laptop", 1.75, uuid=run, name="shop.import", args="('2026-11.csv',)"),
+        heard("task-started", "alpha@laptop", 2, uuid=run, pid=101),
+        heard("task-received", "alpha@laptop", 3, uuid=resize, name="shop.resize", parent_id=run, root_id=run),
+        heard("task-started", "alpha@laptop", 3, uuid=resize),
+        heard("task-succeeded", "alpha@laptop", 4, uuid=resize, result="'photo.webp'", runtime=0.0021),
+        heard("task-received", "alpha@laptop", 4, uuid=charge, name="shop.charge", args="(7, 'EUR')", parent_id=run),
+        heard("task-started", "alpha@laptop", 4, uuid=charge),
+        heard(
+            *("task-failed", "alpha@laptop", 5),
+            uuid=charge,
+            exception="ValueError('refused')",
+            traceback=TRACEBACK,
+            runtime=0.75,
+        ),
+        heard("task-received", "alpha@laptop", 6, uuid=report, name="报表.生成", args="(1,)"),
+        heard("task-retried", "alpha@laptop", 7, uuid=report, exception="Timeout('db')"),
+        heard("deploy-done", "web@laptop", 8, version="1.2", ok=True),
+        heard("task-progress", "alpha@laptop", 9, uuid=run, progress=0.4),
     )
-    lines = shown(state, now=3664.0, lost=3)
-    assert lines[3].rstrip() == "01:01:03 FAILURE   日本             bbbbbbbb w1           250ms  E('x')"
-    assert lines[4].rstrip() == "01:01:02 STARTED   job              aaaaaaaa w1           2.0s"
-    assert "3 lost" in lines[0]
+
+
+def shown(state, view=None, rows=24, columns=80, now=NOON + 10, **status):
+    """The screen as text, without the blanks at the ends of lines; of several empty lines one is left."""
+    status = {"url": "udp://239.1.2.3:6986?ttl=0", "hint": "python eventmon.py send hello", **status}
+    lines = eventmon.screen(state, view or eventmon.View(), rows, columns, now, status)
+    texts = ["".join(text for text, _ in line) for line in lines]
+    assert [eventmon.cells(text) for text in texts] == [columns] * rows
+    assert all(text.isprintable() for text in texts)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(text.rstrip() for text in texts))
+
+
+def typed(state, *keys, rows=24, columns=80):
+    """The view after some keys, of which a str of several plain characters is so many keys."""
+    view = eventmon.View()
+    for key in keys:
+        for part in [key] if key in eventmon.KEYS or key in eventmon.EDITS or key.startswith("click") else key:
+            view = eventmon.press(view, part, state, rows, columns, NOON + 10)
+    return view
+
+
+def uuids(text):
+    """The first letters of the uuids in the table."""
+    return "".join(re.findall(r"\b([0-9a-f])[0-9a-f]{7} ", text))
+
+
+def styles(state, view):
+    """The style of each text on the screen."""
+    lines = eventmon.screen(state, view, 24, 80, NOON + 10)
+    return {text.strip(): style for line in lines for text, style in line if text.strip()}
+
+
+SCREENS = {
+    ("1", 24, 80): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+                                                             █  ▄      4/s
+                                                            ▄█▄██▄▄▄▄▄ 70 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+TIME▾    STATE    NAME           UUID     WORKER          RUN RESULT
+12:00:09 PROGRESS shop.import    5d0c91aa alpha@laptop   8.0s ━━━─────  40% ('2…
+12:00:07 RETRY    报表.生成      0be1c7d2 alpha@laptop        Timeout('db')
+12:00:05 FAILURE  shop.charge    aca02be9 alpha@laptop  750ms ValueError('refus…
+12:00:04 SUCCESS  shop.resize    81ffd017 alpha@laptop    2ms 'photo.webp'
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze""",
+    ("1", 40, 120): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+                                                                                                     █         4/s
+                                                                                                     █  █
+                                                                                                     █ ██
+                                                                                                    ██████████ 110 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+TIME▾    STATE    NAME                       UUID     WORKER                  RUN RESULT
+12:00:09 PROGRESS shop.import                5d0c91aa alpha@laptop           8.0s ━━━─────  40% ('2026-11.csv',)
+12:00:07 RETRY    报表.生成                  0be1c7d2 alpha@laptop                Timeout('db')
+12:00:05 FAILURE  shop.charge                aca02be9 alpha@laptop          750ms ValueError('refused')
+12:00:04 SUCCESS  shop.resize                81ffd017 alpha@laptop            2ms 'photo.webp'
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
+    ("1", 10, 40): """\
+ 1 Tasks 4   2 Workers 1/2  1/s
+                    ▂█▂▄▆▂▂▂▂▂ 4/s
+ FAILURE 1   RETRY 1   PROGRESS 1
+TIME▾    STATE    NAME               RUN
+12:00:09 PROGRESS shop.import       8.0s
+12:00:07 RETRY    报表.生成
+12:00:05 FAILURE  shop.charge      750ms
+12:00:04 SUCCESS  shop.resize        2ms
+
+ q quit   ? keys   enter details""",
+    ("1", 5, 20): """\
+ 1 Tasks 4  1/s
+PROGRESS shop.import
+RETRY    报表.生成
+FAILURE  shop.charge
+ q quit   ? keys""",
+    ("1", 2, 3): """\
+sh…
+报…""",
+    ("1", 1, 1): """\
+…""",
+    ("2", 24, 80): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+                                                             █  ▄      4/s
+                                                            ▄█▄██▄▄▄▄▄ 70 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+WORKER▾                   STATUS      PID  ACTIVE     DONE  HEARD LOAD
+alpha@laptop              alive       101       1        3   1.0s 0.5 0.25 0.12
+beta@build-7              gone        202       0        9        0.5 0.25 0.12
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze""",
+    ("2", 40, 120): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+                                                                                                     █         4/s
+                                                                                                     █  █
+                                                                                                     █ ██
+                                                                                                    ██████████ 110 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+WORKER▾                       STATUS      PID  ACTIVE     DONE  HEARD LOAD           SOFTWARE
+alpha@laptop                  alive       101       1        3   1.0s 0.5 0.25 0.12  eventmon 0.1.0
+beta@build-7                  gone        202       0        9        0.5 0.25 0.12  eventmon 0.1.0
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
+    ("2", 10, 40): """\
+ 1 Tasks 4   2 Workers 1/2  1/s
+                    ▂█▂▄▆▂▂▂▂▂ 4/s
+ FAILURE 1   RETRY 1   PROGRESS 1
+WORKER▾                  STATUS   ACTIVE
+alpha@laptop             alive         1
+beta@build-7             gone          0
+
+ q quit   ? keys   enter details""",
+    ("2", 5, 20): """\
+ 2 Workers 1/2  1/s
+alpha@laptop
+beta@build-7
+
+ q quit   ? keys""",
+    ("2", 2, 3): """\
+al…
+be…""",
+    ("2", 1, 1): """\
+…""",
+    ("3", 24, 80): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+                                                             █  ▄      4/s
+                                                            ▄█▄██▄▄▄▄▄ 70 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+TIME▾        TYPE              HOST            FIELDS
+12:00:09.000 task-progress     alpha@laptop    uuid=5d0c91aa-11 progress=0.4
+12:00:08.000 deploy-done       web@laptop      version=1.2 ok=true
+12:00:07.000 task-retried      alpha@laptop    uuid=0be1c7d2-44 exception=Timeo…
+12:00:06.000 task-received     alpha@laptop    uuid=0be1c7d2-44 name=报表.生成 …
+12:00:05.000 task-failed       alpha@laptop    uuid=aca02be9-33 exception=Value…
+12:00:04.000 task-started      alpha@laptop    uuid=aca02be9-33
+12:00:04.000 task-received     alpha@laptop    uuid=aca02be9-33 name=shop.charg…
+12:00:04.000 task-succeeded    alpha@laptop    uuid=81ffd017-22 result='photo.w…
+12:00:03.000 task-started      alpha@laptop    uuid=81ffd017-22
+12:00:03.000 task-received     alpha@laptop    uuid=81ffd017-22 name=shop.resiz…
+12:00:02.000 task-started      alpha@laptop    uuid=5d0c91aa-11
+12:00:01.750 task-received     alpha@laptop    uuid=5d0c91aa-11 name=shop.impor…
+12:00:01.500 task-sent         web@laptop      uuid=5d0c91aa-11 name=shop.impor…
+12:00:01.000 worker-online     alpha@laptop    freq=20 active=1 processed=3 sw_…
+12:00:01.000 worker-offline    beta@build-7    freq=2 active=0 processed=9 sw_i…
+12:00:00.000 worker-online     beta@build-7    freq=2 active=0 processed=9 sw_i…
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze""",
+    ("3", 40, 120): """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+                                                                                                     █         4/s
+                                                                                                     █  █
+                                                                                                     █ ██
+                                                                                                    ██████████ 110 s
+ FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
+TIME▾        TYPE                    HOST                  FIELDS
+12:00:09.000 task-progress           alpha@laptop          uuid=5d0c91aa-11 progress=0.4
+12:00:08.000 deploy-done             web@laptop            version=1.2 ok=true
+12:00:07.000 task-retried            alpha@laptop          uuid=0be1c7d2-44 exception=Timeout('db')
+12:00:06.000 task-received           alpha@laptop          uuid=0be1c7d2-44 name=报表.生成 args=(1,)
+12:00:05.000 task-failed             alpha@laptop          uuid=aca02be9-33 exception=ValueError('refused') traceback=T…
+12:00:04.000 task-started            alpha@laptop          uuid=aca02be9-33
+12:00:04.000 task-received           alpha@laptop          uuid=aca02be9-33 name=shop.charge args=(7, 'EUR') parent_id=…
+12:00:04.000 task-succeeded          alpha@laptop          uuid=81ffd017-22 result='photo.webp' runtime=0.0021
+12:00:03.000 task-started            alpha@laptop          uuid=81ffd017-22
+12:00:03.000 task-received           alpha@laptop          uuid=81ffd017-22 name=shop.resize parent_id=5d0c91aa-11 root…
+12:00:02.000 task-started            alpha@laptop          uuid=5d0c91aa-11
+12:00:01.750 task-received           alpha@laptop          uuid=5d0c91aa-11 name=shop.import args=('2026-11.csv',)
+12:00:01.500 task-sent               web@laptop            uuid=5d0c91aa-11 name=shop.import args=('2026-11.csv',) kwar…
+12:00:01.000 worker-online           alpha@laptop          freq=20 active=1 processed=3 sw_ident=eventmon sw_ver=0.1.0 …
+12:00:01.000 worker-offline          beta@build-7          freq=2 active=0 processed=9 sw_ident=eventmon sw_ver=0.1.0 l…
+12:00:00.000 worker-online           beta@build-7          freq=2 active=0 processed=9 sw_ident=eventmon sw_ver=0.1.0 l…
+
+ q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
+    ("3", 10, 40): """\
+ 1 Tasks 4   3 Events 16  1/s
+                    ▂█▂▄▆▂▂▂▂▂ 4/s
+ FAILURE 1   RETRY 1   PROGRESS 1
+TYPE            FIELDS
+task-progress   uuid=5d0c91aa-11 progre…
+deploy-done     version=1.2 ok=true
+task-retried    uuid=0be1c7d2-44 except…
+task-received   uuid=0be1c7d2-44 name=…
+task-failed     uuid=aca02be9-33 except…
+ q quit   ? keys   enter details""",
+    ("3", 5, 20): """\
+ 3 Events 16  1/s
+task-progress
+deploy-done
+task-retried
+ q quit   ? keys""",
+    ("3", 2, 3): """\
+ta…
+de…""",
+    ("3", 1, 1): """\
+…""",
+}
+DETAILS = """\
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+ task aca02be9-33
+name        shop.charge
+uuid        aca02be9-33
+state       FAILURE  750ms
+worker      alpha@laptop
+args        (7, 'EUR')
+exception   ValueError('refused')
+received    1970-01-01 12:00:04.000
+started     1970-01-01 12:00:04.000  +0ms
+failed      1970-01-01 12:00:05.000  +1.0s
+parent      5d0c91aa  PROGRESS  shop.import  ━━━─────  40% ('2026-11.csv',)
+runtime     0.75
+
+Traceback (most recent call last):
+  File "shop.py", line 7, in charge
+    pay(total)
+ValueError: refused
+
+ 1-16 of 16   q back   j/k scroll   tab next link   enter go there   r result"""
+
+
+SIZES = [(24, 80), (40, 120), (10, 40), (5, 20), (2, 3), (1, 1), (100, 300), (1, 300), (100, 1)]
+ODD = (
+    None,
+    7,
+    -1.5,
+    math.nan,
+    10**30,
+    True,
+    [1, ["\x1b"]],
+    {"a": None, "\x07": {}},
+    "",
+    "x" * 3000,
+    "日本" * 50,
+    "e\u0301" * 40,
+)
+
+
+def odd():
+    """A State with None, numbers, lists and dicts everywhere that events can bring them to."""
+    state = State()
+    for index, value in enumerate(ODD):
+        fields = (
+            "name",
+            "args",
+            "kwargs",
+            "result",
+            "exception",
+            "traceback",
+            "progress",
+            "runtime",
+            "retries",
+            "queue",
+        )
+        subject = ("received", "started", "progress", "failed", "retried")[index % 5]
+        state.event(
+            {"type": f"task-{subject}", "uuid": f"{index:08d}", "timestamp": value, **dict.fromkeys(fields, value)}
+        )
+        state.event(
+            {"type": "worker-heartbeat", "hostname": f"w{index}", "freq": value, "active": value, "loadavg": value}
+        )
+        state.event({"type": value, "timestamp": value, "hostname": value, "local_received": value})
+    return state
+
+
+def crowd():
+    """A State with 10,000 tasks, of which the last 1,667 are not finished."""
+    state = State()
+    for n in range(10_000):
+        for subject in ("received", "started", "succeeded" if n < 8333 else "progress"):
+            state.event(heard(f"task-{subject}", f"w{n % 7}", n / 1000, uuid=f"{n:08x}-9", name=f"job{n % 3}"))
+    return state
+
+
+@pytest.mark.parametrize("number, rows, columns", SCREENS)
+def test_the_screen_shows_each_view_at_any_size(number, rows, columns, utc):
+    assert shown(shop(), eventmon.View(number), rows, columns) == SCREENS[number, rows, columns]
+
+
+@pytest.mark.parametrize("make", [State, shop, odd, crowd])
+def test_the_screen_is_exactly_as_large_as_the_terminal_whatever_is_open(make):
+    state = make()
+    for keys in ("1", "2", "3", "1i", "2i", "3i", "3it", "1t", "1r", "?", "/w1", "1ssi", "1 ", "1G", "1/state:"):
+        for rows, columns in SIZES:
+            shown(state, typed(state, keys, rows=rows, columns=columns), rows, columns, lost=3)
+
+
+def test_ten_thousand_tasks_are_a_screen_like_any_other(utc):
+    lines = shown(crowd()).splitlines()
+    assert lines[0].startswith(" 1 Tasks 10,000   2 Workers 7   3 Events 30,000  3,000/s ")
+    assert lines[3] == " PROGRESS 1,667   SUCCESS 8,333"
+    assert lines[5] == "12:00:09 PROGRESS job0           0000270f w3              1ms"
+    assert len(lines) == 24
+    state = crowd()
+    assert (
+        shown(state, typed(state, "G")).splitlines()[22] == "12:00:00 SUCCESS  job0           00000000 w0              0ms"
+    )
+
+
+def test_fields_of_any_kind_are_shown():
+    text = shown(odd(), eventmon.View("1"))
+    assert '[1, ["\\u001b"]]' in text
+    assert "日本日本日本…" in text
+    assert len(re.findall(r"(?m)\d{8}\b", text)) == len(ODD)
+    assert len(re.findall(r"(?m)^w\d", shown(odd(), eventmon.View("2")))) == len(ODD)
+    assert "freq=" in shown(odd(), eventmon.View("3"))
+
+
+@pytest.mark.parametrize("number", "123")
+def test_an_empty_screen_says_what_to_do_next(number):
+    hint = "no events yet on udp://239.1.2.3:6986?ttl=0 — try: python eventmon.py send hello"
+    assert shown(State(), eventmon.View(number)).splitlines()[5] == hint
+    state = state_of(heard("hello", "w1", 0))
+    assert shown(state, eventmon.View(number)).splitlines()[5] == {
+        "1": "no tasks yet: 3 shows every event",
+        "2": "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
+    }.get(number, shown(state, eventmon.View("3")).splitlines()[5])
+    assert "nothing matches zzz" in shown(state, typed(state, number, "/zzz"))
+
+
+def test_until_a_view_is_chosen_it_is_the_one_that_has_something():
+    state = state_of(heard("hello", "w1", 0))
+    assert "TYPE" in shown(state)
+    pinned = typed(state, "j")
+    state.event(heard("task-sent", "w1", 1, uuid="1"))
+    assert "TYPE" not in shown(state)
+    assert "TYPE" in shown(state, pinned)
+
+
+def test_the_header_says_what_was_lost_rejected_or_evicted():
+    state = state_of(*(heard("task-sent", "c", 0, uuid=str(n)) for n in range(3)), max_tasks_in_memory=1)
+    quiet = shown(state_of(heard("task-sent", "c", 0, uuid="1")), lost=0, rejected=0).splitlines()[0]
+    assert not re.search("lost|rejected|evicted", quiet)
+    loud = shown(state, lost=1234, rejected=5).splitlines()[0]
+    assert "1,234 lost   5 rejected   2 evicted" in loud
+    narrow = shown(state, None, 24, 40, lost=1234, rejected=5).splitlines()[0]
+    assert "1,234 lost" in narrow
+
+
+def test_a_running_task_counts_its_time_and_a_finished_one_does_not():
+    before, after = (shown(shop(), now=NOON + now).splitlines() for now in (10, 11))
+    assert [line.split()[5] for line in (before[5], after[5])] == ["8.0s", "9.0s"]
+    assert before[6:8] == after[6:8]
+
+
+def test_failures_stand_out():
+    look = styles(shop(), eventmon.View("1"))
+    assert (look["FAILURE"], look["FAILURE 1"], look["ValueError('refus…"]) == ("red",) * 3
+    assert (look["SUCCESS"], look["RETRY"], look["PROGRESS"]) == ("green", "yellow", "cyan")
+    state = state_of(heard("task-sent", "c", 0, uuid="1"))
+    title = eventmon.screen(state, eventmon.View(), 24, 80, NOON, {"lost": 3})[0]
+    assert ("3 lost", "alarm") in [(text.strip(), style) for text, style in title]
+
+
+def test_a_task_of_another_day_shows_the_day(utc):
+    state = state_of(heard("task-sent", "c", -2 * 86400, uuid="1"), heard("task-sent", "c", 0, uuid="2"))
+    assert [line.split()[0] for line in shown(state).splitlines()[5:7]] == ["12:00:00", "12-30"]
+
+
+def test_details_show_everything_and_lead_to_parent_and_children(utc):
+    state = shop()
+    charge = typed(state, "1jj", "^J")
+    assert shown(state, charge) == DETAILS
+    parent = typed(state, "1jj", "^J", "^J")
+    assert "task 5d0c91aa-11" in shown(state, parent)
+    child = typed(state, "1jj", "^J", "^J", "^I", "^J")
+    assert "task aca02be9-33" in shown(state, child)
+    assert shown(state, typed(state, "1jj", "^J", "^J", "^I", "^J", "q", "^[", "q")) == shown(
+        state, typed(state, "1jj")
+    )
+
+
+def test_a_task_that_is_forgotten_while_it_is_open_says_so():
+    state = shop()
+    view = typed(state, "1jji")
+    assert "traceback" not in shown(state, typed(state, "c"))
+    assert "aca02be9-33 is not in memory: cleared, or evicted to make room" in shown(state, view)
+
+
+def test_details_scroll_and_keep_the_lines_of_a_traceback():
+    lines = [f"line {n}" for n in range(100)]
+    state = state_of(task_event("failed", exception="E()", traceback="\n".join(lines)))
+    assert "line 0" in shown(state, typed(state, "1t"))
+    assert shown(state, typed(state, "1tG")).splitlines()[-2] == "line 99"
+    assert shown(state, typed(state, "1tGk")).splitlines()[-2] == "line 98"
+    assert shown(state, typed(state, "1tGjjk")).splitlines()[-2] == "line 98"
+    assert " 79-99 of 100 " in shown(state, typed(state, "1tGk"))
+    assert shown(state, typed(state, "1tGg")) == shown(state, typed(state, "1t"))
+    assert shown(state, typed(state, "1t", "wheel down", "wheel up")) == shown(state, typed(state, "1t"))
+
+
+def test_long_values_are_wrapped_in_the_details():
+    state = state_of(task_event("succeeded", result="x" * 200 + " the end"))
+    text = shown(state, typed(state, "1i"))
+    assert text.count("x") - text.count("next") == 200
+    assert re.search(r"result +x+\n +x+", text)
+    assert "xxx the end" in shown(state, typed(state, "1r"))
+
+
+def test_a_worker_and_an_event_have_details_too(utc):
+    state = shop()
+    assert "software" not in shown(state, typed(state, "2i"))
+    worker = shown(state, typed(state, "2i"))
+    assert "status      alive" in worker
+    assert "tasks       5d0c91aa  PROGRESS  shop.import" in worker
+    event = shown(state, typed(state, "3j", "KEY_ENTER"))
+    assert "type        deploy-done" in event
+    assert "version     1.2" in event
+    assert "task 5d0c91aa-11" in shown(state, typed(state, "3i", "^J"))
+
+
+@pytest.mark.parametrize(
+    "text, matching",
+    [
+        *(
+            ("", "50a8"),
+            ("SHOP", "5a8"),
+            ("shop refused", "a"),
+            ("eur", "a"),
+            ("webp", "8"),
+            ("生成", "0"),
+            ("zzz", ""),
+        ),
+        *(("state:fail", "a"), ("state:FAILURE,retry", "0a"), ("state:failure,", "a"), ("state:", "50a8")),
+        *(("name:shop state:success", "8"), ("worker:alpha", "50a8"), ("worker:web", ""), ("uuid:5d", "5")),
+        *(("type:whatever", "50a8"), ("12:30", ""), ("a,b", "")),
+    ],
+)
+def test_a_filter_is_words_that_must_all_be_found(text, matching):
+    state = shop()
+    screen = shown(state, typed(state, "1/", *text))
+    assert uuids(screen) == matching
+    assert screen.splitlines()[-1].startswith(f"/{text}█  {len(matching)} of 4 ")
+
+
+def test_filters_know_the_fields_of_workers_and_events():
+    state = shop()
+    assert "of 16" in shown(state, typed(state, "3/deploy"))
+    assert " 1 of 16 " in shown(state, typed(state, "3/type:deploy host:web"))
+    assert " 4 of 16 " in shown(state, typed(state, "3/uuid:5d0c"))
+    assert " 1 of 2 " in shown(state, typed(state, "2/beta"))
+    assert " 2 of 2 " in shown(state, typed(state, "2/0.1.0 state:failure"))
+
+
+def test_a_filter_is_typed_edited_kept_and_dropped():
+    state = shop()
+    assert typed(state, "/qj 1").filter == "qj 1"
+    assert typed(state, "/日本", "KEY_BACKSPACE").filter == "日"
+    assert typed(state, "/one two", "^W").filter == "one "
+    assert typed(state, "/one two", "^U").filter == ""
+    kept = typed(state, "1/shop", "^J")
+    assert (kept.filter, kept.typing) == ("shop", False)
+    assert shown(state, kept).splitlines()[-1].startswith("/shop  3 of 4   q quit")
+    assert typed(state, "1/shop", "^J", "/x").filter == "shopx"
+    assert typed(state, "1/shop", "^[")[4:6] == typed(state, "1/shop", "^J", "^[")[4:6] == ("", False)
+    assert typed(state, "1/shop", "KEY_DOWN").selected == "aca02be9-33"
+    assert len(typed(state, "/", *"x" * 1000).filter) == 100
+
+
+def test_keys_move_the_selection():
+    state = many_tasks()
+    for keys, selected in [
+        *((["j"], "8"), (["KEY_DOWN"], "8"), (["G"], "0"), (["KEY_END"], "0"), (["G", "g"], None), (["jk"], None)),
+        *((["KEY_NPAGE"], "0"), (["G", "KEY_PPAGE"], None), (["wheel down"], "6"), (["G", "wheel up"], "3")),
+        *((["k"], None), (["G", "j"], "0"), (["click 7"], "7"), (["click 0"], None), (["click 22"], None)),
+    ]:
+        assert typed(state, "1", *keys).selected == selected, keys
+
+
+def test_the_selection_stays_on_its_task_and_line_when_rows_move():
+    state = many_tasks()
+    view = typed(state, "1jj")
+
+    def line_of(style):
+        lines = eventmon.screen(state, view, 12, 80, NOON)
+        return next((n, line[6][0].strip()) for n, line in enumerate(lines) if line[0][1] == style)
+
+    assert line_of("selected") == (6, "7")
+    for n in range(50):
+        state.event(task_event("received", uuid=f"new{n}", timestamp=100.0 + n))
+    assert line_of("selected") == (6, "7")
+    view = view._replace(filter="job1")
+    assert line_of("selected") == (5, "7")
+    view = eventmon.View("1")
+    assert line_of("selected") == (4, "new49")
+
+
+def test_a_click_selects_a_row_and_opens_what_is_selected():
+    state = shop()
+    assert typed(state, "1", "click 7").selected == "aca02be9-33"
+    assert "task aca02be9-33" in shown(state, typed(state, "1", "click 7", "click 7"))
+    assert "task 5d0c91aa-11" in shown(state, typed(state, "1", "click 7", "click 7", "click 11"))
+    opened = typed(state, "1", "click 7", "click 7")
+    assert typed(state, "1", "click 7", "click 7", "click 3", "click 23", "click 0") == opened
+
+
+def test_tab_and_numbers_turn_the_pages():
+    state = shop()
+    assert [typed(state, *keys).page for keys in (["^I"], ["^I", "^I"], ["^I", "^I", "^I"], "2", "3", "1")] == list(
+        "231231"
+    )
+    assert typed(state, "1jji3").panels == ()
+
+
+def test_s_sorts_by_one_column_after_the_other():
+    state = shop()
+    orders = {"": "50a8", "s": "a508", "ss": "a580", "sss": "50a8", "ssss": "5a80", "sssss": "50a8"}
+    for keys, order in orders.items():
+        assert uuids(shown(state, typed(state, "1" + keys))) == order, keys
+    assert "NAME▾" in shown(state, typed(state, "1ss"))
+    assert "  RUN▾ RESULT" in shown(state, typed(state, "1ssss"))
+
+
+def test_space_freezes_the_picture_while_events_are_counted(utc):
+    state = shop()
+    view = typed(state, "1 ")
+    before = shown(state, view).splitlines()
+    state.event(heard("task-succeeded", "alpha@laptop", 11, uuid="5d0c91aa-11"))
+    after = shown(state, view, now=NOON + 15).splitlines()
+    assert after[5:] == before[5:]
+    assert " FROZEN +1   1 Tasks 4   2 Workers 1/2   3 Events 17 " in after[0]
+    assert after[3].startswith(" FAILURE 1   RETRY 1   SUCCESS 2")
+    view = eventmon.press(view, "j", state, 24, 80, NOON + 15)
+    assert view.selected == "0be1c7d2-44"
+    for key in (" ", "^["):
+        thawed = eventmon.press(view, key, state, 24, 80, NOON + 15)
+        assert "SUCCESS  shop.import" in shown(state, thawed)
+
+
+def test_c_clears_what_has_finished():
+    state = shop()
+    assert typed(state, "1c").page == "1"
+    assert [task["state"] for _, task in state.itertasks()] == ["RETRY", "PROGRESS"]
+
+
+def test_escape_and_q_back_out_of_what_is_open_and_quit_from_the_top():
+    state = shop()
+    for key in ("q", "^["):
+        assert typed(state, key).done
+        assert typed(state, "1", key).done
+        for opened in ("?", "1i", "1t", "2i", "3i"):
+            assert not typed(state, opened, key).done
+            assert typed(state, opened, key).panels == ()
+            assert typed(state, opened, key, key).done
+        assert len(typed(state, "1it", key).panels) == 1
+    assert not typed(state, "/shop", "^J", "^[").done
+    assert not typed(state, " ", "^[").done
+    assert typed(state, "/shop", "^J", "^[", "^[").done
+    assert typed(state, "/shop", "^J", "q").done
+
+
+def test_unknown_keys_do_nothing():
+    state = shop()
+    for key in ("x", "KEY_RESIZE", "KEY_F(1)", "^@", "UNKNOWN KEY", "é"):
+        assert eventmon.press(eventmon.View("1"), key, state, 24, 80, NOON) == eventmon.View("1")
+
+
+def test_help_tells_of_every_key():
+    state = State()
+    text = shown(state, typed(state, "?"), rows=40)
+    names = {
+        "KEY_DOWN": "arrows",
+        "KEY_UP": "arrows",
+        "KEY_NPAGE": "PgDn",
+        "KEY_PPAGE": "PgUp",
+        "^I": "Tab",
+        "^[": "Escape",
+    }
+    names |= {" ": "space", "wheel up": "wheel", "wheel down": "wheel", "^J": "Enter"}
+    aliases = {"^D", "^U", "^M", "KEY_ENTER", "KEY_HOME", "KEY_END"}
+    for key in eventmon.KEYS.keys() - aliases:
+        assert re.search(rf"(?<!\w){re.escape(names.get(key, key))}(?!\w)", text), key
 
 
 def test_hostile_text_becomes_harmless():
-    evil = "\x1b[2J\x07\x9b31m\u202eabc\r\n\t\x00\u2028\ud800"
+    evil = "\x1b[2J\x07\x9b31m\u202eabc\r\n\t\x00\u2028\ud800\u2066\u200f\U000e0001"
     state = state_of(
-        task_event("failed", evil, evil, name=evil, exception=evil), Event(evil, hostname=evil, **{evil: evil})
+        task_event("received", evil, evil, name=evil, args=[evil], parent_id=evil),
+        task_event("failed", evil, evil, exception=evil, traceback=evil, **{evil: {evil: evil}}),
+        task_event(evil, evil, "2", root_id=evil),
+        Event("worker-online", hostname=evil, sw_ident=evil, loadavg=[evil], **{evil: evil}),
+        Event(evil, hostname=evil, **{evil: evil}),
     )
-    for page in eventmon.PAGES:
-        assert all(line.isprintable() for line in shown(state, page))
+    for keys in ("1", "2", "3", "1i", "1ji", "1jji", "2i", "3i", "3ji", "1t", "1r", "1jt", "1s", "1ss", "1 "):
+        shown(state, typed(state, keys), 40, 200, url=evil, hint=evil)
+    shown(state, eventmon.View("1", filter=evil, typing=True), url=evil)
+    shown(state, eventmon.View("1", filter=evil))
+    shown(State(), url=evil, hint=evil)
     assert eventmon.plain_line(Event(evil, x=evil)).isprintable()
     assert eventmon.json_line(Event("x", x=evil)).isprintable()
 
 
 @pytest.mark.parametrize(
-    "text, width, result", [("abc", 2, "ab"), ("a", 3, "a  "), ("日本", 3, "日 "), ("e\u0301x", 1, "e\u0301")]
+    "text, result",
+    [
+        *(
+            ("abc", "abc"),
+            (None, ""),
+            (7, "7"),
+            ([1, None, "\x1b"], '[1, null, "\\u001b"]'),
+            ({"a": True}, '{"a": true}'),
+        ),
+        *(("a\tb\nc\u00a0d\u3000e", "a b c d e"), ("\x1b\x9b\u202e\ud800\ue000", "?????")),
+        *(("👩\u200d💻 ❤\ufe0f", "👩💻 ❤"), ("x" * 5000, "x" * 1000), (object, repr(object))),
+    ],
+)
+def test_any_value_becomes_text_that_only_shows(text, result):
+    assert eventmon.printable(text) in (result, json.dumps(result))
+
+
+def test_of_a_large_value_no_more_is_spelled_than_is_shown():
+    class Long(list):
+        def __iter__(self):
+            return iter(range(2000))  # of a million: who asks for more gets an IndexError
+
+    assert eventmon.printable(Long([0] * 10**6)).startswith("[0, 1, 2")
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    assert "…" in eventmon.printable(deep)
+    assert len(eventmon.wrap("\n" * 10**6, 80)) == eventmon.MAX_LINES + 1
+    assert eventmon.wrap("x" * 10**6, 80)[-1] == "… and more"
+
+
+@pytest.mark.parametrize(
+    "text, width, result",
+    [
+        ("abc", 2, "a…"),
+        ("a", 3, "a  "),
+        ("日本", 3, "日…"),
+        ("日本", 2, "… "),
+        ("e\u0301x", 2, "e\u0301x"),
+        ("abc", 0, ""),
+    ]
+    + [("\u1112\u1161\u11ab", 3, "\u1112\u1161\u11ab "), ("👍🏽", 5, "👍🏽 ")],
 )
 def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
     assert eventmon.fit(text, width) == result
+
+
+@pytest.mark.parametrize(
+    "text, width, lines",
+    [
+        *(("", 5, []), ("abc", 5, ["abc"]), ("a\n\n b", 5, ["a", "", " b"]), ("abcdefg", 3, ["abc", "def", "g"])),
+        *(
+            ("one two three", 8, ["one two", "three"]),
+            ("日本語", 5, ["日本", "語"]),
+            ("日", 1, ["日"]),
+            ("a\tb", 9, ["a   b"]),
+        ),
+    ],
+)
+def test_text_is_wrapped_at_spaces_where_they_are_near(text, width, lines):
+    assert eventmon.wrap(text, width) == lines
+
+
+def test_without_unicode_the_same_is_drawn_in_ascii():
+    state = shop()
+    for view in (typed(state, "1"), typed(state, "1jji"), typed(state, "/生")):
+        text = shown(state, view)
+        ascii = text.translate(eventmon.ASCII)
+        assert ascii.isascii()
+        assert [len(line) for line in ascii.splitlines()] == [eventmon.cells(line) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -2546,26 +3207,6 @@ def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
 )
 def test_a_duration_is_short(seconds, text):
     assert eventmon.duration(seconds) == text
-
-
-def test_keys_move_the_selection_which_stays_on_its_task():
-    state, view = many_tasks(), eventmon.View("1")
-
-    def press(key, view):
-        return eventmon.KEYS[key](view, state, 10, 20.0)
-
-    assert press("j", view).selected == "8"
-    assert press("G", view).selected == "0"
-    assert press("k", press("j", view)).selected is None
-    assert press("g", press("G", view)).selected is None
-    assert press("KEY_NPAGE", view).selected == "0"
-    assert press("^I", view).page == "2"
-    assert press("3", view).page == "3"
-    assert press("q", view).done
-    chosen = press("j", press("j", view))
-    state.event(task_event("received", uuid="new"))
-    lines = eventmon.screen(state, chosen, {}, 24, 80, 20.0)
-    assert next(line.text for line in lines if line.style == "selected").split()[3] == "7"
 
 
 # --- capture_events, on a pseudo-terminal ---
