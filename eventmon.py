@@ -3916,12 +3916,14 @@ class Terminal:
         for style, names in LOOKS.items():
             for name in names.split():
                 looks[style] |= getattr(curses, f"A_{name}")
-        if os.environ.get("NO_COLOR") or not curses.has_colors():
+        if not curses.has_colors():
             return looks
         try:
-            curses.use_default_colors()
+            curses.use_default_colors()  # without colours too, or curses would paint a background
         except curses.error:
-            return looks  # the terminal's own background would be gone
+            return looks
+        if os.environ.get("NO_COLOR"):
+            return looks
         for pair, (style, (name, number)) in enumerate(COLOURS.items(), 1):
             many = curses.COLORS >= 256
             curses.init_pair(pair, number if many else getattr(curses, f"COLOR_{name}"), -1)
@@ -4126,6 +4128,8 @@ class Monitor:
             for key in terminal.pressed():
                 self._view = self._state.freeze_while(press, self._view, key, self._state, *where)
                 self._drawn, self._due, self._unread = None, self._painted + FRAME_TIME, 0
+                if self._view.done:
+                    break  # what is typed further is for whoever reads next
             self._wait(self._draw(terminal, *where))
 
     def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:

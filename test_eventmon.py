@@ -1,7 +1,9 @@
 """The specification of eventmon.py, in the order of the module: each test's name is a sentence about it."""
 
 import asyncio
+import codecs
 import errno
+import fcntl
 import heapq
 import json
 import logging
@@ -20,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from contextlib import contextmanager
@@ -2388,8 +2391,7 @@ def test_any_fields_of_any_type_do_no_harm():
     assert list(state.iteractive()) is not None
     assert state.alive_workers() is not None
     for page in eventmon.PAGES:
-        for line in eventmon.screen(state, eventmon.View(page), {}, 40, 120, time.time()):
-            assert line.text.isprintable()
+        shown(state, eventmon.View(page), 40, 120, time.time())
 
 
 def test_a_worker_is_alive_while_anything_is_heard_of_it():
@@ -2831,7 +2833,8 @@ def test_ten_thousand_tasks_are_a_screen_like_any_other(utc):
     assert len(lines) == 24
     state = crowd()
     assert (
-        shown(state, typed(state, "G")).splitlines()[22] == "12:00:00 SUCCESS  job0           00000000 w0              0ms"
+        shown(state, typed(state, "G")).splitlines()[22]
+        == "12:00:00 SUCCESS  job0           00000000 w0              0ms"
     )
 
 
@@ -2839,7 +2842,7 @@ def test_fields_of_any_kind_are_shown():
     text = shown(odd(), eventmon.View("1"))
     assert '[1, ["\\u001b"]]' in text
     assert "日本日本日本…" in text
-    assert len(re.findall(r"(?m)\d{8}\b", text)) == len(ODD)
+    assert len(re.findall(r"\b0000\d{4}\b", text)) == len(ODD)
     assert len(re.findall(r"(?m)^w\d", shown(odd(), eventmon.View("2")))) == len(ODD)
     assert "freq=" in shown(odd(), eventmon.View("3"))
 
@@ -2882,9 +2885,9 @@ def test_a_running_task_counts_its_time_and_a_finished_one_does_not():
 
 
 def test_failures_stand_out():
-    look = styles(shop(), eventmon.View("1"))
+    look = styles(state_of(*shop().recent, task_event("started")), eventmon.View("1"))
     assert (look["FAILURE"], look["FAILURE 1"], look["ValueError('refus…"]) == ("red",) * 3
-    assert (look["SUCCESS"], look["RETRY"], look["PROGRESS"]) == ("green", "yellow", "cyan")
+    assert (look["SUCCESS"], look["RETRY"], look["STARTED 1"]) == ("green", "yellow", "cyan")
     state = state_of(heard("task-sent", "c", 0, uuid="1"))
     title = eventmon.screen(state, eventmon.View(), 24, 80, NOON, {"lost": 3})[0]
     assert ("3 lost", "alarm") in [(text.strip(), style) for text, style in title]
@@ -3212,75 +3215,397 @@ def test_a_duration_is_short(seconds, text):
 # --- capture_events, on a pseudo-terminal ---
 
 
+class Emulator:
+    """What an xterm shows of the bytes that it gets: cells, and what it makes of the modes that a monitor sets."""
+
+    def __init__(self, rows, columns):
+        self.rows, self.columns = rows, columns
+        self.row = self.column = self.top = 0
+        self.bottom = rows - 1
+        self.modes = set()
+        self.last = " "
+        self.cells = [[" "] * columns for _ in range(rows)]
+
+    def text(self):
+        return "\n".join("".join(row).rstrip() for row in self.cells)
+
+    def feed(self, text):
+        """Take text, return what is left: the start of a sequence."""
+        pattern = re.compile(
+            r"\x1b\[([?>]?)([\d;]*)([@-~])|\x1b\[[?>\d;]*$|\x1b[()]?$|\x1b[()].|\x1b(.)|(.)", re.DOTALL
+        )
+        for match in pattern.finditer(text):
+            private, numbers, final, escaped, char = match.groups()
+            if final:
+                self.control(private, [int(number or 0) for number in numbers.split(";")], final)
+            elif escaped == "M":
+                self.up()
+            elif char:
+                self.put(char)
+            elif match.end() == len(text) and match[0] in ("\x1b", "\x1b(", "\x1b)") or match[0].startswith("\x1b["):
+                return match[0]
+        return ""
+
+    def put(self, char):
+        width = eventmon.cells_of(char)
+        if char in "\r\n\b\t":
+            self.column = {"\r": 0, "\b": self.column - 1, "\t": self.column // 8 * 8 + 8, "\n": self.column}[char]
+            if char == "\n":
+                self.down()
+        elif char >= " " and width == 0:
+            self.cells[self.row][max(0, self.column - 1)] += char
+        elif char >= " ":
+            if self.column + width > self.columns:
+                self.column = 0
+                self.down()
+            self.cells[self.row][self.column : self.column + width] = [char, *[""] * (width - 1)]
+            self.column += width
+            self.last = char
+
+    def down(self):
+        if self.row == self.bottom:
+            self.scroll(1)
+        else:
+            self.row += 1
+
+    def up(self):
+        if self.row == self.top:
+            self.scroll(-1)
+        else:
+            self.row -= 1
+
+    def scroll(self, by):
+        for _ in range(abs(by)):
+            gone, new = (self.top, self.bottom) if by > 0 else (self.bottom, self.top)
+            del self.cells[gone]
+            self.cells.insert(new, [" "] * self.columns)
+
+    def control(self, private, numbers, final):
+        n, line = max(1, numbers[0]), self.cells[self.row]
+        self.column = min(self.column, self.columns - 1)
+        if private and final in "hl":
+            (self.modes.update if final == "h" else self.modes.difference_update)(numbers)
+        elif final == "H":
+            self.row, self.column = n - 1, max(1, (numbers + [1])[1]) - 1
+        elif final in "AB":
+            self.row += n if final == "B" else -n
+        elif final in "CD":
+            self.column += n if final == "C" else -n
+        elif final == "d":
+            self.row = n - 1
+        elif final == "G":
+            self.column = n - 1
+        elif final == "J":
+            self.control("", [min(2, numbers[0])], "K")
+            above = range(self.row) if numbers[0] else ()
+            for row in (*above, *(range(self.row + 1, self.rows) if numbers[0] != 1 else ())):
+                self.cells[row] = [" "] * self.columns
+        elif final == "K":
+            start, end = {0: (self.column, self.columns), 1: (0, self.column + 1), 2: (0, self.columns)}[numbers[0]]
+            line[start:end] = [" "] * (end - start)
+        elif final == "X":
+            line[self.column : self.column + n] = [" "] * n
+        elif final == "P":
+            line[self.column :] = (line[self.column + n :] + [" "] * n)[: self.columns - self.column]
+        elif final == "@":
+            line[self.column :] = ([" "] * n + line[self.column :])[: self.columns - self.column]
+        elif final == "b":
+            for _ in range(n):
+                self.put(self.last)
+        elif final == "r":
+            self.top, self.bottom = n - 1, (numbers + [0])[1] - 1 if len(numbers) > 1 else self.rows - 1
+            self.row = self.column = 0
+        elif final in "ST":
+            self.scroll(n if final == "S" else -n)
+        elif final in "LM":
+            top, self.top = self.top, self.row
+            self.scroll(-n if final == "L" else n)
+            self.top = top
+        else:
+            assert final in "mlht", f"a sequence unknown to the emulator: {private}{numbers}{final}"
+
+
+class Terminal:
+    """A command on a pseudo-terminal that is its controlling terminal: keys are typed, the screen is read back."""
+
+    def __init__(self, command, rows, columns, environment):
+        self.ours, self.theirs = pty.openpty()
+        self.raw, self.rest = b"", ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.emulator = Emulator(rows, columns)
+        self.set_size(rows, columns)
+        self.before = termios.tcgetattr(self.theirs)
+        self.process = subprocess.Popen(
+            command,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs),
+            env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no lock can be held by another thread
+        )
+
+    def set_size(self, rows, columns):
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def resize(self, rows, columns):
+        self.screen()
+        self.emulator = Emulator(rows, columns)
+        self.set_size(rows, columns)
+
+    def type(self, keys):
+        os.write(self.ours, keys.encode())
+
+    def screen(self):
+        while select.select([self.ours], [], [], 0)[0]:
+            data = os.read(self.ours, 65536)
+            self.raw += data
+            self.rest = self.emulator.feed(self.rest + self.decode(data))
+        return self.emulator.text()
+
+    def wait_for(self, text):
+        """Wait until the screen shows a text."""
+        return wait_until(lambda: text in self.screen() and self.screen())
+
+    def press(self, keys, text):
+        self.type(keys)
+        return self.wait_for(text)
+
+    def is_restored(self):
+        """Whether the terminal is as it was: the alternate screen and the mouse off, the cursor on, the line editing."""
+        self.screen()
+        return termios.tcgetattr(self.theirs) == self.before and self.emulator.modes & {1049, 1000, 25} == {25}
+
+
 @contextmanager
-def terminal(*words, rows=24, columns=80, **environment):
-    """eventmon.py on a pseudo-terminal; yields (process, read), where read() returns all that it has written so far."""
-    ours, theirs = pty.openpty()
-    eventmon_env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
-    import fcntl
-    import termios
+def terminal(*words, command=(), rows=24, columns=80, **environment):
+    """eventmon.py, or another command, on a pseudo-terminal."""
+    it = Terminal([*command] or [sys.executable, str(MODULE), *words], rows, columns, environment)
+    try:
+        yield it
+    finally:
+        it.process.kill()
+        it.process.wait()
+        it.screen()
+        os.close(it.ours)
+        os.close(it.theirs)
 
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    before = termios.tcgetattr(theirs)
-    written = bytearray()
 
-    def read():
-        while select.select([ours], [], [], 0)[0]:
-            written.extend(os.read(ours, 65536))
-        return bytes(written)
-
-    with running(*words, stdin=theirs, stdout=theirs, stderr=theirs, env=eventmon_env) as process:
-        process.type = lambda keys: os.write(ours, keys)
-        process.restored = lambda: termios.tcgetattr(theirs) == before
-        try:
-            yield process, read
-        finally:
-            read()
-            os.close(ours)
-            os.close(theirs)
+@pytest.fixture
+def recording(tmp_path):
+    file = tmp_path / "shop.jsonl"
+    file.write_text("".join(json.dumps(event) + "\n" for event in shop().recent), encoding="utf-8")
+    return str(file)
 
 
 def test_the_monitor_shows_what_is_sent_and_quits():
-    with terminal("watch") as (process, read):
-        wait_until(lambda: b"nothing heard yet" in read())
+    with terminal("watch") as it:
+        it.wait_for("no events yet on udp://")
         with Dispatcher() as dispatcher, dispatcher.task("visible-job"):
             dispatcher.send("log-line", text="\x1b]0;evil\x07")
-        wait_until(lambda: b"visible-job" in read())
-        process.type(b"3")
-        wait_until(lambda: b"log-line" in read())
-        process.type(b"q")
-        assert process.wait(20) == 0
-        assert b"\x1b]0;evil" not in read()
-        assert process.restored()
+        it.wait_for("SUCCESS  visible-job")
+        it.press("3", "log-line")
+        it.type("q")
+        assert it.process.wait(20) == 0
+        assert b"\x1b]0;evil" not in it.raw
+        assert it.is_restored()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_the_terminal_comes_back_when_the_monitor_is_ended(ending):
-    with terminal("watch") as (process, read):
-        wait_until(lambda: b"nothing heard yet" in read())
-        process.send_signal(ending)
-        assert process.wait(20) == (0 if ending == signal.SIGINT else 128 + ending)
-        wait_until(process.restored)
+def test_on_the_terminal_stands_what_the_screen_is(recording):
+    for number, rows, columns in SCREENS:
+        with terminal("watch", recording, rows=rows, columns=columns, TZ="UTC") as it:
+            expected = shown(shop(), eventmon.View(number), rows, columns, now=NOON + 9, url=recording)
+            it.type(number)
+            wait_until(lambda: re.sub(r"\n{3,}", "\n\n", it.screen()) == expected)  # noqa: B023
 
 
-@pytest.mark.parametrize("term", ["dumb", "no-such-terminal", ""])
-def test_where_no_picture_can_be_drawn_lines_are_printed(term):
-    with terminal("watch", TERM=term) as (_process, read):
-        wait_until(lambda: b"printing lines" in read())
-        wait_until(somebody_watches)
+def test_keys_are_typed_and_the_screen_is_read_back(recording):
+    with terminal("watch", recording, TZ="UTC") as it:
+        it.wait_for("shop.charge")
+        it.press("/refused", "/refused█  1 of 4")
+        assert "shop.resize" not in it.screen()
+        it.press("\r", "q quit   ? keys")
+        it.press("\r", "ValueError: refused")
+        it.press("\t\r", "task 5d0c91aa-11")
+        it.press("\x1b", "task aca02be9-33")
+        it.press("q", "/refused  1 of 4")
+        it.press("\x1b", "shop.resize")
+        it.press("\x1b[B\x1b[B\x1b[Bt", "no traceback")
+        it.press("q?", "what has finished")
+        it.press("\x1b2", "beta@build-7")
+        it.press("\t", "deploy-done")
+        it.press("\t", "shop.charge")
+        it.press("/报", "1 of 4")
+        it.press("\x7f", "4 of 4")
+        it.press("\x1b", "q quit")
+        it.type("\x1b")
+        assert it.process.wait(20) == 0
+
+
+def test_the_mouse_selects_opens_and_scrolls(recording):
+    def click(line):
+        return f"\x1b[<0;5;{line + 1}M\x1b[<0;5;{line + 1}m"
+
+    with terminal("watch", recording) as it:
+        it.wait_for("shop.charge")
+        it.press(f"{click(7)}\r", "task aca02be9-33")
+        it.press("q", "shop.resize")
+        it.press(click(7), "task aca02be9-33")
+        it.press("q", "shop.resize")
+        it.type("\x1b[<64;5;5M")
+        it.press("\r", "task 5d0c91aa-11")
+        it.press("q\x1b[<65;5;5M\r", "task 81ffd017-22")
+
+
+def test_a_sequence_that_curses_does_not_know_is_no_escape(recording):
+    with terminal("watch", recording) as it:
+        it.wait_for("shop.charge")
+        it.type("\x1b[200~\x1b[99;5Z\x1bOz")
+        it.press("?", "what has finished")
+
+
+def test_the_monitor_follows_the_size_of_the_terminal(recording):
+    with terminal("watch", recording, TZ="UTC") as it:
+        it.wait_for("shop.charge")
+        for rows, columns in ((40, 120), (1, 1), (5, 20), (100, 300), (2, 3), (10, 40), (24, 80)):
+            it.resize(rows, columns)
+            expected = shown(shop(), eventmon.View("1"), rows, columns, now=NOON + 9, url=recording)
+            wait_until(lambda: re.sub(r"\n{3,}", "\n\n", it.screen()) == expected)  # noqa: B023
+
+
+def test_a_terminal_that_keeps_changing_its_size_does_no_harm(recording):
+    rng = random.Random(5)
+    with terminal("watch", recording) as it:
+        it.wait_for("shop.charge")
+        it.emulator = Emulator(100, 300)
+        for _ in range(200):
+            it.set_size(rng.randrange(1, 100), rng.randrange(1, 300))
+            it.type(rng.choice(["j", "3", "1", "i", "?q", "/x\x1b", "s", "G"]))
+            os.read(it.ours, 1 << 20)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("keys", ["", "i", "/x", " "])
+def test_the_terminal_comes_back_when_the_monitor_is_ended(ending, keys, recording):
+    with terminal("watch", recording) as it:
+        it.wait_for("shop.charge")
+        it.type(keys)
+        if isinstance(ending, str):
+            it.type(ending)
+        else:
+            it.process.send_signal(ending)
+        assert it.process.wait(20) == (128 + ending if ending == signal.SIGTERM else 0)
+        assert it.is_restored()
+
+
+def test_the_terminal_comes_back_after_an_exception(tmp_path):
+    program = "import eventmon; eventmon.capture_events(state=eventmon.State(lambda state, event: 1 / 0))"
+    with terminal(command=[sys.executable, "-c", program], PYTHONPATH=str(MODULE.parent)) as it:
+        it.wait_for("no events yet")
         with Dispatcher() as dispatcher:
             dispatcher.send("hello")
-        wait_until(lambda: b"hello" in read())
+        assert it.process.wait(20) == 1
+        assert it.is_restored()
+        assert "ZeroDivisionError" in it.screen()
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 3), (5, 20), (100, 300)])
-def test_the_monitor_runs_in_a_terminal_of_any_size(rows, columns, tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps(task_event("started", uuid=str(n), name="日本")) + "\n" for n in range(50)))
-    with terminal("watch", str(file), rows=rows, columns=columns) as (process, read):
-        wait_until(read)
-        process.type(b"jG\t3q")
-        assert process.wait(20) == 0
+def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
+    with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
+        it.press(f"{sys.executable} {MODULE} watch {recording}\n", "shop.charge")
+        assert 1049 in it.emulator.modes
+        it.press("\x1a", "topped")
+        it.press("stty -a\n", " icanon")
+        assert it.emulator.modes & {1049, 1000, 25} == {25}
+        it.type("clear; fg\n")
+        it.wait_for("shop.charge")
+        assert {1049, 1000} <= it.emulator.modes
+        it.press("?", "what has finished")
+        it.type("qqexit\n")
+        it.process.wait(20)
+        assert it.is_restored()
+
+
+def test_the_monitor_is_painted_anew_after_it_was_stopped_from_outside():
+    with terminal("watch") as it:
+        it.wait_for("no events yet")
+        it.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, it.process.pid, os.WSTOPPED | os.WNOWAIT)
+        it.screen()
+        it.emulator.cells = [["#"] * 80 for _ in range(24)]
+        it.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: "no events yet" in it.screen() and "#" not in it.screen())
+
+
+def test_colours_are_the_terminals_own_and_can_be_switched_off(recording):
+    coloured, background = rb"\x1b\[(\d+;)*3[0-8][;m]", rb"\x1b\[(\d+;)*4[0-8][;m]"
+    for environment, expected in (
+        ({}, True),
+        ({"TERM": "xterm"}, True),
+        ({"NO_COLOR": "1"}, False),
+        ({"TERM": "vt100"}, False),
+    ):
+        with terminal("watch", recording, **environment) as it:
+            it.wait_for("shop.charge")
+            assert bool(re.search(coloured, it.raw)) == expected
+            assert not re.search(background, it.raw)
+            it.press("q", "")
+
+
+def test_without_utf_8_the_monitor_draws_in_ascii(recording):
+    with terminal("watch", recording, LC_ALL="C", TZ="UTC") as it:
+        it.wait_for("12:00:07 RETRY    ????.????      0be1c7d2")
+        assert it.raw.isascii()
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown", "no-such-terminal", None])
+def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
+    command = [sys.executable, str(MODULE), "watch", recording]
+    with terminal(command=command if term else ["env", "-u", "TERM", *command], TERM=str(term), columns=300) as it:
+        screen = it.wait_for("deploy-done")
+        assert [line for line in screen.splitlines() if "eventmon:" in line] == [
+            f"eventmon: {f'TERM={term} ' if term else 'TERM is not set'}"
+            + {"dumb": "cannot move the cursor", None: ""}.get(term, "is not known")
+            + ": printing lines instead of the monitor"
+        ]
+        assert it.process.wait(20) == 0
+
+
+def test_capture_events_prints_lines_where_there_is_no_terminal():
+    program = "import eventmon; s = eventmon.State(lambda s, e: s.event_count == 3 and exit(7)); eventmon.capture_events(state=s)"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=MODULE.parent, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        wait_until(somebody_watches)
+        with Dispatcher(hostname="w1") as dispatcher:
+            for n in range(3):
+                dispatcher.send("hello", n=n)
+        assert [line.split()[1:] for line in process.stdout] == [[b"hello", b"w1", b"n=%d" % n] for n in range(2)]
+        assert process.wait(20) == 7
+
+
+def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
+    with terminal("watch") as it:
+        it.wait_for("no events yet")
+        with Dispatcher(max_wait=1.0) as dispatcher:
+            for n in range(3000):
+                dispatcher.send("task-received", uuid=str(n), name="job")
+                if n % 100 == 0:
+                    it.type("jk3j12G"[n // 100 % 7])
+                    it.screen()
+            dispatcher.flush(20)
+        it.wait_for("3 Events 3,000")
+        assert "lost" not in it.screen()
+
+
+def test_a_file_is_shown_with_its_own_times_and_its_bad_lines_are_told_of(recording):
+    with open(recording, "a") as file:
+        file.write('nonsense\n{"type":"cut o')
+    with terminal("watch", recording, TZ="UTC", columns=120) as it:
+        it.wait_for("2 malformed")
+        assert "12:00:09 PROGRESS shop.import" in it.wait_for("7.0s")
+        it.press("/x", "of 4")
+        it.type("\x1bq")
+        assert it.process.wait(20) == 0
+        assert len(re.findall("line 1[78]: ", it.screen())) == 2
 
 
 # --- the command line ---
