@@ -2964,11 +2964,12 @@ def wrap(value: Any, width: int) -> list[str]:
     given = text.expandtabs(4).splitlines()
     for line in given[:MAX_LINES]:
         rest = printable(line, len(line))
+        indent = rest[: min(len(rest) - len(rest.lstrip()), width // 4)]  # of what is continued, too
         while (size := max(1, chars_in(rest, width))) < len(rest):
             space = rest.rfind(" ", size * 2 // 3, size + 1)
             size = space + 1 if space > 0 else size
             lines.append(rest[:size].rstrip())
-            rest = rest[size:]
+            rest = indent + rest[size:]
         lines.append(rest)
     if len(given) > MAX_LINES or isinstance(value, str) and len(value) > MAX_DETAIL:
         lines.append("… and more")
@@ -3153,8 +3154,8 @@ def type_cell(event: Mapping[str, Any], now: float) -> Span:
 
 
 def event_cell(event: Mapping[str, Any], now: float) -> Span:
-    """Return what an event tells."""
-    return event_text(event), ""
+    """Return what an event tells, of uuids the start."""
+    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", event_text(event)), ""
 
 
 TASK_COLUMNS = (
@@ -3483,7 +3484,7 @@ def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
     live, shown = stage.live, page_of(view, stage.state)
     parts = []
     if view.frozen:
-        parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "alarm"))
+        parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "frozen"))
     for key, page in PAGES.items():
         text = f" {key} {page.title} {page.count(live, stage.now)} "
         parts.append((1, text, "reverse") if key == shown else (4, text, ""))
@@ -3793,10 +3794,12 @@ LOOKS = {
     "red": "BOLD",
     "selected": "BOLD REVERSE",
     "alarm": "BOLD REVERSE",
+    "frozen": "BOLD REVERSE",
 }
 COLOURS = {  # style -> name of a colour, and its number of 256 that can be read on a light and on a dark background
     "red": ("RED", 160),
     "alarm": ("RED", 160),
+    "frozen": ("BLUE", 32),
     "green": ("GREEN", 28),
     "yellow": ("YELLOW", 136),
     "blue": ("BLUE", 32),

@@ -3026,6 +3026,14 @@ def test_the_selection_stays_on_its_task_and_line_when_rows_move():
     assert line_of("selected") == (4, "new49")
 
 
+def test_uuids_are_short_in_the_table_and_whole_in_the_details():
+    uuid = "5d0c91aa-05b0-41f9-9527-429e9295c494"
+    state = state_of(task_event("sent", uuid=uuid, root_id=uuid))
+    assert "uuid=5d0c91aa root_id=5d0c91aa\n" in shown(state, eventmon.View("3"))
+    assert uuid in shown(state, typed(state, "3i"))
+    assert uuid not in shown(state, eventmon.View("1"))
+
+
 def test_a_click_selects_a_row_and_opens_what_is_selected():
     state = shop()
     assert typed(state, "1", "click 7").selected == "aca02be9-33"
@@ -3188,6 +3196,7 @@ def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
             ("日本語", 5, ["日本", "語"]),
             ("日", 1, ["日"]),
             ("a\tb", 9, ["a   b"]),
+            ("  abc def ghi", 8, ["  abc", "  def", "  ghi"]),
         ),
     ],
 )
@@ -3843,6 +3852,13 @@ def test_every_public_name_is_there_and_documented():
 
 
 # --- the README ---
+
+
+def test_the_readme_shows_what_the_monitor_shows(utc):
+    events = (
+        {**event, "name": "shop.report"} if event.get("name") == "报表.生成" else event for event in shop().recent
+    )
+    assert f"```text\n{shown(state_of(*events), rows=11, url=DEFAULT_URL)}\n```" in README
 
 
 def test_the_single_file_works_in_an_empty_folder(tmp_path):
