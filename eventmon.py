@@ -68,7 +68,7 @@ from collections import Counter, OrderedDict, deque, namedtuple
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
-from math import ceil, inf, isfinite
+from math import ceil, copysign, inf, isfinite
 from weakref import WeakSet
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
@@ -154,7 +154,6 @@ MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with
 MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
 MAX_GLYPHS = 4096  # characters whose width is remembered
 MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
-MAX_UNREAD = 100  # looks at a keyboard that says it has something and has nothing: its terminal is gone
 MAX_RECENT = 1000  # events kept in State.recent
 WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
@@ -3038,7 +3037,7 @@ def event_text(event: Mapping[str, Any]) -> str:
         for key in event
         if key not in shown_apart and event[key] is not None
     )
-    return " ".join(rest)[:MAX_SHOWN]
+    return " ".join(islice(rest, MAX_FIELDS))[:MAX_SHOWN]
 
 
 def plain_line(event: Mapping[str, Any]) -> str:
@@ -3076,112 +3075,81 @@ def by_number(key: str) -> Order:
     return lambda record, now: -number(record.get(key), -1.0)
 
 
-def as_it_comes(record: Mapping[str, Any], now: float) -> int:
-    """Return the same for all, so that they stay as they are: an order."""
-    return 0
-
-
-def time_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return when something new was heard of a task."""
-    return clock_time(task["timestamp"], now), "dim"
-
-
-def state_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return the state of a task."""
-    return printable(task["state"]), STYLES.get(task["state"], "cyan")
-
-
-def name_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return the name of a task, bold until it is finished."""
-    return printable(task.get("name")), "" if task["state"] in FINISHED else "bold"
-
-
-def uuid_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return the start of a task's uuid."""
-    return printable(task["uuid"][:8]), "dim"
-
-
-def host_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return the worker that has a task, or else the client that sent it."""
-    return printable(task.get("worker") or task.get("client")), ""
-
-
-def run_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return how long a task took, or has taken so far."""
+def run_of(task: Mapping[str, Any], now: float) -> str:
+    """Return how long a task took, or has taken so far, as text."""
     seconds = seconds_run(task, now)
-    return "" if seconds is None else duration(seconds).rjust(6), ""
+    return "" if seconds is None else duration(seconds)
 
 
-def longest_first(task: Mapping[str, Any], now: float) -> float:
-    """Return an order by how long a task took, or has taken so far."""
-    return -(seconds_run(task, now) or -1.0)
+def load_of(worker: Mapping[str, Any]) -> str:
+    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
+    load = worker.get("loadavg")
+    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load)
 
 
-def outcome_cell(task: Mapping[str, Any], now: float) -> Span:
-    """Return what matters most of a task."""
-    return outcome_of(task), "red" if task["state"] == "FAILURE" else ""
-
-
-def status_cell(worker: Mapping[str, Any], now: float) -> Span:
+def status_of(worker: Mapping[str, Any], now: float) -> Span:
     """Return whether a worker is alive."""
     return ("alive", "green") if State._is_alive(worker, now) else ("gone", "red")
 
 
-def heard_cell(worker: Mapping[str, Any], now: float) -> Span:
-    """Return how long ago something was heard of a worker."""
-    return duration(now - worker["heard"]).rjust(6) if worker["heard"] > 0 else "", ""
+def style_of(task: Mapping[str, Any]) -> str:
+    """Return the style of a task's state."""
+    return STYLES.get(task["state"], "cyan")
 
 
-def load_cell(worker: Mapping[str, Any], now: float) -> Span:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
-    load = worker.get("loadavg")
-    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load), ""
+def short_uuids(text: str) -> str:
+    """Return a text with the start of each uuid only."""
+    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text)
 
 
-def software_cell(worker: Mapping[str, Any], now: float) -> Span:
-    """Return what a worker runs."""
-    return f"{printable(worker.get('sw_ident'))} {printable(worker.get('sw_ver'))}", "dim"
-
-
-def moment_cell(event: Mapping[str, Any], now: float) -> Span:
-    """Return when an event happened."""
-    return fine_time("%H:%M:%S", event.get("timestamp")), "dim"
-
-
-def type_cell(event: Mapping[str, Any], now: float) -> Span:
-    """Return the type of an event."""
-    return printable(event.get("type")), EVENT_STYLES.get(str(event.get("type")), "bold")
-
-
-def event_cell(event: Mapping[str, Any], now: float) -> Span:
-    """Return what an event tells, of uuids the start."""
-    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", event_text(event)), ""
-
-
+AS_IT_COMES: Order = lambda record, now: 0  # noqa: E731 - all the same, so that they stay as they are
 TASK_COLUMNS = (
-    Column("TIME", 8, 0.0, 4, time_cell, as_it_comes),
-    Column("STATE", 8, 0.0, 2, state_cell, by("state")),
-    Column("NAME", 11, 0.3, 1, name_cell, by("name")),
-    Column("UUID", 8, 0.0, 7, uuid_cell),
-    Column("WORKER", 10, 0.2, 6, host_cell, by("worker")),
-    Column("   RUN", 6, 0.0, 3, run_cell, longest_first),
-    Column("RESULT", 12, 0.5, 5, outcome_cell),
+    Column("TIME", 8, 0.0, 4, lambda task, now: (clock_time(task["timestamp"], now), "dim"), AS_IT_COMES),
+    Column("STATE", 8, 0.0, 2, lambda task, now: (printable(task["state"]), style_of(task)), by("state")),
+    Column(
+        *("NAME", 11, 0.3, 1),
+        lambda task, now: (printable(task.get("name")), "" if task["state"] in FINISHED else "bold"),
+        by("name"),
+    ),
+    Column("UUID", 8, 0.0, 7, lambda task, now: (printable(task["uuid"], 8), "dim")),
+    Column(
+        "WORKER", 10, 0.2, 6, lambda task, now: (printable(task.get("worker") or task.get("client")), ""), by("worker")
+    ),
+    Column(
+        *("   RUN", 6, 0.0, 3),
+        lambda task, now: (run_of(task, now).rjust(6), ""),
+        lambda task, now: -(seconds_run(task, now) or -1.0),
+    ),
+    Column("RESULT", 12, 0.5, 5, lambda task, now: (outcome_of(task), "red" if task["state"] == "FAILURE" else "")),
 )
 WORKER_COLUMNS = (
-    Column("WORKER", 16, 0.4, 1, field("hostname", "bold"), as_it_comes),
-    Column("STATUS", 7, 0.0, 2, status_cell, by_number("heard")),
+    Column("WORKER", 16, 0.4, 1, field("hostname", "bold"), AS_IT_COMES),
+    Column("STATUS", 7, 0.0, 2, status_of, by_number("heard")),
     Column("    PID", 7, 0.0, 6, field("pid", "", 7)),
     Column(" ACTIVE", 7, 0.0, 3, field("active", "", 7), by_number("active")),
     Column("    DONE", 8, 0.0, 4, field("processed", "", 8), by_number("processed")),
-    Column(" HEARD", 6, 0.0, 5, heard_cell),
-    Column("LOAD", 14, 0.0, 7, load_cell),
-    Column("SOFTWARE", 14, 0.6, 8, software_cell),
+    Column(
+        " HEARD",
+        6,
+        0.0,
+        5,
+        lambda worker, now: ((duration(now - worker["heard"]) if worker["heard"] > 0 else "").rjust(6), ""),
+    ),
+    Column("LOAD", 14, 0.0, 7, lambda worker, now: (load_of(worker), "")),
+    Column(
+        *("SOFTWARE", 14, 0.6, 8),
+        lambda worker, now: (f"{printable(worker.get('sw_ident'))} {printable(worker.get('sw_ver'))}", "dim"),
+    ),
 )
 EVENT_COLUMNS = (
-    Column("TIME", 12, 0.0, 3, moment_cell, as_it_comes),
-    Column("TYPE", 14, 0.15, 1, type_cell, by("type")),
+    Column("TIME", 12, 0.0, 3, lambda event, now: (fine_time("%H:%M:%S", event.get("timestamp")), "dim"), AS_IT_COMES),
+    Column(
+        *("TYPE", 14, 0.15, 1),
+        lambda event, now: (printable(event.get("type")), EVENT_STYLES.get(str(event.get("type")), "bold")),
+        by("type"),
+    ),
     Column("HOST", 12, 0.15, 4, field("hostname"), by("hostname")),
-    Column("FIELDS", 16, 0.7, 2, event_cell),
+    Column("FIELDS", 16, 0.7, 2, lambda event, now: (short_uuids(event_text(event)), "")),
 )
 
 
@@ -3193,25 +3161,21 @@ class Page(namedtuple("Page", ["title", "kind", "count", "items", "columns", "wo
     __slots__ = ()
 
 
-def tasks_count(state: State, now: float) -> str:
-    """Return how many tasks there are."""
-    return f"{len(state.tasks):,}"
-
-
 def workers_count(state: State, now: float) -> str:
     """Return how many workers are alive, and if others are known, of how many."""
     alive, known = len(state.alive_workers(now)), len(state.workers)
     return f"{alive:,}" if alive == known else f"{alive:,}/{known:,}"
 
 
-def events_count(state: State, now: float) -> str:
-    """Return how many events there were."""
-    return f"{state.event_count:,}"
-
-
 PAGES = {
     "1": Page(
-        *("Tasks", "task", tasks_count, lambda state: list(state.tasks_by_time()), TASK_COLUMNS),
+        *(
+            "Tasks",
+            "task",
+            lambda state, now: f"{len(state.tasks):,}",
+            lambda state: list(state.tasks_by_time()),
+            TASK_COLUMNS,
+        ),
         ("name", "uuid", "worker", "state", "args", "kwargs", "result", "exception"),
         {"name": "name", "uuid": "uuid", "worker": "worker", "host": "worker", "state": "state"},
         "no tasks yet: 3 shows every event",
@@ -3223,7 +3187,12 @@ PAGES = {
         "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
     ),
     "3": Page(
-        *("Events", "event", events_count, lambda state: [(event, event) for event in reversed(state.recent)]),
+        *(
+            "Events",
+            "event",
+            lambda state, now: f"{state.event_count:,}",
+            lambda state: [(event, event) for event in reversed(state.recent)],
+        ),
         *(EVENT_COLUMNS, ()),
         {"type": "type", "host": "hostname", "worker": "hostname", "name": "name", "uuid": "uuid"},
         "no events yet",
@@ -3255,16 +3224,10 @@ class View(
     __slots__ = ()
 
 
-class Stage(namedtuple("Stage", ["live", "state", "rows", "columns", "now"])):
-    """What a view is of: the State that takes events, the one to show, how large the terminal is, the time."""
+class Stage(namedtuple("Stage", ["live", "state", "page", "rows", "columns", "now"])):
+    """What a view is of: the State that takes events, the one to show, the Page, how large the terminal is, the time."""
 
     __slots__ = ()
-
-
-def stage_of(state: State, view: View, rows: int, columns: int, now: float) -> Stage:
-    """Return the stage of a view: the state as it is, or as it was when it was frozen."""
-    shown, then = view.frozen or (state, now)
-    return Stage(state, shown, rows, columns, then)
 
 
 def still(state: State) -> State:
@@ -3280,6 +3243,12 @@ def still(state: State) -> State:
 def page_of(view: View, state: State) -> str:
     """Return the page to show: until one is chosen, the one that has something."""
     return view.page or ("1" if state.tasks or not state.event_count else "3")
+
+
+def stage_of(state: State, view: View, rows: int, columns: int, now: float) -> Stage:
+    """Return the stage of a view: the state as it is, or as it was when it was frozen."""
+    shown, then = view.frozen or (state, now)
+    return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then)
 
 
 def terms_of(text: str, page: Page) -> Iterator[tuple[Sequence[Any], list[str]]]:
@@ -3313,7 +3282,7 @@ def orders_of(page: Page) -> list[Any]:
 
 def table_of(view: View, stage: Stage) -> list[tuple[Any, Any]]:
     """Return (identity, record) of the rows of the table, filtered and sorted."""
-    page = PAGES[page_of(view, stage.state)]
+    page = stage.page
     terms = list(terms_of(view.filter, page))
     table = [row for row in page.items(stage.state) if matches(row[1], terms)] if terms else page.items(stage.state)
     if view.order:
@@ -3341,7 +3310,7 @@ def task_link(label: str, uuid: str, stage: Stage) -> list[Row]:
     text = f"{uuid[:8]}  {task['state']}  {printable(task.get('name'))}  {outcome_of(task)}"
     [(line, _)] = entry(label, "", stage.columns)
     text = fit(printable(text), max(0, stage.columns - cells(line[0][0])))
-    return [([line[0], (text, STYLES.get(task["state"], "cyan"))], ("task", uuid))]
+    return [([line[0], (text, style_of(task))], ("task", uuid))]
 
 
 def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> list[Row]:
@@ -3378,7 +3347,7 @@ def relatives_of(task: Mapping[str, Any], stage: Stage) -> list[Row]:
 def part_rows(field: str, uuid: str, stage: Stage) -> list[Row]:
     """Return the whole of one field of a task, its lines kept."""
     value = stage.state.tasks.get(uuid, {}).get(field)
-    return [([(text, "")], None) for text in wrap(f"no {field}" if value is None else value, stage.columns)]
+    return [([(text, "")], None) for text in wrap(f"no {field}" if value is None else value, stage.columns) or [""]]
 
 
 def task_rows(uuid: str, stage: Stage) -> list[Row]:
@@ -3387,9 +3356,7 @@ def task_rows(uuid: str, stage: Stage) -> list[Row]:
     if task is None:
         return entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
     rows = entry("name", task.get("name"), width, "bold") + entry("uuid", uuid, width)
-    rows += entry(
-        "state", f"{task['state']}  {run_cell(task, stage.now)[0].strip()}", width, STYLES.get(task["state"], "cyan")
-    )
+    rows += entry("state", f"{task['state']}  {run_of(task, stage.now)}", width, style_of(task))
     for key in FIRST_SHOWN:
         if task.get(key) is not None:
             rows += entry(key, task[key], width, "red" if key == "exception" else "")
@@ -3402,7 +3369,7 @@ def worker_rows(hostname: str, stage: Stage) -> list[Row]:
     worker, width = stage.state.workers.get(hostname), stage.columns
     if worker is None:
         return entry("", f"{printable(hostname)} is not in memory", width)
-    status, style = status_cell(worker, stage.now)
+    status, style = status_of(worker, stage.now)
     rows = entry("worker", hostname, width, "bold") + entry("status", status, width, style)
     rows += entry("heard", fine_time("%Y-%m-%d %H:%M:%S", worker["heard"]), width)
     rows += rest_of(worker, ("hostname", "heard", "timestamp"), width)
@@ -3453,7 +3420,7 @@ def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, 
     if view.panels:
         panel = view.panels[-1]
         return link_of(panel, rows), max(0, min(panel.top, len(rows) - room))
-    chosen = 0 if view.selected is None else next((i for i, row in enumerate(rows) if row[0] == view.selected), 0)
+    chosen = 0 if view.selected is None else next((i for i, row in enumerate(rows) if row[0] is view.selected), 0)
     return chosen, max(0, min(chosen - min(view.anchor, room - 1), len(rows) - room))
 
 
@@ -3481,13 +3448,13 @@ def arrange(parts: Iterable[tuple[int, str, str]], width: int) -> Line:
 
 def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
     """Return the pages and how much they have, the rate, what went wrong, and the URL."""
-    live, shown = stage.live, page_of(view, stage.state)
+    live = stage.live
     parts = []
     if view.frozen:
         parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "frozen"))
     for key, page in PAGES.items():
         text = f" {key} {page.title} {page.count(live, stage.now)} "
-        parts.append((1, text, "reverse") if key == shown else (4, text, ""))
+        parts.append((1, text, "reverse") if page is stage.page else (4, text, ""))
     parts.append((3, f"{sum(live._tally(1, 5.0, stage.now)) / 5:,.0f}/s ", "bold"))
     troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
     parts += [
@@ -3537,7 +3504,7 @@ def heading_line(view: View, stage: Stage) -> Line:
     if view.panels:
         kind, identity, *_ = view.panels[-1]
         return [(f" {kind} {printable(identity) if isinstance(identity, str) else ''}", "heading")]
-    page = PAGES[page_of(view, stage.state)]
+    page = stage.page
     order = orders_of(page)[view.order]
     sizes = widths_of(page.columns, stage.columns)
     texts = [(column.heading + "▾").replace(" ", "", 1) if column is order else column.heading for column, _ in sizes]
@@ -3546,7 +3513,7 @@ def heading_line(view: View, stage: Stage) -> Line:
 
 def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Line]:
     """Return what to do about a table without rows."""
-    text = PAGES[page_of(view, stage.state)].empty
+    text = stage.page.empty
     if not stage.state.event_count:
         text = f"no events yet on {status.get('url')} — try: {status.get('hint')}"
     elif view.filter:
@@ -3561,7 +3528,7 @@ def middle_lines(view: View, stage: Stage, rows: Sequence[Any], room: int) -> li
     if view.panels:
         lines = [line for line, _ in rows[top : top + room]]
     else:
-        sizes = widths_of(PAGES[page_of(view, stage.state)].columns, stage.columns)
+        sizes = widths_of(stage.page.columns, stage.columns)
         for _, record in rows[top : top + room]:
             line = []
             for column, size in sizes:
@@ -3581,7 +3548,7 @@ def footer_line(view: View, stage: Stage, rows: Sequence[Any], room: int) -> Lin
         parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
         keys = "panel" if chosen < 0 else "linked"
     elif view.typing or view.filter:
-        total = len(PAGES[page_of(view, stage.state)].items(stage.state))
+        total = len(stage.page.items(stage.state))
         text, many = printable(view.filter), f" {len(rows):,} of {total:,} "
         while text and cells(text) + len(many) + 3 > stage.columns:
             text = text[1:]
@@ -3627,7 +3594,7 @@ def move(by: float, view: View, stage: Stage) -> View:
     """Go `by` rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
     rows, room = rows_of(view, stage), max(1, layout(view, stage.rows)[-1])
     chosen, top = place(view, rows, room)
-    step = by if isinstance(by, int) or by in (inf, -inf) else by * room
+    step = by if isinstance(by, int) or by in (inf, -inf) else int(by * room) or int(copysign(1, by))
     if view.panels:
         return scroll(view, top=int(max(0, min(top + step, len(rows) - room))))
     index = int(max(0, min(chosen + step, len(rows) - 1)))
@@ -3642,11 +3609,17 @@ def turn(page: str, view: View, stage: Stage) -> View:
 def tab(view: View, stage: Stage) -> View:
     """Go to the next page; in a panel, choose the next link."""
     if not view.panels:
-        return turn(str(int(page_of(view, stage.state)) % len(PAGES) + 1), view, stage)
+        return turn(str(int(view.page) % len(PAGES) + 1), view, stage)
     rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
     view = scroll(view, link=view.panels[-1].link + 1)
     chosen, top = place(view, rows, room)
     return view if top <= chosen < top + room else scroll(view, top=max(0, chosen - room // 2))
+
+
+def push(view: View, kind: str, identity: Any = "") -> View:
+    """Open a panel above what is open, unless that is the same."""
+    same = view.panels and view.panels[-1][:2] == (kind, identity)
+    return view if same else view._replace(panels=(*view.panels, Panel(kind, identity))[-MAX_PANELS:], typing=False)
 
 
 def enter(view: View, stage: Stage) -> View:
@@ -3655,8 +3628,7 @@ def enter(view: View, stage: Stage) -> View:
     chosen, _ = place(view, rows, 1)
     if not rows or chosen < 0:
         return view
-    link = rows[chosen][1] if view.panels else (PAGES[page_of(view, stage.state)].kind, rows[chosen][0])
-    return view._replace(panels=(*view.panels, Panel(*link))[-MAX_PANELS:])
+    return push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
 
 
 def show(field: str, view: View, stage: Stage) -> View:
@@ -3665,21 +3637,12 @@ def show(field: str, view: View, stage: Stage) -> View:
     kind, identity = view.panels[-1][:2] if view.panels else ("event", rows[place(view, rows, 1)[0]][1] if rows else {})
     if kind == "event":
         identity = identity.get("uuid")
-    if not isinstance(identity, str) or kind in (field, "worker", "keys"):
-        return view
-    return view._replace(panels=(*view.panels, Panel(field, identity))[-MAX_PANELS:])
-
-
-def ask(view: View, stage: Stage) -> View:
-    """Open the panel about the keys."""
-    return (
-        view if view.panels and view.panels[-1].kind == "keys" else view._replace(panels=(*view.panels, Panel("keys")))
-    )
+    return push(view, field, identity) if isinstance(identity, str) and kind not in ("worker", "keys") else view
 
 
 def sort(view: View, stage: Stage) -> View:
     """Sort the table by the next column."""
-    return view._replace(order=(view.order + 1) % len(orders_of(PAGES[page_of(view, stage.state)])))
+    return view._replace(order=(view.order + 1) % len(orders_of(stage.page)))
 
 
 def freeze(view: View, stage: Stage) -> View:
@@ -3739,7 +3702,7 @@ KEYS: dict[str, Callable[[View, Stage], View]] = {
     "^I": tab,
     "t": partial(show, "traceback"),
     "r": partial(show, "result"),
-    "?": ask,
+    "?": lambda view, stage: push(view, "keys"),
     "s": sort,
     " ": freeze,
     "c": clear,
@@ -3907,6 +3870,7 @@ class Terminal:
         curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | self._button5)
         curses.mouseinterval(0)
         window.nodelay(True)
+        curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
         try:
             curses.curs_set(0)
         except curses.error:
@@ -3972,20 +3936,24 @@ class Terminal:
 
     def pressed(self) -> Iterator[str]:
         """Yield the keys that were pressed, as press() takes them."""
-        keys = iter(self._read, None)
-        for key in keys:
+        for key in iter(self._read, None):
             if key == self._curses.KEY_MOUSE:
                 yield from self._mouse()
+            elif key == "\x1b" and self._skip_sequence():
+                continue
             elif isinstance(key, str) and key.isprintable():
                 yield key
-            elif key == "\x1b":
-                following = next(keys, "")
-                if following in ("[", "O"):  # a sequence that curses does not know: up to its final letter
-                    any("@" <= str(other) <= "~" for other in keys)
-                else:
-                    yield from ("^[", following)
             elif isinstance(key, int) or key < "\x80":
                 yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
+
+    def _skip_sequence(self) -> bool:
+        """Read what follows an Escape if it is a sequence that curses does not know, up to its final letter."""
+        key = self._read()
+        if key in ("[", "O"):
+            return any("@" <= str(other) <= "~" for other in iter(self._read, None)) or True
+        if key is not None:
+            (self._curses.ungetch if isinstance(key, int) else self._curses.unget_wch)(key)
+        return False
 
     def _read(self) -> Any:
         """Return the next character, the number of a key that is none, or None."""
@@ -4081,10 +4049,10 @@ class Monitor:
         self._view = View()
         self._signals: set[int] = set()  # that have come and are still to be heeded
         self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._heard = self._painted = self._due = time.monotonic()  # the last event and picture; when one may be next
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
-        self._unread = 0  # looks at the keyboard that found nothing where there was something to read
 
     def run(self) -> None:
         """Show the screen until the user quits. SIGTERM raises SystemExit once the terminal is as it was."""
@@ -4121,8 +4089,8 @@ class Monitor:
             for event in self._source.take():
                 self._state.event(event)
                 self._heard = time.monotonic()
-            if self._source.is_over(time.monotonic() - self._heard) or self._unread > MAX_UNREAD:
-                return
+            if self._source.is_over(time.monotonic() - self._heard) or not sys.stdin.isatty():
+                return  # the latter when the terminal is gone
             if SIGCONT in self._signals:
                 self._signals.remove(SIGCONT)
                 self._drawn = None
@@ -4130,9 +4098,9 @@ class Monitor:
             where = (*terminal.size(), self._source.now())
             for key in terminal.pressed():
                 self._view = self._state.freeze_while(press, self._view, key, self._state, *where)
-                self._drawn, self._due, self._unread = None, self._painted + FRAME_TIME, 0
-                if self._view.done:
-                    break  # what is typed further is for whoever reads next
+                self._drawn, self._due = None, self._painted + FRAME_TIME
+                if self._view.done or time.monotonic() > self._due:
+                    break  # what is typed further is for whoever reads next, or must wait for the events
             self._wait(self._draw(terminal, *where))
 
     def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
@@ -4147,15 +4115,15 @@ class Monitor:
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now
-        return 1 - wall % 1 if counts else MAX_SLEEP * 2
+        return max(FRAME_TIME, 1 - wall % 1) if counts else MAX_SLEEP * 2
 
     def _wait(self, longest: float) -> None:
         """Wait for events, keys and signals."""
-        inputs = [sys.stdin, self._wake, *self._source.files]
-        ready = select.select(inputs, [], [], max(0.0, self._source.pause(longest)))[0]
-        self._unread += sys.stdin in ready
-        if self._wake in ready:
+        wait_for(self._source.pause(longest), sys.stdin, self._wake, *self._source.files)
+        try:
             self._wake.recv(4096)
+        except BlockingIOError:
+            pass  # no signal came
 
 
 def has_terminal() -> bool:
