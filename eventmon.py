@@ -81,8 +81,7 @@ if TYPE_CHECKING:
     Span = tuple[str, str]
     Line = list[Span]
     Row = tuple[Line, Any]
-    Cell = Callable[[Mapping[str, Any], float], Span]
-    Order = Callable[[Mapping[str, Any], float], Any]
+    Text = Callable[[Mapping[str, Any], float], str]
     Known = tuple[bytes, bytes, bool, int]  # see Dispatcher._look_up()
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
@@ -149,7 +148,7 @@ MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
 MAX_SHOWN = 1000  # characters of any value in a line on the screen
 MAX_DETAIL = 65536  # characters of any value that is shown whole
-MAX_LINES = 2000  # of such a value
+MAX_ROWS = 2000  # of everything about a task, a worker or an event
 MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
 MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
 MAX_GLYPHS = 4096  # characters whose width is remembered
@@ -956,7 +955,7 @@ def listen(url: Url) -> socket.socket:
     return sock
 
 
-def wait_for(seconds: float, *socks: socket.socket) -> None:
+def wait_for(seconds: float, *socks: Any) -> None:
     """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
     try:
         if not hasattr(select, "poll"):
@@ -2832,6 +2831,7 @@ HINTS = {  # the most important first
     "panel": ("q back", "j/k scroll", "t traceback", "r result"),
     "linked": ("q back", "j/k scroll", "tab next link", "enter go there", "t traceback", "r result"),
 }
+DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
 NOTHING: Mapping[str, Any] = {}
 INVISIBLE = "\u200c\u200d\ufe0e\ufe0f"  # joiners and variation selectors: few terminals agree on what they make wide
 HELP = """
@@ -2956,23 +2956,20 @@ def fit_line(line: Line, width: int) -> Line:
     return [*fitted, (" " * width, fitted[-1][1] if fitted else "")] if width else fitted
 
 
-def wrap(value: Any, width: int) -> list[str]:
-    """Return a value as printable lines of at most `width` columns, broken at a space where one is near."""
+def wrap(value: Any, width: int) -> Iterator[str]:
+    """Yield a value as printable lines of at most `width` columns, broken at a space where one is near."""
     text = text_of(value, MAX_DETAIL)
-    lines: list[str] = []
-    given = text.expandtabs(4).splitlines()
-    for line in given[:MAX_LINES]:
-        rest = printable(line, len(line))
+    for line in text.expandtabs(4).splitlines() or [""]:
+        rest = printable(line, len(line)).rstrip()
         indent = rest[: min(len(rest) - len(rest.lstrip()), width // 4)]  # of what is continued, too
         while (size := max(1, chars_in(rest, width))) < len(rest):
             space = rest.rfind(" ", size * 2 // 3, size + 1)
             size = space + 1 if space > 0 else size
-            lines.append(rest[:size].rstrip())
+            yield rest[:size].rstrip()
             rest = indent + rest[size:]
-        lines.append(rest)
-    if len(given) > MAX_LINES or isinstance(value, str) and len(value) > MAX_DETAIL:
-        lines.append("… and more")
-    return lines
+        yield rest
+    if len(text) == MAX_DETAIL:
+        yield "… and more"
 
 
 def local_time(form: str, seconds: Any) -> str:
@@ -2990,21 +2987,21 @@ def clock_time(seconds: Any, now: float) -> str:
 
 def fine_time(form: str, seconds: Any) -> str:
     """Return a time as local time to the millisecond, "" for what is none."""
+    seconds = round(number(seconds, inf), 3)
     text = local_time(form, seconds)
-    return f"{text}.{int(seconds % 1 * 1000):03d}" if text else ""
+    return f"{text}.{round(seconds * 1000) % 1000:03d}" if text else ""
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in at most 6 characters."""
+    """Return a length of time in at most 6 characters, if it is below 270 years."""
     seconds = max(0.0, seconds)
-    for limit, text in (
-        (0.9995, f"{seconds * 1000:.0f}ms"),
-        (99.95, f"{seconds:.1f}s"),
-        (5999, f"{seconds / 60:.0f}m"),
-    ):
-        if seconds < limit:
-            return text
-    return f"{seconds / 3600:.0f}h" if seconds < 360000 else f"{seconds / 86400:.0f}d"
+    if seconds < 99.95:
+        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if minutes < 100:
+        return f"{minutes}m{second:02d}s"
+    return f"{hours}h{minute:02d}m" if hours < 100 else f"{hours // 24}d"
 
 
 def seconds_run(task: Mapping[str, Any], now: float) -> float | None:
@@ -3017,34 +3014,112 @@ def seconds_run(task: Mapping[str, Any], now: float) -> float | None:
     return float((task["timestamp"] if state in FINISHED else now) - start)
 
 
-def outcome_of(task: Mapping[str, Any]) -> str:
+# Texts: functions (record, now) -> text of a record, a task, worker or event. They make cells, and filters look at them.
+
+
+def field(key: str) -> Text:
+    """Return a text: a field."""
+    return lambda record, now: printable(record.get(key))
+
+
+def time_of(task: Mapping[str, Any], now: float) -> str:
+    """Return when something new was heard of a task."""
+    return clock_time(task["timestamp"], now)
+
+
+def uuid_of(task: Mapping[str, Any], now: float) -> str:
+    """Return the start of a task's uuid."""
+    return printable(task["uuid"], 8)
+
+
+def host_of(task: Mapping[str, Any], now: float) -> str:
+    """Return the worker that has a task, or else the client that sent it."""
+    return printable(task["worker"] if "worker" in task else task.get("client"))
+
+
+def run_of(task: Mapping[str, Any], now: float) -> str:
+    """Return how long a task took, or has taken so far."""
+    seconds = seconds_run(task, now)
+    return "" if seconds is None else duration(seconds)
+
+
+def outcome_of(task: Mapping[str, Any], now: float) -> str:
     """Return what matters most of a task: its exception, result, progress or arguments."""
-    for name in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
-        if task.get(name) is not None:
-            return printable(task[name])
-    given = " ".join(printable(task[name]) for name in ("args", "kwargs") if task.get(name) not in (None, "{}"))
+    for key in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
+        if task.get(key) is not None:
+            return printable(task[key])
+    texts = (printable(task.get("args")), printable(task.get("kwargs")))
+    given = " ".join(text for text in texts if text not in ("", "{}"))
     done = number(task.get("progress"), -1.0)
     if task["state"] in FINISHED or not 0 <= done <= 1:
         return given
     return f"{'━' * round(done * 8):─<8} {done:4.0%} {given}"
 
 
-def event_text(event: Mapping[str, Any]) -> str:
+def task_text(task: Mapping[str, Any], now: float) -> str:
+    """Return all of a task in which a filter looks for a word."""
+    keys = ("name", "uuid", "worker", "client", "state", "args", "kwargs", "result", "exception")
+    return "\n".join([printable(task[key]) for key in keys if key in task])
+
+
+def status_of(worker: Mapping[str, Any], now: float) -> str:
+    """Return whether a worker is alive."""
+    return "alive" if State._is_alive(worker, now) else "gone"
+
+
+def heard_of(worker: Mapping[str, Any], now: float) -> str:
+    """Return how long ago something was heard of a worker."""
+    return duration(now - worker["heard"]) if worker["heard"] > -inf else ""
+
+
+def load_of(worker: Mapping[str, Any], now: float) -> str:
+    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
+    load = worker.get("loadavg")
+    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load)
+
+
+def software_of(worker: Mapping[str, Any], now: float) -> str:
+    """Return what a worker runs."""
+    return " ".join(printable(worker[key]) for key in ("sw_ident", "sw_ver", "sw_sys") if key in worker)
+
+
+def worker_text(worker: Mapping[str, Any], now: float) -> str:
+    """Return all of a worker in which a filter looks for a word."""
+    return f"{printable(worker['hostname'])}\n{status_of(worker, now)}\n{software_of(worker, now)}"
+
+
+def moment_of(event: Mapping[str, Any], now: float) -> str:
+    """Return when an event happened."""
+    return fine_time("%H:%M:%S", event.get("timestamp"))
+
+
+def event_state(event: Mapping[str, Any], now: float) -> str:
+    """Return the state that an event tells a task to have."""
+    kind = printable(event.get("type"))
+    return TASK_STATES.get(kind) or (kind[5:].upper() if kind.startswith("task-") else "")
+
+
+def fields_of(event: Mapping[str, Any], now: float = 0.0) -> str:
     """Return what an event tells beside its type, time and host."""
     shown_apart = ("type", "timestamp", "hostname", "local_received", "utcoffset", "clock", "pid")
-    rest = (
-        f"{printable(key)}={printable(event[key])}"
-        for key in event
-        if key not in shown_apart and event[key] is not None
-    )
-    return " ".join(islice(rest, MAX_FIELDS))[:MAX_SHOWN]
+    told = (key for key in event if key not in shown_apart and event[key] is not None)
+    return " ".join([f"{printable(key)}={printable(event[key])}" for key in islice(told, MAX_FIELDS)])[:MAX_SHOWN]
+
+
+def short_fields(event: Mapping[str, Any], now: float) -> str:
+    """Return the same, with the start of each uuid only."""
+    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", fields_of(event))
+
+
+def event_text(event: Mapping[str, Any], now: float) -> str:
+    """Return all of an event in which a filter looks for a word."""
+    return f"{printable(event.get('type'))}\n{printable(event.get('hostname'))}\n{fields_of(event)}"
 
 
 def plain_line(event: Mapping[str, Any]) -> str:
     """Return an event as a line for people."""
-    moment = local_time("%H:%M:%S", event.get("timestamp"))
-    parts = (moment, printable(event.get("type")), printable(event.get("hostname")), event_text(event))
-    return "  ".join(filter(None, parts))
+    texts = (local_time("%H:%M:%S", event.get("timestamp")), *event_text(event, 0.0).split("\n"))
+    return "  ".join(filter(None, texts))
 
 
 def json_line(event: Mapping[str, Any]) -> str:
@@ -3055,113 +3130,98 @@ def json_line(event: Mapping[str, Any]) -> str:
         return json.dumps(plain(event))
 
 
-Column = namedtuple("Column", ["heading", "width", "share", "rank", "cell", "order"], defaults=(None,))
-Column.__doc__ = """A column of a table: its heading; its least width, and its share of what is beyond all of these; its
-rank, the highest being left out first; cell(record, now) -> span; order(record, now), which it is sorted by, or None."""
-
-
-def field(key: str, style: str = "", width: int = 0) -> Cell:
-    """Return a cell that shows a field, at the right of `width` columns."""
-    return lambda record, now: (printable(record.get(key)).rjust(width), style)
-
-
-def by(key: str) -> Order:
-    """Return an order by a field, as text, whatever the case."""
-    return lambda record, now: printable(record.get(key)).lower()
-
-
-def by_number(key: str) -> Order:
-    """Return an order by a number, the highest first."""
-    return lambda record, now: -number(record.get(key), -1.0)
-
-
-def run_of(task: Mapping[str, Any], now: float) -> str:
-    """Return how long a task took, or has taken so far, as text."""
-    seconds = seconds_run(task, now)
-    return "" if seconds is None else duration(seconds)
-
-
-def load_of(worker: Mapping[str, Any]) -> str:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
-    load = worker.get("loadavg")
-    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load)
-
-
-def status_of(worker: Mapping[str, Any], now: float) -> Span:
-    """Return whether a worker is alive."""
-    return ("alive", "green") if State._is_alive(worker, now) else ("gone", "red")
-
-
-def style_of(task: Mapping[str, Any]) -> str:
+def state_style(task: Mapping[str, Any], now: float) -> str:
     """Return the style of a task's state."""
     return STYLES.get(task["state"], "cyan")
 
 
-def short_uuids(text: str) -> str:
-    """Return a text with the start of each uuid only."""
-    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text)
+def name_style(task: Mapping[str, Any], now: float) -> str:
+    """Return the style of a task's name: bold until it is finished."""
+    return "" if task["state"] in FINISHED else "bold"
 
 
-AS_IT_COMES: Order = lambda record, now: 0  # noqa: E731 - all the same, so that they stay as they are
+def outcome_style(task: Mapping[str, Any], now: float) -> str:
+    """Return the style of a task's outcome: a failure stands out."""
+    return "red" if task["state"] == "FAILURE" else ""
+
+
+def status_style(worker: Mapping[str, Any], now: float) -> str:
+    """Return the style of a worker's status."""
+    return "green" if State._is_alive(worker, now) else "red"
+
+
+def type_style(event: Mapping[str, Any], now: float) -> str:
+    """Return the style of an event's type."""
+    return EVENT_STYLES.get(printable(event.get("type")), "bold")
+
+
+def as_it_comes(record: Mapping[str, Any], now: float) -> int:
+    """Return the same for all, so that they stay as they are: an order."""
+    return 0
+
+
+def longest_first(task: Mapping[str, Any], now: float) -> float:
+    """Return an order: the task that took, or has taken, longest first."""
+    seconds = seconds_run(task, now)
+    return inf if seconds is None else -seconds
+
+
+def by(text: Text) -> Callable[[Mapping[str, Any], float], str]:
+    """Return an order by a text, whatever the case."""
+    return lambda record, now: text(record, now).lower()
+
+
+def by_number(key: str) -> Callable[[Mapping[str, Any], float], float]:
+    """Return an order by a field, the highest number first."""
+    return lambda record, now: -number(record.get(key), -inf)
+
+
+class Column(
+    namedtuple("Column", ["heading", "width", "share", "rank", "text", "style", "order"], defaults=("", None))
+):
+    """A column of a table: its heading, which starts with a space if it stands at the right; its least width, and its
+    share of what is beyond all of these; its rank, the highest being left out first; its text; its style, a name or a
+    function (record, now) -> name; what it is sorted by, a function (record, now), or None."""
+
+    __slots__ = ()
+
+
 TASK_COLUMNS = (
-    Column("TIME", 8, 0.0, 4, lambda task, now: (clock_time(task["timestamp"], now), "dim"), AS_IT_COMES),
-    Column("STATE", 8, 0.0, 2, lambda task, now: (printable(task["state"]), style_of(task)), by("state")),
-    Column(
-        *("NAME", 11, 0.3, 1),
-        lambda task, now: (printable(task.get("name")), "" if task["state"] in FINISHED else "bold"),
-        by("name"),
-    ),
-    Column("UUID", 8, 0.0, 7, lambda task, now: (printable(task["uuid"], 8), "dim")),
-    Column(
-        "WORKER", 10, 0.2, 6, lambda task, now: (printable(task.get("worker") or task.get("client")), ""), by("worker")
-    ),
-    Column(
-        *("   RUN", 6, 0.0, 3),
-        lambda task, now: (run_of(task, now).rjust(6), ""),
-        lambda task, now: -(seconds_run(task, now) or -1.0),
-    ),
-    Column("RESULT", 12, 0.5, 5, lambda task, now: (outcome_of(task), "red" if task["state"] == "FAILURE" else "")),
+    Column("TIME", 8, 0.0, 4, time_of, "dim", as_it_comes),
+    Column("STATE", 8, 0.0, 2, field("state"), state_style, by(field("state"))),
+    Column("NAME", 11, 0.3, 1, field("name"), name_style, by(field("name"))),
+    Column("UUID", 8, 0.0, 7, uuid_of, "dim"),
+    Column("WORKER", 10, 0.2, 6, host_of, "", by(host_of)),
+    Column("   RUN", 6, 0.0, 3, run_of, "", longest_first),
+    Column("RESULT", 12, 0.5, 5, outcome_of, outcome_style),
 )
 WORKER_COLUMNS = (
-    Column("WORKER", 16, 0.4, 1, field("hostname", "bold"), AS_IT_COMES),
-    Column("STATUS", 7, 0.0, 2, status_of, by_number("heard")),
-    Column("    PID", 7, 0.0, 6, field("pid", "", 7)),
-    Column(" ACTIVE", 7, 0.0, 3, field("active", "", 7), by_number("active")),
-    Column("    DONE", 8, 0.0, 4, field("processed", "", 8), by_number("processed")),
-    Column(
-        " HEARD",
-        6,
-        0.0,
-        5,
-        lambda worker, now: ((duration(now - worker["heard"]) if worker["heard"] > 0 else "").rjust(6), ""),
-    ),
-    Column("LOAD", 14, 0.0, 7, lambda worker, now: (load_of(worker), "")),
-    Column(
-        *("SOFTWARE", 14, 0.6, 8),
-        lambda worker, now: (f"{printable(worker.get('sw_ident'))} {printable(worker.get('sw_ver'))}", "dim"),
-    ),
+    Column("WORKER", 16, 0.4, 1, field("hostname"), "bold", as_it_comes),
+    Column("STATUS", 7, 0.0, 2, status_of, status_style, by(status_of)),
+    Column("    PID", 7, 0.0, 6, field("pid")),
+    Column(" ACTIVE", 7, 0.0, 3, field("active"), "", by_number("active")),
+    Column("    DONE", 8, 0.0, 4, field("processed"), "", by_number("processed")),
+    Column(" HEARD", 6, 0.0, 5, heard_of),
+    Column("LOAD", 14, 0.0, 7, load_of),
+    Column("SOFTWARE", 14, 0.6, 8, software_of, "dim"),
 )
 EVENT_COLUMNS = (
-    Column("TIME", 12, 0.0, 3, lambda event, now: (fine_time("%H:%M:%S", event.get("timestamp")), "dim"), AS_IT_COMES),
-    Column(
-        *("TYPE", 14, 0.15, 1),
-        lambda event, now: (printable(event.get("type")), EVENT_STYLES.get(str(event.get("type")), "bold")),
-        by("type"),
-    ),
-    Column("HOST", 12, 0.15, 4, field("hostname"), by("hostname")),
-    Column("FIELDS", 16, 0.7, 2, lambda event, now: (short_uuids(event_text(event)), "")),
+    Column("TIME", 12, 0.0, 3, moment_of, "dim", as_it_comes),
+    Column("TYPE", 14, 0.15, 1, field("type"), type_style, by(field("type"))),
+    Column("HOST", 12, 0.15, 4, field("hostname"), "", by(field("hostname"))),
+    Column("FIELDS", 16, 0.7, 2, short_fields),
 )
 
 
 class Page(namedtuple("Page", ["title", "kind", "count", "items", "columns", "words", "fields", "empty"])):
     """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; items(state) -> list of
-    (identity, record), in the order of its first column that has one; the fields in which a filter looks for words,
-    () being all, and those that it can name; what to say if the table is empty."""
+    (identity, record), in the order of its first column; the text in which a filter looks for words, and those in which
+    it does by name; what to say if the table is empty."""
 
     __slots__ = ()
 
 
-def workers_count(state: State, now: float) -> str:
+def alive_of(state: State, now: float) -> str:
     """Return how many workers are alive, and if others are known, of how many."""
     alive, known = len(state.alive_workers(now)), len(state.workers)
     return f"{alive:,}" if alive == known else f"{alive:,}/{known:,}"
@@ -3169,40 +3229,33 @@ def workers_count(state: State, now: float) -> str:
 
 PAGES = {
     "1": Page(
-        *(
-            "Tasks",
-            "task",
-            lambda state, now: f"{len(state.tasks):,}",
-            lambda state: list(state.tasks_by_time()),
-            TASK_COLUMNS,
-        ),
-        ("name", "uuid", "worker", "state", "args", "kwargs", "result", "exception"),
-        {"name": "name", "uuid": "uuid", "worker": "worker", "host": "worker", "state": "state"},
+        *("Tasks", "task", lambda state, now: f"{len(state.tasks):,}", lambda state: list(state.tasks_by_time())),
+        *(TASK_COLUMNS, task_text),
+        {"name": field("name"), "uuid": field("uuid"), "worker": host_of, "host": host_of, "state": field("state")},
         "no tasks yet: 3 shows every event",
     ),
     "2": Page(
-        *("Workers", "worker", workers_count, lambda state: sorted(state.workers.items()), WORKER_COLUMNS),
-        ("hostname", "pid", "sw_ident", "sw_ver", "sw_sys"),
-        {"worker": "hostname", "host": "hostname"},
+        *("Workers", "worker", alive_of, lambda state: sorted(state.workers.items()), WORKER_COLUMNS, worker_text),
+        dict.fromkeys(("worker", "host"), field("hostname")),
         "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
     ),
     "3": Page(
-        *(
-            "Events",
-            "event",
-            lambda state, now: f"{state.event_count:,}",
-            lambda state: [(event, event) for event in reversed(state.recent)],
-        ),
-        *(EVENT_COLUMNS, ()),
-        {"type": "type", "host": "hostname", "worker": "hostname", "name": "name", "uuid": "uuid"},
+        *("Events", "event", lambda state, now: f"{state.event_count:,}"),
+        *(lambda state: [(event, event) for event in reversed(state.recent)], EVENT_COLUMNS, event_text),
+        {
+            **dict.fromkeys(("worker", "host"), field("hostname")),
+            "type": field("type"),
+            "name": field("name"),
+            "uuid": field("uuid"),
+            "state": event_state,
+        },
         "no events yet",
     ),
 }
 
 
-class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("", 0, 0))):
-    """What is open above the table: its kind, what it is about, its first row on the screen, the number of the link
-    that is chosen."""
+class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("", 0, None))):
+    """What is open above the table: its kind, what it is about, its first row on the screen, the chosen link."""
 
     __slots__ = ()
 
@@ -3210,15 +3263,15 @@ class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("
 class View(
     namedtuple(
         "View",
-        ["page", "selected", "anchor", "order", "filter", "typing", "panels", "frozen", "done"],
-        defaults=("", None, 0, 0, "", False, (), None, False),
+        ["page", "selected", "index", "anchor", "order", "filter", "typing", "panels", "frozen", "done"],
+        defaults=("", None, 0, 0, 0, "", False, (), None, False),
     )
 ):
     """What the user has chosen to see.
 
-    A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, and the
-    line of the table where it stands; the number of the order; the filter, and whether it is being typed; the open
-    panels, the uppermost last; the State and the time that stay on the screen, or None; whether to quit.
+    A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, its
+    index then, and the line of the table where it stays; the number of the order; the filter, and whether it is being
+    typed; the open panels, the uppermost last; the State and time that stay on the screen, or None; whether to quit.
     """
 
     __slots__ = ()
@@ -3251,8 +3304,8 @@ def stage_of(state: State, view: View, rows: int, columns: int, now: float) -> S
     return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then)
 
 
-def terms_of(text: str, page: Page) -> Iterator[tuple[Sequence[Any], list[str]]]:
-    """Yield the terms of a filter: fields, and alternatives of which one is to be found there.
+def terms_of(text: str, page: Page) -> Iterator[tuple[Text, list[str]]]:
+    """Yield the terms of a filter: a text, and alternatives of which one is to be found there.
 
     A term that names a field of another page than this is none.
     """
@@ -3262,15 +3315,14 @@ def terms_of(text: str, page: Page) -> Iterator[tuple[Sequence[Any], list[str]]]
         if not colon or not any(name in other.fields for other in PAGES.values()):
             yield page.words, [word]
         elif name in page.fields and alternatives:
-            yield (page.fields[name],), alternatives
+            yield page.fields[name], alternatives
 
 
-def matches(record: Mapping[str, Any], terms: Iterable[tuple[Sequence[Any], list[str]]]) -> bool:
+def matches(record: Mapping[str, Any], terms: Iterable[tuple[Text, list[str]]], now: float) -> bool:
     """Whether each of the terms is found in a record."""
-    for fields, alternatives in terms:
-        values = [record.get(field) for field in fields] if fields else [dict(record)]
-        text = "\n".join([text_of(value, MAX_SHOWN) for value in values if value is not None]).lower()
-        if not any(alternative in text for alternative in alternatives):
+    for text, alternatives in terms:
+        found = text(record, now).lower()
+        if not any(alternative in found for alternative in alternatives):
             return False
     return True
 
@@ -3282,122 +3334,138 @@ def orders_of(page: Page) -> list[Any]:
 
 def table_of(view: View, stage: Stage) -> list[tuple[Any, Any]]:
     """Return (identity, record) of the rows of the table, filtered and sorted."""
-    page = stage.page
-    terms = list(terms_of(view.filter, page))
-    table = [row for row in page.items(stage.state) if matches(row[1], terms)] if terms else page.items(stage.state)
+    table = stage.page.items(stage.state)
+    terms = list(terms_of(view.filter, stage.page))
+    if terms:
+        table = [row for row in table if matches(row[1], terms, stage.now)]
     if view.order:
-        order = orders_of(page)[view.order].order
+        order = orders_of(stage.page)[view.order].order
         table.sort(key=lambda row: order(row[1], stage.now))
-    return table
+    return table  # type: ignore[no-any-return]
 
 
 # What a panel shows: rows, each a line and the link that it is, (kind, identity) of another panel, or None.
 
 
-def entry(label: str, value: Any, width: int, style: str = "") -> list[Row]:
-    """Return a labelled value as rows."""
+def entry(label: str, value: Any, width: int, style: str = "") -> Iterator[Row]:
+    """Yield a labelled value as rows."""
     indent = min(12, width // 4)
-    texts = wrap(value, max(1, width - indent)) or [""]
     labels = chain((label,), repeat(""))
-    return [([(fit(name, indent), "dim"), (text, style)], None) for name, text in zip(labels, texts)]
+    for text, name in zip(wrap(value, max(1, width - indent)), labels):
+        yield [(fit(name, indent), "dim"), (text, style)], None
 
 
-def task_link(label: str, uuid: str, stage: Stage) -> list[Row]:
-    """Return a row that leads to a task."""
-    task = stage.state.tasks.get(uuid)
-    if task is None:
-        return entry(label, f"{uuid}  not in memory", stage.columns, "dim")
-    text = f"{uuid[:8]}  {task['state']}  {printable(task.get('name'))}  {outcome_of(task)}"
-    [(line, _)] = entry(label, "", stage.columns)
-    text = fit(printable(text), max(0, stage.columns - cells(line[0][0])))
-    return [([line[0], (text, style_of(task))], ("task", uuid))]
-
-
-def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> list[Row]:
-    """Return rows of the fields that are not shown already."""
-    rest = [key for key in record if key not in shown]
-    return [row for key in rest for row in entry(printable(key), record[key], width)]
-
-
-def times_of(task: Mapping[str, Any], width: int) -> list[Row]:
-    """Return rows with the times of a task's transitions, and what went by between them."""
-    rows, before = [], None
-    for name in sorted((name for name in TRANSITIONS if name in task), key=task.__getitem__):
-        since = "" if before is None else f"  +{duration(task[name] - before)}"
-        rows += entry(name, fine_time("%Y-%m-%d %H:%M:%S", task[name]) + since, width)
-        before = task[name]
-    return rows
-
-
-def relatives_of(task: Mapping[str, Any], stage: Stage) -> list[Row]:
-    """Return rows that lead to a task's parent, root and children."""
-    uuid, rows = task["uuid"], []
-    for label in ("parent", "root"):
-        relative = task.get(f"{label}_id")
-        if isinstance(relative, str) and relative != uuid:
-            rows += task_link(label, relative, stage)
-    children = [child for child in task["children"] if child != uuid]
-    for index, child in enumerate(children[:MAX_LINKS]):
-        rows += task_link("" if index else "children", child, stage)
-    if len(children) > MAX_LINKS:
-        rows += entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
-    return rows
-
-
-def part_rows(field: str, uuid: str, stage: Stage) -> list[Row]:
-    """Return the whole of one field of a task, its lines kept."""
-    value = stage.state.tasks.get(uuid, {}).get(field)
-    return [([(text, "")], None) for text in wrap(f"no {field}" if value is None else value, stage.columns) or [""]]
-
-
-def task_rows(uuid: str, stage: Stage) -> list[Row]:
-    """Return everything about a task."""
+def task_link(label: str, uuid: str, stage: Stage) -> Iterator[Row]:
+    """Yield a row that leads to a task."""
     task, width = stage.state.tasks.get(uuid), stage.columns
     if task is None:
-        return entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
-    rows = entry("name", task.get("name"), width, "bold") + entry("uuid", uuid, width)
-    rows += entry("state", f"{task['state']}  {run_of(task, stage.now)}", width, style_of(task))
+        yield from entry(label, f"{uuid}  not in memory", width, "dim")
+        return
+    texts = (
+        uuid_of(task, stage.now),
+        printable(task["state"]),
+        printable(task.get("name")),
+        outcome_of(task, stage.now),
+    )
+    line, _ = next(entry(label, "", width))
+    yield [line[0], ("  ".join(texts), state_style(task, stage.now))], ("task", uuid)
+
+
+def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> Iterator[Row]:
+    """Yield rows of the fields that are not shown already."""
+    for key in record:
+        if key not in shown:
+            yield from entry(printable(key), record[key], width)
+
+
+def times_of(task: Mapping[str, Any], width: int) -> Iterator[Row]:
+    """Yield rows with the times of a task's transitions, and what went by between them."""
+    before = None
+    for name in sorted((name for name in TRANSITIONS if name in task), key=task.__getitem__):
+        since = "" if before is None else f"  +{duration(task[name] - before)}"
+        yield from entry(name, fine_time(DAY_AND_TIME, task[name]) + since, width)
+        before = task[name]
+
+
+def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
+    """Yield rows that lead to a task's parent, root and children."""
+    seen = {task["uuid"]}
+    for label in ("parent", "root"):
+        relative = task.get(f"{label}_id")
+        if isinstance(relative, str) and relative not in seen:
+            seen.add(relative)
+            yield from task_link(label, relative, stage)
+    children = [uuid for uuid in task["children"] if uuid not in seen]
+    for label, child in zip(chain(("children",), repeat("")), children[:MAX_LINKS]):
+        yield from task_link(label, child, stage)
+    if len(children) > MAX_LINKS:
+        yield from entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
+
+
+def part_rows(key: str, uuid: str, stage: Stage) -> Iterator[Row]:
+    """Yield the whole of one field of a task, its lines kept."""
+    value = stage.state.tasks.get(uuid, {}).get(key)
+    for text in wrap(f"no {key}" if value is None else value, stage.columns):
+        yield [(text, "")], None
+
+
+def task_rows(uuid: str, stage: Stage) -> Iterator[Row]:
+    """Yield everything about a task."""
+    task, width = stage.state.tasks.get(uuid), stage.columns
+    if task is None:
+        yield from entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
+        return
+    yield from entry("name", task.get("name"), width, "bold")
+    yield from entry("uuid", uuid, width)
+    yield from entry("state", f"{task['state']}  {run_of(task, stage.now)}", width, state_style(task, stage.now))
     for key in FIRST_SHOWN:
-        if task.get(key) is not None:
-            rows += entry(key, task[key], width, "red" if key == "exception" else "")
-    rows += times_of(task, width) + relatives_of(task, stage) + rest_of(task, SHOWN_APART, width)
-    return rows + [([("", "")], None)] + part_rows("traceback", uuid, stage) if task.get("traceback") else rows
+        if key in task:
+            yield from entry(key, task[key], width, "red" if key == "exception" else "")
+    yield from times_of(task, width)
+    yield from relatives_of(task, stage)
+    yield from rest_of(task, SHOWN_APART, width)
+    if "traceback" in task:
+        yield [("", "")], None
+        yield from part_rows("traceback", uuid, stage)
 
 
-def worker_rows(hostname: str, stage: Stage) -> list[Row]:
-    """Return everything about a worker, and the way to its latest tasks."""
+def worker_rows(hostname: str, stage: Stage) -> Iterator[Row]:
+    """Yield everything about a worker, and the way to its latest tasks."""
     worker, width = stage.state.workers.get(hostname), stage.columns
     if worker is None:
-        return entry("", f"{printable(hostname)} is not in memory", width)
-    status, style = status_of(worker, stage.now)
-    rows = entry("worker", hostname, width, "bold") + entry("status", status, width, style)
-    rows += entry("heard", fine_time("%Y-%m-%d %H:%M:%S", worker["heard"]), width)
-    rows += rest_of(worker, ("hostname", "heard", "timestamp"), width)
-    for index, (uuid, _) in enumerate(stage.state.tasks_by_worker(hostname, MAX_LINKS)):
-        rows += task_link("" if index else "tasks", uuid, stage)
-    return rows
+        yield from entry("", f"{hostname} is not in memory", width)
+        return
+    yield from entry("worker", hostname, width, "bold")
+    yield from entry("status", status_of(worker, stage.now), width, status_style(worker, stage.now))
+    yield from entry("heard", fine_time(DAY_AND_TIME, worker["heard"]), width)
+    yield from rest_of(worker, ("hostname", "heard", "timestamp"), width)
+    tasks = stage.state.tasks_by_worker(hostname, MAX_LINKS)
+    for label, (uuid, _) in zip(chain(("tasks",), repeat("")), tasks):
+        yield from task_link(label, uuid, stage)
 
 
-def event_rows(event: Mapping[str, Any], stage: Stage) -> list[Row]:
-    """Return everything about an event, and the way to its task."""
-    rows = entry("type", event.get("type"), stage.columns, "bold")
-    rows += entry("time", fine_time("%Y-%m-%d %H:%M:%S", event.get("timestamp")), stage.columns)
-    rows += rest_of(event, ("type", "timestamp"), stage.columns)
+def event_rows(event: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
+    """Yield everything about an event, and the way to its task."""
+    yield from entry("type", event.get("type"), stage.columns, type_style(event, stage.now))
+    yield from entry("time", fine_time(DAY_AND_TIME, event.get("timestamp")), stage.columns)
     uuid = event.get("uuid")
-    return rows + task_link("task", uuid, stage) if isinstance(uuid, str) else rows
+    if isinstance(uuid, str):
+        yield from task_link("task", uuid, stage)
+    yield from rest_of(event, ("type", "timestamp"), stage.columns)
 
 
-def help_rows(identity: Any, stage: Stage) -> list[Row]:
-    """Return what the keys do."""
-    return [([(text, "")], None) for text in wrap(HELP.strip(), stage.columns)]
+def help_rows(identity: Any, stage: Stage) -> Iterator[Row]:
+    """Yield what the keys do."""
+    for text in wrap(HELP.strip(), stage.columns):
+        yield [(text, "")], None
 
 
-PANELS: dict[str, Callable[[Any, Stage], list[Row]]] = {
+PANELS: dict[str, Callable[[Any, Stage], Iterator[Row]]] = {
     "task": task_rows,
     "worker": worker_rows,
     "event": event_rows,
     "keys": help_rows,
-    **{field: partial(part_rows, field) for field in ("traceback", "result")},
+    **{key: partial(part_rows, key) for key in ("traceback", "result")},
 }
 
 
@@ -3405,22 +3473,23 @@ def rows_of(view: View, stage: Stage) -> list[Any]:
     """Return what there is to scroll through: the rows of the uppermost panel, or else of the table."""
     if not view.panels:
         return table_of(view, stage)
-    panel = view.panels[-1]
-    return PANELS[panel.kind](panel.identity, stage)
-
-
-def link_of(panel: Panel, rows: Sequence[Row]) -> int:
-    """Return the index of the row that is the chosen link, -1 if there is none."""
-    links = [index for index, (_, link) in enumerate(rows) if link]
-    return links[panel.link % len(links)] if links else -1
+    kind, identity, *_ = view.panels[-1]
+    rows = list(islice(PANELS[kind](identity, stage), MAX_ROWS + 1))
+    return rows if len(rows) <= MAX_ROWS else [*rows[:MAX_ROWS], ([("… and more", "dim")], None)]
 
 
 def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, int]:
-    """Return the index of the selected row of a table or the chosen link of a panel, and of the row at the top."""
+    """Return the index of the selected row of a table, or of the chosen link of a panel, -1 without any; and of the row
+    at the top of the screen."""
     if view.panels:
         panel = view.panels[-1]
-        return link_of(panel, rows), max(0, min(panel.top, len(rows) - room))
-    chosen = 0 if view.selected is None else next((i for i, row in enumerate(rows) if row[0] is view.selected), 0)
+        links = [index for index, (_, link) in enumerate(rows) if link]
+        chosen = next((index for index in links if rows[index][1] == panel.link), links[0] if links else -1)
+        return chosen, max(0, min(panel.top, len(rows) - room))
+    chosen = 0
+    if view.selected is not None:  # stays where it was when it is gone
+        gone = max(0, min(view.index, len(rows) - 1))
+        chosen = next((index for index, row in enumerate(rows) if row[0] is view.selected), gone)
     return chosen, max(0, min(chosen - min(view.anchor, room - 1), len(rows) - room))
 
 
@@ -3504,11 +3573,12 @@ def heading_line(view: View, stage: Stage) -> Line:
     if view.panels:
         kind, identity, *_ = view.panels[-1]
         return [(f" {kind} {printable(identity) if isinstance(identity, str) else ''}", "heading")]
-    page = stage.page
-    order = orders_of(page)[view.order]
-    sizes = widths_of(page.columns, stage.columns)
-    texts = [(column.heading + "▾").replace(" ", "", 1) if column is order else column.heading for column, _ in sizes]
-    return [(" ".join([fit(text, size) for text, (_, size) in zip(texts, sizes)]), "heading")]
+    order = orders_of(stage.page)[view.order]
+    texts = []
+    for column, size in widths_of(stage.page.columns, stage.columns):
+        text = (column.heading + "▾").replace(" ", "", 1) if column is order else column.heading
+        texts.append(fit(text, size))
+    return [(" ".join(texts), "heading")]
 
 
 def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Line]:
@@ -3521,35 +3591,29 @@ def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Lin
     return [[(line, "")] for line in wrap(text, stage.columns)]
 
 
-def middle_lines(view: View, stage: Stage, rows: Sequence[Any], room: int) -> list[Line]:
-    """Return those rows of the table or panel that are on the screen."""
-    chosen, top = place(view, rows, room)
+def table_lines(rows: Iterable[tuple[Any, Any]], stage: Stage) -> list[Line]:
+    """Return rows of the table as lines."""
+    sizes = widths_of(stage.page.columns, stage.columns)
     lines = []
-    if view.panels:
-        lines = [line for line, _ in rows[top : top + room]]
-    else:
-        sizes = widths_of(stage.page.columns, stage.columns)
-        for _, record in rows[top : top + room]:
-            line = []
-            for column, size in sizes:
-                text, style = column.cell(record, stage.now)
-                line += [(fit(text, size), style), (" ", "")]
-            lines.append(line[:-1])
-    if top <= chosen < top + len(lines):
-        lines[chosen - top] = [(text, "selected") for text, _ in lines[chosen - top]]
+    for _, record in rows:
+        line = []
+        for column, size in sizes:
+            text = column.text(record, stage.now)
+            style = column.style(record, stage.now) if callable(column.style) else column.style
+            text = text.rjust(size) if column.heading.startswith(" ") else text
+            line += [(fit(text, size), style), (" ", "")]
+        lines.append(line[:-1])
     return lines
 
 
-def footer_line(view: View, stage: Stage, rows: Sequence[Any], room: int) -> Line:
+def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top: int, room: int) -> Line:
     """Return the filter with how many match, or which lines these are; and keys."""
     parts, keys = [], "table"
     if view.panels:
-        chosen, top = place(view, rows, room)
         parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
         keys = "panel" if chosen < 0 else "linked"
     elif view.typing or view.filter:
-        total = len(stage.page.items(stage.state))
-        text, many = printable(view.filter), f" {len(rows):,} of {total:,} "
+        text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.items(stage.state)):,} "
         while text and cells(text) + len(many) + 3 > stage.columns:
             text = text[1:]
         parts = [f"/{text}{'█' * view.typing}", many]
@@ -3569,11 +3633,16 @@ def screen(
     stage = stage_of(state, view, rows, columns, now)
     title, graph, states, headings, footer, room = layout(view, rows)
     found = rows_of(view, stage)
+    chosen, top = place(view, found, room)
     present = stage._replace(now=now)
     lines = [title_line(view, present, status)] * title + graph_lines(present, graph)
     lines += [states_line(present)] * states + [heading_line(view, stage)] * headings
-    middle = middle_lines(view, stage, found, room) if found else empty_lines(view, stage, status)
-    lines += (middle + [[]] * room)[:room] + [footer_line(view, stage, found, room)] * footer
+    shown = found[top : top + room]
+    middle = [line for line, _ in shown] if view.panels else table_lines(shown, stage)
+    if 0 <= chosen - top < len(middle):
+        middle[chosen - top] = [(text, "selected") for text, _ in middle[chosen - top]]
+    middle = middle if found else empty_lines(view, stage, status)
+    lines += (middle + [[]] * room)[:room] + [footer_line(view, stage, found, chosen, top, room)] * footer
     return [fit_line(line, columns) for line in lines]
 
 
@@ -3581,20 +3650,21 @@ def screen(
 
 
 def pick(view: View, table: Sequence[tuple[Any, Any]], index: int, line: int) -> View:
-    """Select a row, to stand on that line of the table; the first is whichever comes to be the first."""
-    return view._replace(selected=table[index][0] if index else None, anchor=line)
+    """Select a row, to stay on that line of the table; the first is whichever comes to be the first."""
+    return view._replace(selected=table[index][0] if index else None, index=index, anchor=line)
 
 
-def scroll(view: View, **changes: int) -> View:
+def scroll(view: View, **changes: Any) -> View:
     """Change the uppermost panel."""
     return view._replace(panels=(*view.panels[:-1], view.panels[-1]._replace(**changes)))
 
 
-def move(by: float, view: View, stage: Stage) -> View:
-    """Go `by` rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
+def move(step: float, view: View, stage: Stage) -> View:
+    """Go so many rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
     rows, room = rows_of(view, stage), max(1, layout(view, stage.rows)[-1])
     chosen, top = place(view, rows, room)
-    step = by if isinstance(by, int) or by in (inf, -inf) else int(by * room) or int(copysign(1, by))
+    if isinstance(step, float) and isfinite(step):
+        step = int(step * room) or int(copysign(1, step))
     if view.panels:
         return scroll(view, top=int(max(0, min(top + step, len(rows) - room))))
     index = int(max(0, min(chosen + step, len(rows) - 1)))
@@ -3611,9 +3681,14 @@ def tab(view: View, stage: Stage) -> View:
     if not view.panels:
         return turn(str(int(view.page) % len(PAGES) + 1), view, stage)
     rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
-    view = scroll(view, link=view.panels[-1].link + 1)
-    chosen, top = place(view, rows, room)
-    return view if top <= chosen < top + room else scroll(view, top=max(0, chosen - room // 2))
+    chosen, _ = place(view, rows, room)
+    links = [index for index, (_, link) in enumerate(rows) if link]
+    if not links:
+        return view
+    index = next((index for index in links if index > chosen), links[0])
+    view = scroll(view, link=rows[index][1])
+    top = place(view, rows, room)[1]
+    return view if top <= index < top + room else scroll(view, top=max(0, index - room // 2))
 
 
 def push(view: View, kind: str, identity: Any = "") -> View:
@@ -3631,18 +3706,18 @@ def enter(view: View, stage: Stage) -> View:
     return push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
 
 
-def show(field: str, view: View, stage: Stage) -> View:
+def show(key: str, view: View, stage: Stage) -> View:
     """Open a panel with a field of the task that is selected or open."""
     rows = rows_of(view, stage)
     kind, identity = view.panels[-1][:2] if view.panels else ("event", rows[place(view, rows, 1)[0]][1] if rows else {})
     if kind == "event":
         identity = identity.get("uuid")
-    return push(view, field, identity) if isinstance(identity, str) and kind not in ("worker", "keys") else view
+    return push(view, key, identity) if isinstance(identity, str) and kind not in ("worker", "keys") else view
 
 
 def sort(view: View, stage: Stage) -> View:
     """Sort the table by the next column."""
-    return view._replace(order=(view.order + 1) % len(orders_of(stage.page)))
+    return view if view.panels else view._replace(order=(view.order + 1) % len(orders_of(stage.page)))
 
 
 def freeze(view: View, stage: Stage) -> View:
@@ -3677,14 +3752,13 @@ def click(line: int, view: View, stage: Stage) -> View:
     if not 0 <= line < room or index >= len(rows):
         return view
     if view.panels:
-        link = rows[index][1]
-        return enter(scroll(view, link=sum(1 for _, other in rows[:index] if other)), stage) if link else view
+        return push(view, *rows[index][1]) if rows[index][1] else view
     return enter(view, stage) if index == chosen else pick(view, rows, index, line)
 
 
 def edit(view: View, **changes: Any) -> View:
-    """Change the filter."""
-    return view._replace(panels=(), **changes)
+    """Change the filter; the first row that matches is selected, unless the selected one does."""
+    return view._replace(panels=(), index=0, anchor=0, **changes)
 
 
 ENTER = ("^J", "^M", "KEY_ENTER")
@@ -3748,28 +3822,22 @@ FRAME_TIME = 0.05  # between two pictures,
 FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed: the rest is for events
 DRAIN = 500  # events taken between two looks at the keyboard
 COUNT_TIME = 60.0  # after the last event, until when the graph may have something to move
-LOOKS = {
-    "": "NORMAL",
-    "bold": "BOLD",
-    "dim": "DIM",
-    "heading": "BOLD UNDERLINE",
-    "reverse": "REVERSE",
-    "red": "BOLD",
-    "selected": "BOLD REVERSE",
-    "alarm": "BOLD REVERSE",
-    "frozen": "BOLD REVERSE",
+LOOKS = {  # style -> attributes; the name of a colour; its like among 256, legible on a light and on a dark background
+    "": ("", "", 0),
+    "bold": ("BOLD", "", 0),
+    "dim": ("DIM", "", 244),
+    "heading": ("BOLD UNDERLINE", "", 0),
+    "reverse": ("REVERSE", "", 0),
+    "selected": ("BOLD REVERSE", "", 0),
+    "alarm": ("BOLD REVERSE", "RED", 160),
+    "frozen": ("BOLD REVERSE", "BLUE", 32),
+    "red": ("BOLD", "RED", 160),
+    "green": ("", "GREEN", 28),
+    "yellow": ("", "YELLOW", 136),
+    "blue": ("", "BLUE", 32),
+    "magenta": ("", "MAGENTA", 133),
+    "cyan": ("", "CYAN", 30),
 }
-COLOURS = {  # style -> name of a colour, and its number of 256 that can be read on a light and on a dark background
-    "red": ("RED", 160),
-    "alarm": ("RED", 160),
-    "frozen": ("BLUE", 32),
-    "green": ("GREEN", 28),
-    "yellow": ("YELLOW", 136),
-    "blue": ("BLUE", 32),
-    "magenta": ("MAGENTA", 133),
-    "cyan": ("CYAN", 30),
-}
-GREY = 244  # of 256
 
 
 class Tap:
@@ -3780,12 +3848,8 @@ class Tap:
         types: Sequence[str] = (),
         record: TextIO | None = None,
         limit: int | None = None,
-        timeout: float | None = None,
-        wakeup: bool = True,
     ) -> None:
         self.left = inf if limit is None else limit
-        self.timeout = timeout
-        self.wakeup = wakeup
         self._types = types
         self._record = record
 
@@ -3878,26 +3942,21 @@ class Terminal:
 
     def _prepare_looks(self) -> dict[str, int]:
         """Return style -> curses attribute."""
-        curses = self._curses
-        looks = dict.fromkeys((*LOOKS, *COLOURS), 0)
-        for style, names in LOOKS.items():
-            for name in names.split():
-                looks[style] |= getattr(curses, f"A_{name}")
-        if not curses.has_colors():
-            return looks
-        try:
-            curses.use_default_colors()  # without colours too, or curses would paint a background
-        except curses.error:
-            return looks
-        if os.environ.get("NO_COLOR"):
-            return looks
-        for pair, (style, (name, number)) in enumerate(COLOURS.items(), 1):
-            many = curses.COLORS >= 256
-            curses.init_pair(pair, number if many else getattr(curses, f"COLOR_{name}"), -1)
-            looks[style] |= curses.color_pair(pair)
-        if curses.COLORS >= 256:
-            curses.init_pair(len(COLOURS) + 1, GREY, -1)
-            looks["dim"] = curses.color_pair(len(COLOURS) + 1)
+        curses, colours = self._curses, 0
+        if curses.has_colors():
+            try:
+                curses.use_default_colors()  # without colours too, or curses would paint a background
+                colours = 0 if os.environ.get("NO_COLOR") else curses.COLORS
+            except curses.error:
+                pass  # a terminal that has no default colours
+        looks = {}
+        for pair, (style, (attributes, name, like)) in enumerate(LOOKS.items(), 1):
+            look = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
+            colour = like if colours >= 256 else getattr(curses, f"COLOR_{name}", 0)
+            if colours and colour:
+                curses.init_pair(pair, colour, -1)
+                look = look & ~curses.A_DIM | curses.color_pair(pair)
+            looks[style] = look
         return looks
 
     def size(self) -> tuple[int, int]:
@@ -3974,23 +4033,30 @@ class Terminal:
 class Live:
     """What a receiver hears, for the monitor."""
 
-    def __init__(self, receiver: Receiver, tap: Tap) -> None:
+    problems = ()
+
+    def __init__(self, receiver: Receiver, tap: Tap, timeout: float | None = None, wakeup: bool = True) -> None:
         self.files = [receiver]
         self.now = time.time
         self.pause = receiver._pause
         self._receiver = receiver
         self._tap = tap
+        self._timeout = inf if timeout is None else timeout
+        self._wakeup = wakeup
+        self._heard = 0, time.monotonic()  # how many events, and since when no more
         where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
         self._hint = f"python eventmon.py send hello{where}"
 
     def take(self) -> Iterator[Event]:
         """Yield some of the events that have come."""
-        return self._tap(self._receiver.itercapture(DRAIN, 0, self._tap.wakeup))
+        return self._tap(self._receiver.itercapture(DRAIN, 0, self._wakeup))
 
-    def is_over(self, silence: float) -> bool:
-        """Whether to end, `silence` seconds after the last event."""
-        patience = inf if self._tap.timeout is None else self._tap.timeout
-        return self._tap.left <= 0 or silence > patience or self._receiver.should_stop
+    def is_over(self) -> bool:
+        """Whether the limit or the timeout is reached, or the receiver is told to stop."""
+        events, now = self._receiver.stats["events"], time.monotonic()
+        if events != self._heard[0]:
+            self._heard = events, now
+        return self._tap.left <= 0 or now > self._heard[1] + self._timeout or self._receiver.should_stop
 
     def status(self) -> dict[str, Any]:
         """Return what screen() takes as status."""
@@ -4031,7 +4097,7 @@ class Recording:
         """Return how many seconds, at most `longest`, there is nothing to take."""
         return longest if self._read else 0.0
 
-    def is_over(self, silence: float) -> bool:
+    def is_over(self) -> bool:
         """Whether to end: only the user ends it."""
         return False
 
@@ -4048,6 +4114,7 @@ class Monitor:
         self._state = state
         self._view = View()
         self._signals: set[int] = set()  # that have come and are still to be heeded
+        self._pid = os.getpid()
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
@@ -4055,41 +4122,52 @@ class Monitor:
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
 
     def run(self) -> None:
-        """Show the screen until the user quits. SIGTERM raises SystemExit once the terminal is as it was."""
+        """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
         import curses
         import signal
 
         if hasattr(curses, "set_escdelay"):
             curses.set_escdelay(25)  # milliseconds
-        heeded = (signal.SIGTERM, signal.SIGCONT, signal.SIGWINCH)
         mine = threading.current_thread() is threading.main_thread()
-        before = [(number, signal.signal(number, self._note)) for number in heeded if mine]
+        ending = {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+        before = {name: signal.getsignal(name) for name in (*ending, signal.SIGCONT, signal.SIGWINCH) if mine}
         try:
+            for name, handler in before.items():
+                if handler != signal.SIG_IGN:
+                    signal.signal(name, self._note)
             curses.wrapper(self._loop)
+        except curses.error:
+            if sys.stdin.isatty():
+                raise  # else the terminal has gone
         finally:
-            for number, handler in before:
-                signal.signal(number, handler or signal.SIG_DFL)
+            for name, handler in before.items():
+                signal.signal(name, signal.SIG_DFL if handler is None else handler)
             self._wake.close()
             self._waker.close()
-        if signal.SIGTERM in self._signals:
-            raise SystemExit(128 + signal.SIGTERM)
+        for ended in self._signals & ending:
+            raise SystemExit(128 + ended)
 
-    def _note(self, number: int, frame: object) -> None:
-        self._signals.add(number)
+    def _note(self, name: int, frame: object) -> None:
+        import signal
+
+        if os.getpid() != self._pid:  # the child of a fork
+            signal.signal(name, signal.SIG_DFL)
+            os.kill(os.getpid(), name)
+        self._signals.add(name)
         try:
             self._waker.send(b"\0")  # ends the wait, as a signal alone does not
         except OSError:
             pass  # enough of them lie there already
 
     def _loop(self, window: Any) -> None:
-        from signal import SIGCONT, SIGTERM
+        from signal import SIGCONT, SIGWINCH
 
         terminal = Terminal(window)
-        while not self._view.done and SIGTERM not in self._signals:
+        while not self._view.done and self._signals <= {SIGCONT, SIGWINCH}:
             for event in self._source.take():
                 self._state.event(event)
                 self._heard = time.monotonic()
-            if self._source.is_over(time.monotonic() - self._heard) or not sys.stdin.isatty():
+            if self._source.is_over() or not sys.stdin.isatty():
                 return  # the latter when the terminal is gone
             if SIGCONT in self._signals:
                 self._signals.remove(SIGCONT)
@@ -4115,20 +4193,32 @@ class Monitor:
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now
-        return max(FRAME_TIME, 1 - wall % 1) if counts else MAX_SLEEP * 2
+        return min(MAX_SLEEP, max(FRAME_TIME, 1 - wall % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
         """Wait for events, keys and signals."""
-        wait_for(self._source.pause(longest), sys.stdin, self._wake, *self._source.files)
+        files, patience = (sys.stdin, self._wake, *self._source.files), max(0.0, self._source.pause(longest))
+        try:
+            select.select(files, [], [], patience)  # which takes terminals also where poll() does not
+        except ValueError:  # it takes only the first 1,024 files
+            wait_for(patience, *files)
         try:
             self._wake.recv(4096)
         except BlockingIOError:
             pass  # no signal came
 
 
+def is_terminal(stream: Any, number: int) -> bool:
+    """Whether a standard stream is what curses takes for it, and a terminal."""
+    try:
+        return bool(stream.isatty()) and stream.fileno() == number
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
+    if not (is_terminal(sys.stdin, 0) and is_terminal(sys.stdout, 1)):
         return False
     name = os.environ.get("TERM")
     try:
@@ -4228,17 +4318,24 @@ def watch(options: Any) -> int:
         record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
         if record and options.file and os.path.samefile(options.record, options.file):
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
-        tap = Tap(options.type or (), record, options.limit, options.timeout, not options.no_history)
+        tap = Tap(options.type or (), record, options.limit)
         receiver = None if options.file else stack.enter_context(listening(options))
-        if not (options.json or options.plain) and has_terminal():
-            source = Live(receiver, tap) if receiver else Recording(options.file, tap)
+        in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file)
+        if not in_lines and has_terminal():
+            source = (
+                Live(receiver, tap, options.timeout, not options.no_history)
+                if receiver
+                else Recording(options.file, tap)
+            )
             Monitor(source, State()).run()
-            for problem in getattr(source, "problems", ()):
+            for problem in source.problems:
                 complain(problem)
             return 0
         if receiver:
             end_with_reader(receiver)
-        events = receiver.itercapture(None, tap.timeout, tap.wakeup) if receiver else replay(options.file)
+            events = receiver.itercapture(None, options.timeout, not options.no_history)
+        else:
+            events = replay(options.file)
         print_lines(tap(events), json_line if options.json else plain_line)
     return 0
 

@@ -2940,7 +2940,6 @@ def test_long_values_are_wrapped_in_the_details():
 
 def test_a_worker_and_an_event_have_details_too(utc):
     state = shop()
-    assert "software" not in shown(state, typed(state, "2i"))
     worker = shown(state, typed(state, "2i"))
     assert "status      alive" in worker
     assert "tasks       5d0c91aa  PROGRESS  shop.import" in worker
@@ -2976,7 +2975,10 @@ def test_a_filter_is_words_that_must_all_be_found(text, matching):
 
 def test_filters_know_the_fields_of_workers_and_events():
     state = shop()
-    assert "of 16" in shown(state, typed(state, "3/deploy"))
+    assert " 1 of 16 " in shown(state, typed(state, "3/deploy"))
+    assert " 0 of 16 " in shown(state, typed(state, "3/clock"))
+    assert " 1 of 16 " in shown(state, typed(state, "3/state:failure"))
+    assert " 1 of 16 " in shown(state, typed(state, "3/state:progress"))
     assert " 1 of 16 " in shown(state, typed(state, "3/type:deploy host:web"))
     assert " 4 of 16 " in shown(state, typed(state, "3/uuid:5d0c"))
     assert " 1 of 2 " in shown(state, typed(state, "2/beta"))
@@ -2993,7 +2995,7 @@ def test_a_filter_is_typed_edited_kept_and_dropped():
     assert (kept.filter, kept.typing) == ("shop", False)
     assert shown(state, kept).splitlines()[-1].startswith("/shop  3 of 4   q quit")
     assert typed(state, "1/shop", "^J", "/x").filter == "shopx"
-    assert typed(state, "1/shop", "^[")[4:6] == typed(state, "1/shop", "^J", "^[")[4:6] == ("", False)
+    assert typed(state, "1/shop", "^[")[5:7] == typed(state, "1/shop", "^J", "^[")[5:7] == ("", False)
     assert typed(state, "1/shop", "KEY_DOWN").selected == "aca02be9-33"
     assert len(typed(state, "/", *"x" * 1000).filter) == 100
 
@@ -3074,6 +3076,164 @@ def test_space_freezes_the_picture_while_events_are_counted(utc):
     for key in (" ", "^["):
         thawed = eventmon.press(view, key, state, 24, 80, NOON + 15)
         assert "SUCCESS  shop.import" in shown(state, thawed)
+
+
+def everything_changes(state):
+    """Events that change every task and worker, and add one of each."""
+    for uuid in list(state.tasks):
+        state.event(heard("task-failed", "alpha@laptop", 20, uuid=uuid, exception="new", traceback="new", retries=9))
+    state.event(heard("task-sent", "new@laptop", 20, uuid="new", name="new", parent_id="5d0c91aa-11"))
+    state.event(heard("worker-heartbeat", "alpha@laptop", 20, active=99, processed=99, sw_ident="new"))
+    state.event(heard("worker-online", "new@laptop", 20))
+
+
+@pytest.mark.parametrize("keys", ["1", "2", "3", "1i", "1ji", "1t", "2i", "3i", "1s"])
+def test_a_frozen_picture_stands_still_whatever_comes(keys):
+    state = shop()
+    view = typed(state, " ", keys)
+    before = shown(state, view).splitlines()
+    everything_changes(state)
+    after = shown(state, view, now=NOON + 100).splitlines()
+    fixed = 1 if "i" in keys or "t" in keys else 4
+    assert after[fixed:] == before[fixed:]
+    assert after[0] != before[0]
+    assert shown(state, view._replace(frozen=None)).splitlines()[fixed:] != before[fixed:]
+
+
+def test_what_is_not_frozen_shows_the_present():
+    state = shop()
+    view = typed(state, " 1")
+    everything_changes(state)
+    lines = shown(state, view, now=NOON + 21).splitlines()
+    assert " FROZEN +7 " in lines[0]
+    assert "2 Workers 2/3" in lines[0]
+    assert lines[3] == " FAILURE 4   PENDING 1"
+    assert "█" in lines[2][68:70]
+
+
+@pytest.mark.parametrize(
+    "keys, kinds",
+    [
+        *(
+            (["1i"], ["task"]),
+            (["1ii"], ["task", "task"]),
+            (["1jji", "^J"], ["task", "task"]),
+            (["1jjit"], ["task", "traceback"]),
+        ),
+        *((["1tt"], ["traceback"]), (["1tr"], ["traceback", "result"]), (["??"], ["keys"]), (["?r"], ["keys"])),
+        *((["2i", "r"], ["worker"]), (["2t"], []), (["3t"], ["traceback"]), (["3it"], ["event", "traceback"])),
+        *(
+            (["3jt"], []),
+            (["1i", "^I"], ["task"]),
+            (["1i3"], []),
+            (["1i/"], []),
+            (["1is"], ["task"]),
+            (["2i", "^J"], ["worker", "task"]),
+        ),
+        *((["1iqq"], []), (["1i?", "^["], ["task"]), (["1jjitq"], ["task"])),
+    ],
+)
+def test_keys_open_panels_above_each_other(keys, kinds):
+    assert [panel.kind for panel in typed(shop(), *keys).panels] == kinds
+
+
+def test_going_to_and_fro_between_tasks_opens_no_more_than_some_panels():
+    state = shop()
+    view = typed(state, "1jji", *["^J"] * 200)
+    assert len(view.panels) == eventmon.MAX_PANELS
+
+
+def test_the_chosen_link_stays_chosen_when_others_come():
+    state = shop()
+    view = typed(state, "2i", "^I", "^I")
+    chosen = [text for text, style in styles(state, view).items() if style == "selected"]
+    assert chosen[-1].startswith("aca02be9")
+    state.event(heard("task-received", "alpha@laptop", 11, uuid="new"))
+    assert [text for text, style in styles(state, view).items() if style == "selected"] == chosen
+    assert "task aca02be9" in shown(state, eventmon.press(view, "^J", state, 24, 80, NOON))
+    assert typed(state, "2i", *["^I"] * 5).panels == typed(state, "2i", *["^I"] * 10).panels
+
+
+def test_a_link_out_of_sight_is_scrolled_to():
+    state = state_of(heard("task-received", "w", 0, uuid="mother"))
+    for n in range(300):
+        state.event(heard("task-received", "w", 1, uuid=f"child{n}", parent_id="mother"))
+    assert "and 200 more" in shown(state, typed(state, "1Gi", "G"))
+    view = typed(state, "1Gi", *["^I"] * 50)
+    assert "child50 " in shown(state, view)
+    assert "child50 " not in shown(state, typed(state, "1Gi"))
+    assert "child0 " in shown(state, typed(state, "1Gi", *["^I"] * 100))
+
+
+def test_the_selection_keeps_its_line_when_its_task_goes():
+    state = many_tasks()
+    view = typed(state, "1jjjj")
+    assert view.selected == "5"
+    state.clear_tasks()
+    row = next(line for line in eventmon.screen(state, view, 24, 80, NOON) if line[0][1] == "selected")
+    assert row[6][0].strip() == "3"
+    assert view._replace(filter="").selected == "5"
+
+
+def test_equal_events_are_events_apart():
+    events = [{"type": "tick", "timestamp": 1.0} for _ in range(5)]
+    state = state_of(*events)
+    assert [typed(state, "3" + "j" * n).selected is events[4 - n] for n in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+
+
+def test_a_click_while_a_filter_is_typed_leaves_the_filter_as_it_is():
+    state = shop()
+    view = typed(state, "1/a", "click 5", "q")
+    assert (view.filter, view.typing, view.panels, view.done) == ("a", False, (), False)
+
+
+def test_an_empty_result_is_an_empty_panel():
+    state = state_of(heard("task-succeeded", "w", 0, uuid="1", result=""))
+    assert shown(state, typed(state, "1r")).splitlines()[1:] == [
+        " result 1",
+        "",
+        " 1-1 of 1   q back   j/k scroll   t traceback   r result",
+    ]
+
+
+def test_values_of_any_class_are_shown():
+    class Odd:
+        def __eq__(self, other):
+            raise TypeError("not to be compared")
+
+        __hash__ = None
+
+        def __repr__(self):
+            return "odd one"
+
+    odd = Odd()
+    state = state_of({"type": "task-received", "uuid": "1", "args": odd, "kwargs": odd, "hostname": odd, "x": [odd]})
+    state.event({"type": odd, "hostname": odd, "timestamp": odd})
+    for keys in ("1", "2", "3", "1i", "3i", "3ji", "1/odd", "3/odd", "1ss"):
+        shown(state, typed(state, keys))
+    assert "odd one" in shown(state, typed(state, "1"))
+
+
+def test_what_a_row_shows_of_a_task():
+    for events, cells in [
+        ([heard("task-sent", "web", 0, uuid="1", name="n")], "PENDING n 1 web"),
+        (
+            [heard("task-started", "w", 9, uuid="1"), heard("task-retried", "w", 9, uuid="1", exception="E()")],
+            "RETRY 1 w E()",
+        ),
+        ([heard("task-started", "w", 9, uuid="1", args="(1,)", kwargs="{}", exception="old")], "STARTED 1 w 1.0s (1,)"),
+        ([heard("task-started", "w", 9, uuid="1", kwargs="{'a': 1}", progress=2)], "STARTED 1 w 1.0s {'a': 1}"),
+        ([heard("task-started", "w", 7, uuid="1"), heard("task-succeeded", "w", 9, uuid="1")], "SUCCESS 1 w 2.0s"),
+        ([heard("task-progress", "w", 7, uuid="1", progress=1)], "PROGRESS 1 w ━━━━━━━━ 100%"),
+    ]:
+        assert shown(state_of(*events)).splitlines()[5].split()[1:] == cells.split()
+
+
+def test_times_are_exact_to_the_millisecond(utc):
+    assert eventmon.fine_time("%H:%M:%S", 1700000000.123) == "22:13:20.123"
+    assert eventmon.fine_time("%H:%M:%S", 0.9999) == "00:00:01.000"
+    assert eventmon.fine_time("%H:%M:%S", -1e-20) == "00:00:00.000"
+    assert eventmon.fine_time("%H:%M:%S", 1e30) == eventmon.fine_time("%H:%M:%S", "x") == ""
 
 
 def test_c_clears_what_has_finished():
@@ -3167,8 +3327,11 @@ def test_of_a_large_value_no_more_is_spelled_than_is_shown():
     for _ in range(5000):
         deep = [deep]
     assert "…" in eventmon.printable(deep)
-    assert len(eventmon.wrap("\n" * 10**6, 80)) == eventmon.MAX_LINES + 1
-    assert eventmon.wrap("x" * 10**6, 80)[-1] == "… and more"
+    assert list(eventmon.wrap("x" * 10**6, 80))[-1] == "… and more"
+    state = state_of(Event("x", text="\n" * 10**6, **{str(n): n for n in range(10_000)}))
+    assert " of 2,001 " in shown(state, typed(state, "3i"))
+    assert shown(state, typed(state, "3iG")).splitlines()[-2] == "… and more"
+    assert len(eventmon.fields_of(state.recent[0])) <= eventmon.MAX_SHOWN
 
 
 @pytest.mark.parametrize(
@@ -3190,7 +3353,13 @@ def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
 @pytest.mark.parametrize(
     "text, width, lines",
     [
-        *(("", 5, []), ("abc", 5, ["abc"]), ("a\n\n b", 5, ["a", "", " b"]), ("abcdefg", 3, ["abc", "def", "g"])),
+        *(
+            ("", 5, [""]),
+            ("abc", 5, ["abc"]),
+            ("abc ", 3, ["abc"]),
+            ("a\n\n b", 5, ["a", "", " b"]),
+            ("abcdefg", 3, ["abc", "def", "g"]),
+        ),
         *(
             ("one two three", 8, ["one two", "three"]),
             ("日本語", 5, ["日本", "語"]),
@@ -3201,7 +3370,7 @@ def test_text_is_fitted_by_the_columns_that_it_takes(text, width, result):
     ],
 )
 def test_text_is_wrapped_at_spaces_where_they_are_near(text, width, lines):
-    assert eventmon.wrap(text, width) == lines
+    assert list(eventmon.wrap(text, width)) == lines
 
 
 def test_without_unicode_the_same_is_drawn_in_ascii():
@@ -3215,7 +3384,8 @@ def test_without_unicode_the_same_is_drawn_in_ascii():
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "0ms"), (0.25, "250ms"), (1.25, "1.2s"), (99, "99.0s"), (600, "10m"), (7200, "2h"), (1e6, "12d"), (-1, "0ms")],
+    [(0, "0ms"), (0.25, "250ms"), (1.25, "1.2s"), (99, "99.0s"), (99.97, "1m39s"), (600, "10m00s"), (5999, "99m59s")]
+    + [(6000, "1h40m"), (359999, "99h59m"), (1e6, "11d"), (8e9, "92592d"), (-1, "0ms")],
 )
 def test_a_duration_is_short(seconds, text):
     assert eventmon.duration(seconds) == text
@@ -3467,8 +3637,9 @@ def test_the_mouse_selects_opens_and_scrolls(recording):
 def test_a_sequence_that_curses_does_not_know_is_no_escape(recording):
     with terminal("watch", recording) as it:
         it.wait_for("shop.charge")
-        it.type("\x1b[200~\x1b[99;5Z\x1bOz")
+        it.type("\x1b[200~\x1b[99;5Z\x1bOz" + "\x1b[<66;5;5M" * 300)
         it.press("?", "what has finished")
+        it.press("\x1b\x1bOB\r", "task 0be1c7d2-44")
 
 
 def test_the_monitor_follows_the_size_of_the_terminal(recording):
@@ -3557,7 +3728,6 @@ def test_colours_are_the_terminals_own_and_can_be_switched_off(recording):
             it.wait_for("shop.charge")
             assert bool(re.search(coloured, it.raw)) == expected
             assert not re.search(background, it.raw)
-            it.press("q", "")
 
 
 def test_without_utf_8_the_monitor_draws_in_ascii(recording):
@@ -3589,6 +3759,109 @@ def test_capture_events_prints_lines_where_there_is_no_terminal():
                 dispatcher.send("hello", n=n)
         assert [line.split()[1:] for line in process.stdout] == [[b"hello", b"w1", b"n=%d" % n] for n in range(2)]
         assert process.wait(20) == 7
+
+
+def test_capture_events_leaves_signals_and_files_as_they_were():
+    program = """if True:
+        import eventmon, os, signal, threading
+        names = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
+        eventmon.capture_events()
+        thread = threading.Thread(target=eventmon.capture_events)
+        thread.start()
+        thread.join()
+        after = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
+        print("the same" if before == after else (before, after))
+    """
+    with terminal(command=[sys.executable, "-c", program], PYTHONPATH=str(MODULE.parent)) as it:
+        it.wait_for("no events yet")
+        it.process.send_signal(signal.SIGHUP)
+        it.press("?", "what has finished")
+        it.resize(30, 90)
+        it.type("qq")
+        it.emulator = Emulator(30, 90)
+        it.wait_for("no events yet")
+        it.resize(24, 80)
+        it.press("?", "what has finished")
+        it.type("qq")
+        it.wait_for("the same")
+
+
+def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout(recording):
+    program = "import eventmon, threading; r = eventmon.Receiver(); t = threading.Timer(0.3, setattr, (r, 'should_stop', True))"
+    with terminal(
+        command=[sys.executable, "-c", f"{program}; t.start(); eventmon.capture_events(r)"],
+        PYTHONPATH=str(MODULE.parent),
+    ) as it:
+        assert it.process.wait(20) == 0
+        assert it.is_restored()
+    for words in (["--timeout", "0.2"], ["--limit", "2"]):
+        with terminal("watch", *words) as it, Dispatcher() as dispatcher:
+            it.wait_for("no events yet")
+            dispatcher.send("hello")
+            dispatcher.send("hello")
+            assert it.process.wait(20) == 0
+
+
+def test_the_monitor_says_how_to_send_to_another_url(url):
+    other = url.replace("ttl=0", "ttl=0&x=1").partition("?")[0] + "?ttl=0&interface=127.0.0.1"
+    with terminal("watch", "--url", other, columns=200) as it:
+        it.wait_for(f"no events yet on {other} — try: python eventmon.py send hello --url '{other}'")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time.monotonic() that stands still but for clock.now."""
+    it = SimpleNamespace(now=100.0)
+    stopped = {name: getattr(time, name) for name in ("time", "strftime", "localtime")}
+    monkeypatch.setattr(eventmon, "time", SimpleNamespace(monotonic=lambda: it.now, **stopped))
+    return it
+
+
+def test_a_picture_is_painted_20_times_a_second_at_most_and_only_of_something_new(clock):
+    pictures = []
+    monitor = eventmon.Monitor(SimpleNamespace(status=dict), State())
+    terminal = SimpleNamespace(paint=pictures.append)
+    for n in range(1000):  # in ten seconds
+        clock.now += 0.01
+        monitor._state.event(heard("task-sent", "w", n / 100, uuid=str(n)))
+        monitor._heard = clock.now
+        wait = monitor._draw(terminal, 24, 80, NOON + n / 100)
+        assert 0 < wait <= eventmon.MAX_SLEEP
+    assert 180 <= len(pictures) <= 200
+    assert pictures[-1] != pictures[-2]
+    pictures.clear()
+    for n in range(1000):
+        clock.now += 0.1
+        wait = monitor._draw(terminal, 24, 80, NOON + 10 + n / 10)
+        assert eventmon.FRAME_TIME <= wait <= eventmon.MAX_SLEEP
+    assert 60 <= len(pictures) <= 65  # once a second as long as the graph moves
+
+
+def test_a_slow_picture_leaves_the_time_to_the_events(clock):
+    pictures = []
+
+    def paint(lines):
+        clock.now += 0.1
+        pictures.append(lines)
+
+    monitor = eventmon.Monitor(SimpleNamespace(status=dict), State())
+    for n in range(1000):
+        clock.now += 0.01
+        monitor._state.event(heard("task-sent", "w", 0, uuid=str(n)))
+        monitor._draw(SimpleNamespace(paint=paint), 24, 80, NOON)
+    assert len(pictures) < 25
+
+
+def test_the_monitor_does_not_spin_where_the_time_stands_still(clock):
+    monitor = eventmon.Monitor(SimpleNamespace(status=dict), shop())
+    terminal = SimpleNamespace(paint=lambda lines: None)
+    waits = []
+    for _ in range(5):
+        clock.now += 0.1
+        waits.append(monitor._draw(terminal, 24, 80, NOON + 0.999999))
+    assert min(waits) >= eventmon.FRAME_TIME
 
 
 def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
