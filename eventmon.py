@@ -2827,15 +2827,16 @@ SHOWN_APART = frozenset(
 )
 HINTS = {  # the most important first
     "table": ("q quit", "? keys", "enter details", "/ filter", "s sort", "space freeze", "c clear finished"),
+    "filtered": ("esc drop filter", "q quit", "? keys", "enter details", "s sort", "space freeze"),
     "typing": ("esc drop", "enter keep", "words, or state:failure,retry", "name: worker:"),
-    "panel": ("q back", "j/k scroll", "t traceback", "r result"),
-    "linked": ("q back", "j/k scroll", "tab next link", "enter go there", "t traceback", "r result"),
+    "panel": ("q back", "j/k scroll"),
+    "linked": ("q back", "j/k scroll", "tab next link", "enter go there"),
 }
 DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
 NOTHING: Mapping[str, Any] = {}
 INVISIBLE = "\u200c\u200d\ufe0e\ufe0f"  # joiners and variation selectors: few terminals agree on what they make wide
 HELP = """
-1 2 3, Tab      tasks, workers, events
+1 2 3, Tab      tasks, workers, events; shift-Tab goes back
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
 Enter, i        everything about the task, worker or event
 t               traceback of the task
@@ -2845,6 +2846,7 @@ s               sort by the next column
 space           freeze the picture; events go on being counted
 c               clear what has finished
 ?               these keys
+ctrl-L          paint the screen anew
 q, Escape       back; from the top, quit
 
 In an opened task:
@@ -2854,8 +2856,6 @@ A filter is words that must all be found, in any case:
 resize alpha          in name, uuid, worker, state, arguments, result
 state:failure,retry   in the state, either of them
 name:shop worker:beta type:log host:laptop uuid:5d0c
-
-At the top of the table the newest is selected, whichever it is; below, the selection stays on its row.
 """
 
 
@@ -2878,12 +2878,38 @@ def spell(value: Any, limit: int, depth: int = 0) -> Iterator[str]:
         yield "}" if isinstance(value, dict) else "]"
 
 
+def weight(value: Any, most: int, depth: int = 0) -> int:
+    """Return about how long a value is as JSON; of one that is longer than `most`, something more than that."""
+    if isinstance(value, str):
+        return len(value) + 4
+    if not isinstance(value, (dict, list, tuple)):
+        return 8
+    if depth == MAX_DEPTH:
+        return most + 1
+    weighed = 2
+    for item in value:
+        weighed += weight(item, most, depth + 1)
+        if isinstance(value, dict):
+            weighed += weight(value[item], most, depth + 1)
+        if weighed > most:
+            break
+    return weighed
+
+
+_small = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
 def text_of(value: Any, limit: int) -> str:
     """Return the start of a value as text: a str as it is, "" for None, else JSON."""
     if isinstance(value, str):
         return value[:limit]
     if value is None:
         return ""
+    try:
+        if weight(value, limit) <= limit:
+            return _small(value)[:limit]
+    except (TypeError, ValueError):
+        pass  # something in it that JSON has no form for
     pieces, size = [], 0
     for piece in spell(value, limit):
         pieces.append(piece)
@@ -2980,9 +3006,14 @@ def local_time(form: str, seconds: Any) -> str:
         return ""
 
 
+def is_old(seconds: Any, now: float) -> bool:
+    """Whether a time of day would not tell of a time that it was on another day."""
+    return now - number(seconds, now) > 86400
+
+
 def clock_time(seconds: Any, now: float) -> str:
     """Return local time of day in at most 8 characters, or the day if it was more than a day ago."""
-    return local_time("%m-%d" if now - number(seconds, now) > 86400 else "%H:%M:%S", seconds)
+    return local_time("%m-%d" if is_old(seconds, now) else "%H:%M:%S", seconds)
 
 
 def fine_time(form: str, seconds: Any) -> str:
@@ -3068,8 +3099,9 @@ def status_of(worker: Mapping[str, Any], now: float) -> str:
 
 
 def heard_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return how long ago something was heard of a worker."""
-    return duration(now - worker["heard"]) if worker["heard"] > -inf else ""
+    """Return how long ago something was heard of a worker, or what it said of its end."""
+    heard = worker["heard"] if worker["heard"] > -inf else number(worker.get("timestamp"), now)
+    return duration(now - heard)
 
 
 def load_of(worker: Mapping[str, Any], now: float) -> str:
@@ -3089,8 +3121,9 @@ def worker_text(worker: Mapping[str, Any], now: float) -> str:
 
 
 def moment_of(event: Mapping[str, Any], now: float) -> str:
-    """Return when an event happened."""
-    return fine_time("%H:%M:%S", event.get("timestamp"))
+    """Return when an event happened; without the seconds if that was more than a day ago."""
+    moment = event.get("timestamp")
+    return local_time("%m-%d %H:%M", moment) if is_old(moment, now) else fine_time("%H:%M:%S", moment)
 
 
 def event_state(event: Mapping[str, Any], now: float) -> str:
@@ -3221,6 +3254,17 @@ class Page(namedtuple("Page", ["title", "kind", "count", "items", "columns", "wo
     __slots__ = ()
 
 
+def events_of(state: State) -> list[tuple[Any, Any]]:
+    """Return the recent events, the newest first, those of tasks with the task's name."""
+    rows = []
+    for event in reversed(state.recent):
+        uuid = event.get("uuid")
+        task = state.tasks.get(uuid) if isinstance(uuid, str) else None
+        named = task and "name" in task and "name" not in event
+        rows.append((event, {"name": task["name"], **event} if task and named else event))
+    return rows
+
+
 def alive_of(state: State, now: float) -> str:
     """Return how many workers are alive, and if others are known, of how many."""
     alive, known = len(state.alive_workers(now)), len(state.workers)
@@ -3241,7 +3285,7 @@ PAGES = {
     ),
     "3": Page(
         *("Events", "event", lambda state, now: f"{state.event_count:,}"),
-        *(lambda state: [(event, event) for event in reversed(state.recent)], EVENT_COLUMNS, event_text),
+        *(events_of, EVENT_COLUMNS, event_text),
         {
             **dict.fromkeys(("worker", "host"), field("hostname")),
             "type": field("type"),
@@ -3263,22 +3307,23 @@ class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("
 class View(
     namedtuple(
         "View",
-        ["page", "selected", "index", "anchor", "order", "filter", "typing", "panels", "frozen", "done"],
-        defaults=("", None, 0, 0, 0, "", False, (), None, False),
+        ["page", "selected", "index", "anchor", "order", "others", "filter", "typing", "panels", "frozen", "done"],
+        defaults=("", None, 0, 0, 0, (), "", False, (), None, False),
     )
 ):
     """What the user has chosen to see.
 
     A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, its
-    index then, and the line of the table where it stays; the number of the order; the filter, and whether it is being
+    index then, and the line of the table where it stays; the number of the order; these four of the other pages; the filter, and whether it is being
     typed; the open panels, the uppermost last; the State and time that stay on the screen, or None; whether to quit.
     """
 
     __slots__ = ()
 
 
-class Stage(namedtuple("Stage", ["live", "state", "page", "rows", "columns", "now"])):
-    """What a view is of: the State that takes events, the one to show, the Page, how large the terminal is, the time."""
+class Stage(namedtuple("Stage", ["live", "state", "page", "rows", "columns", "now", "table"])):
+    """What a view is of: the State that takes events, the one to show, the Page, how large the terminal is, the time, and
+    the rows of the table if they are known."""
 
     __slots__ = ()
 
@@ -3298,10 +3343,10 @@ def page_of(view: View, state: State) -> str:
     return view.page or ("1" if state.tasks or not state.event_count else "3")
 
 
-def stage_of(state: State, view: View, rows: int, columns: int, now: float) -> Stage:
+def stage_of(state: State, view: View, rows: int, columns: int, now: float, table: Any = None) -> Stage:
     """Return the stage of a view: the state as it is, or as it was when it was frozen."""
     shown, then = view.frozen or (state, now)
-    return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then)
+    return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then, table)
 
 
 def terms_of(text: str, page: Page) -> Iterator[tuple[Text, list[str]]]:
@@ -3437,7 +3482,8 @@ def worker_rows(hostname: str, stage: Stage) -> Iterator[Row]:
         return
     yield from entry("worker", hostname, width, "bold")
     yield from entry("status", status_of(worker, stage.now), width, status_style(worker, stage.now))
-    yield from entry("heard", fine_time(DAY_AND_TIME, worker["heard"]), width)
+    yield from entry("latest", fine_time(DAY_AND_TIME, worker.get("timestamp")), width)
+    yield from entry("heard", f"{heard_of(worker, stage.now)} ago", width)
     yield from rest_of(worker, ("hostname", "heard", "timestamp"), width)
     tasks = stage.state.tasks_by_worker(hostname, MAX_LINKS)
     for label, (uuid, _) in zip(chain(("tasks",), repeat("")), tasks):
@@ -3451,7 +3497,9 @@ def event_rows(event: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
     uuid = event.get("uuid")
     if isinstance(uuid, str):
         yield from task_link("task", uuid, stage)
-    yield from rest_of(event, ("type", "timestamp"), stage.columns)
+    received = fine_time(DAY_AND_TIME, event.get("local_received"))
+    yield from entry("received", received, stage.columns)
+    yield from rest_of(event, ("type", "timestamp", "local_received"), stage.columns)
 
 
 def help_rows(identity: Any, stage: Stage) -> Iterator[Row]:
@@ -3472,7 +3520,7 @@ PANELS: dict[str, Callable[[Any, Stage], Iterator[Row]]] = {
 def rows_of(view: View, stage: Stage) -> list[Any]:
     """Return what there is to scroll through: the rows of the uppermost panel, or else of the table."""
     if not view.panels:
-        return table_of(view, stage)
+        return table_of(view, stage) if stage.table is None else stage.table
     kind, identity, *_ = view.panels[-1]
     rows = list(islice(PANELS[kind](identity, stage), MAX_ROWS + 1))
     return rows if len(rows) <= MAX_ROWS else [*rows[:MAX_ROWS], ([("… and more", "dim")], None)]
@@ -3483,8 +3531,7 @@ def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, 
     at the top of the screen."""
     if view.panels:
         panel = view.panels[-1]
-        links = [index for index, (_, link) in enumerate(rows) if link]
-        chosen = next((index for index in links if rows[index][1] == panel.link), links[0] if links else -1)
+        chosen = next((index for index, (_, link) in enumerate(rows) if link and link == panel.link), -1)
         return chosen, max(0, min(panel.top, len(rows) - room))
     chosen = 0
     if view.selected is not None:  # stays where it was when it is gone
@@ -3585,9 +3632,9 @@ def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Lin
     """Return what to do about a table without rows."""
     text = stage.page.empty
     if not stage.state.event_count:
-        text = f"no events yet on {status.get('url')} — try: {status.get('hint')}"
+        text = str(status.get("empty", ""))
     elif view.filter:
-        text = f"nothing matches {view.filter}"
+        text = f"nothing matches {view.filter} — Escape drops the filter"
     return [[(line, "")] for line in wrap(text, stage.columns)]
 
 
@@ -3611,26 +3658,34 @@ def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top:
     parts, keys = [], "table"
     if view.panels:
         parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
-        keys = "panel" if chosen < 0 else "linked"
+        keys = "linked" if any(link for _, link in rows) else "panel"
     elif view.typing or view.filter:
         text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.items(stage.state)):,} "
         while text and cells(text) + len(many) + 3 > stage.columns:
             text = text[1:]
         parts = [f"/{text}{'█' * view.typing}", many]
-        keys = "typing" if view.typing else keys
+        keys = "typing" if view.typing else "filtered"
+    elif view.selected is not None:
+        parts = [f" {chosen + 1:,} of {len(rows):,} "]
     spans = [(text, "bold") for text in parts] + [(f" {text} ", "dim") for text in HINTS[keys]]
     return arrange([(rank, *span) for rank, span in enumerate(spans)], stage.columns)
 
 
 def screen(
-    state: State, view: View, rows: int, columns: int, now: float, status: Mapping[str, Any] = NOTHING
+    state: State,
+    view: View,
+    rows: int,
+    columns: int,
+    now: float,
+    status: Mapping[str, Any] = NOTHING,
+    table: list[tuple[Any, Any]] | None = None,
 ) -> list[Line]:
     """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
 
-    `status` has the url, a hint how to send there, and what a Receiver counts. Pure: the same arguments give the same
-    lines.
+    `status` has the url, what to say while there are no events, and what a Receiver counts. `table` is what table_of()
+    returned a moment ago, if that shall do. Pure: the same arguments give the same lines.
     """
-    stage = stage_of(state, view, rows, columns, now)
+    stage = stage_of(state, view, rows, columns, now, table)
     title, graph, states, headings, footer, room = layout(view, rows)
     found = rows_of(view, stage)
     chosen, top = place(view, found, room)
@@ -3672,22 +3727,24 @@ def move(step: float, view: View, stage: Stage) -> View:
 
 
 def turn(page: str, view: View, stage: Stage) -> View:
-    """Go to a page."""
-    return view._replace(page=page, selected=None, anchor=0, order=0, panels=())
+    """Go to a page, as it was left."""
+    others = {**dict(view.others), view.page: view[1:5]}
+    selected, index, anchor, order = others.pop(page, (None, 0, 0, 0))
+    places = {"selected": selected, "index": index, "anchor": anchor, "order": order}
+    return view._replace(page=page, others=tuple(others.items()), panels=(), **places)
 
 
-def tab(view: View, stage: Stage) -> View:
-    """Go to the next page; in a panel, choose the next link."""
+def tab(step: int, view: View, stage: Stage) -> View:
+    """Go to the next page or the one before; in a panel, choose the next link or the one before."""
     if not view.panels:
-        return turn(str(int(view.page) % len(PAGES) + 1), view, stage)
+        return turn(str((int(view.page) + step - 1) % len(PAGES) + 1), view, stage)
     rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
-    chosen, _ = place(view, rows, room)
     links = [index for index, (_, link) in enumerate(rows) if link]
+    chosen, top = place(view, rows, room)
     if not links:
         return view
-    index = next((index for index in links if index > chosen), links[0])
+    index = links[(links.index(chosen) + step) % len(links)] if chosen in links else links[min(0, step)]
     view = scroll(view, link=rows[index][1])
-    top = place(view, rows, room)[1]
     return view if top <= index < top + room else scroll(view, top=max(0, index - room // 2))
 
 
@@ -3698,12 +3755,12 @@ def push(view: View, kind: str, identity: Any = "") -> View:
 
 
 def enter(view: View, stage: Stage) -> View:
-    """Open a panel about the selected row; in a panel, about its chosen link."""
+    """Open a panel about the selected row; in a panel, about its chosen link, or else choose one."""
     rows = rows_of(view, stage)
     chosen, _ = place(view, rows, 1)
-    if not rows or chosen < 0:
-        return view
-    return push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
+    if chosen < 0:
+        return tab(1, view, stage)
+    return view if not rows else push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
 
 
 def show(key: str, view: View, stage: Stage) -> View:
@@ -3753,7 +3810,9 @@ def click(line: int, view: View, stage: Stage) -> View:
         return view
     if view.panels:
         return push(view, *rows[index][1]) if rows[index][1] else view
-    return enter(view, stage) if index == chosen else pick(view, rows, index, line)
+    if index == chosen and view.selected is not None:
+        return enter(view, stage)
+    return view._replace(selected=rows[index][0], index=index, anchor=line)  # the first too: it may move
 
 
 def edit(view: View, **changes: Any) -> View:
@@ -3773,7 +3832,8 @@ KEYS: dict[str, Callable[[View, Stage], View]] = {
     "wheel up": partial(move, -3),
     **{page: partial(turn, page) for page in PAGES},
     **dict.fromkeys((*ENTER, "i"), enter),
-    "^I": tab,
+    "^I": partial(tab, 1),
+    "KEY_BTAB": partial(tab, -1),
     "t": partial(show, "traceback"),
     "r": partial(show, "result"),
     "?": lambda view, stage: push(view, "keys"),
@@ -3793,10 +3853,11 @@ EDITS: dict[str, Callable[[View, Stage], View]] = {
 }
 
 
-def press(view: View, key: str, state: State, rows: int, columns: int, now: float) -> View:
-    """Return the view after a key: "j", "^D", "KEY_UP" as curses calls it; "wheel up", "wheel down", "click 7" (line)."""
+def press(view: View, key: str, state: State, rows: int, columns: int, now: float, table: Any = None) -> View:
+    """Return the view after a key, given as curses calls it: "j", "^D", "KEY_UP"; or "wheel up", "wheel down", "click 7"
+    (line). The rest is as in screen(). One key changes `state`: c clears it."""
     view = view._replace(page=page_of(view, state))  # which a new event shall not change any more
-    stage = stage_of(state, view, rows, columns, now)
+    stage = stage_of(state, view, rows, columns, now, table)
     if key.startswith("click "):
         return click(int(key[6:]), view, stage)
     if view.typing and key in EDITS:
@@ -3850,15 +3911,19 @@ class Tap:
         limit: int | None = None,
     ) -> None:
         self.left = inf if limit is None else limit
-        self._types = types
+        self.types = types
         self._record = record
+
+    def kinds(self) -> str:
+        """Return which events are chosen, as words."""
+        return f" of type {' or '.join(self.types)}" if self.types else ""
 
     def __call__(self, events: Iterable[Event]) -> Iterator[Event]:
         """Yield the events to show."""
         from fnmatch import fnmatchcase
 
         for event in events if self.left > 0 else ():
-            if self._types and not any(fnmatchcase(event.type, glob) for glob in self._types):
+            if self.types and not any(fnmatchcase(event.type, glob) for glob in self.types):
                 continue
             if self._record:
                 print(json_line(event), file=self._record, flush=True)
@@ -3977,6 +4042,10 @@ class Terminal:
         self._window.clear()
         self._painted = []
 
+    def is_ready(self) -> bool:
+        """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
+        return bool(select.select([], [sys.stdout], [], 0)[1])
+
     def paint(self, lines: list[Line]) -> None:
         """Show the lines."""
         before = self._painted
@@ -4006,10 +4075,12 @@ class Terminal:
                 yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
 
     def _skip_sequence(self) -> bool:
-        """Read what follows an Escape if it is a sequence that curses does not know, up to its final letter."""
+        """Read what follows an Escape if it is a sequence that curses does not know, up to its end."""
         key = self._read()
-        if key in ("[", "O"):
-            return any("@" <= str(other) <= "~" for other in iter(self._read, None)) or True
+        if key in ("[", "O", "]", "P"):
+            end = "\x07\\" if key in ("]", "P") else None  # of a terminal's answer; the others end with a letter
+            rest = iter(self._read, None)
+            return any(str(other) in end if end else "@" <= str(other) <= "~" for other in rest) or True
         if key is not None:
             (self._curses.ungetch if isinstance(key, int) else self._curses.unget_wch)(key)
         return False
@@ -4031,11 +4102,13 @@ class Terminal:
 
 
 class Live:
-    """What a receiver hears, for the monitor."""
+    """What a receiver hears, for the monitor; `words` are those that `send` needs, too, to reach it."""
 
     problems = ()
 
-    def __init__(self, receiver: Receiver, tap: Tap, timeout: float | None = None, wakeup: bool = True) -> None:
+    def __init__(
+        self, receiver: Receiver, tap: Tap, timeout: float | None = None, wakeup: bool = True, words: str = ""
+    ) -> None:
         self.files = [receiver]
         self.now = time.time
         self.pause = receiver._pause
@@ -4044,8 +4117,8 @@ class Live:
         self._timeout = inf if timeout is None else timeout
         self._wakeup = wakeup
         self._heard = 0, time.monotonic()  # how many events, and since when no more
-        where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
-        self._hint = f"python eventmon.py send hello{where}"
+        kind = re.sub(r"[*?[\]]+", "x", tap.types[0]) if tap.types else "hello"
+        self._empty = f"no events{tap.kinds()} yet on {receiver.url} — try: python eventmon.py send {kind}{words}"
 
     def take(self) -> Iterator[Event]:
         """Yield some of the events that have come."""
@@ -4060,7 +4133,7 @@ class Live:
 
     def status(self) -> dict[str, Any]:
         """Return what screen() takes as status."""
-        return {"url": self._receiver.url, "hint": self._hint, **self._receiver.stats}
+        return {"url": self._receiver.url, "empty": self._empty, **self._receiver.stats}
 
 
 class Recording:
@@ -4069,23 +4142,23 @@ class Recording:
     files: tuple[()] = ()
 
     def __init__(self, path: str, tap: Tap) -> None:
-        self.problems: list[str] = []
+        self.problems: deque[str] = deque(maxlen=MAX_PROBLEMS)  # the last ones
         self._path = path
+        self._tap = tap
+        self._lines = recorded(path)
         self._bad = 0
         self._now = time.time()
-        self._events = tap(replay(path, self._complain))
-        self._read = False
-
-    def _complain(self, problem: str) -> None:
-        self._bad += 1
-        if self._bad <= MAX_PROBLEMS:
-            self.problems.append(problem)
+        self._ended = False
 
     def take(self) -> Iterator[Event]:
         """Yield some of the events."""
-        self._read = True
-        for event in islice(self._events, DRAIN):
-            self._read = False
+        lines = list(islice(self._lines, DRAIN))
+        self._ended = not lines
+        for line, problem in lines:
+            if isinstance(problem, WireError):
+                self._bad += 1
+                self.problems.append(f"{self._path}: line {line}: {problem}")
+        for event in self._tap(event for _, event in lines if isinstance(event, Event)):
             self._now = number(event.setdefault("local_received", event["timestamp"]), self._now)
             yield event
 
@@ -4095,7 +4168,7 @@ class Recording:
 
     def pause(self, longest: float) -> float:
         """Return how many seconds, at most `longest`, there is nothing to take."""
-        return longest if self._read else 0.0
+        return longest if self._ended else 0.0
 
     def is_over(self) -> bool:
         """Whether to end: only the user ends it."""
@@ -4103,7 +4176,7 @@ class Recording:
 
     def status(self) -> dict[str, Any]:
         """Return what screen() takes as status."""
-        return {"url": self._path, "hint": "another file", "malformed": self._bad}
+        return {"url": self._path, "empty": f"no events{self._tap.kinds()} in {self._path}", "malformed": self._bad}
 
 
 class Monitor:
@@ -4120,6 +4193,9 @@ class Monitor:
         self._waker.setblocking(False)
         self._heard = self._painted = self._due = time.monotonic()  # the last event and picture; when one may be next
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
+        self._table: list[tuple[Any, Any]] = []
+        self._table_of: Any = None  # what the table is of
+        self._table_due = 0.0  # when it may be made anew though only events have changed it
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
@@ -4175,24 +4251,44 @@ class Monitor:
                 terminal.renew()
             where = (*terminal.size(), self._source.now())
             for key in terminal.pressed():
-                self._view = self._state.freeze_while(press, self._view, key, self._state, *where)
+                if key == "^L":
+                    terminal.renew()
+                table = self._find(*where)
+                self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
                 self._drawn, self._due = None, self._painted + FRAME_TIME
                 if self._view.done or time.monotonic() > self._due:
                     break  # what is typed further is for whoever reads next, or must wait for the events
-            self._wait(self._draw(terminal, *where))
+            if not self._view.done:
+                self._wait(self._draw(terminal, *where))
+
+    def _find(self, rows: int, columns: int, wall: float) -> list[tuple[Any, Any]]:
+        """Return the rows of the table, made anew if another is wanted, or if it has changed and there is time for it."""
+        view, state, now = self._view, self._state, time.monotonic()
+        wanted = (page_of(view, state), view.filter, view.order, view.frozen)
+        changes = (state.event_count, len(state.tasks), int(wall) if view.order else 0)
+        if (
+            self._table_of is None
+            or self._table_of[0] != wanted
+            or self._table_of[1] != changes
+            and now >= self._table_due
+        ):
+            self._table = state.freeze_while(table_of, view, stage_of(state, view, rows, columns, wall))
+            self._table_of = wanted, changes
+            self._table_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
+        return self._table
 
     def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         now, state = time.monotonic(), self._state
         counts = state._active or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
-        status = self._source.status()
-        picture = (state.event_count, self._view, rows, columns, status, counts and int(wall))
-        if picture != self._drawn and now >= self._due:
-            terminal.paint(state.freeze_while(screen, state, self._view, rows, columns, wall, status))
+        status, table = self._source.status(), self._find(rows, columns, wall)
+        picture = (state.event_count, self._table_of, self._view, rows, columns, status, counts and int(wall))
+        if picture != self._drawn and now >= self._due and terminal.is_ready():
+            terminal.paint(state.freeze_while(screen, state, self._view, rows, columns, wall, status, table))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
-            return self._due - now
+            return max(FRAME_TIME / 10, self._due - now)
         return min(MAX_SLEEP, max(FRAME_TIME, 1 - wall % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
@@ -4262,7 +4358,8 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     try:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
-            Monitor(Live(heard, Tap()), state).run()
+            words = "" if heard.url == url_from(None) else f" --url '{heard.url}'"
+            Monitor(Live(heard, Tap(), words=words), state).run()
         else:
             print_lines(noted(state, heard.itercapture()), plain_line)
     finally:
@@ -4320,10 +4417,12 @@ def watch(options: Any) -> int:
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit)
         receiver = None if options.file else stack.enter_context(listening(options))
+        given = {"url": options.url, "key-file": options.key_file}
+        words = "".join([f" --{name} '{value}'" for name, value in given.items() if value])
         in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file)
         if not in_lines and has_terminal():
             source = (
-                Live(receiver, tap, options.timeout, not options.no_history)
+                Live(receiver, tap, options.timeout, not options.no_history, words)
                 if receiver
                 else Recording(options.file, tap)
             )

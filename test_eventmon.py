@@ -2544,7 +2544,8 @@ def shop():
 
 def shown(state, view=None, rows=24, columns=80, now=NOON + 10, **status):
     """The screen as text, without the blanks at the ends of lines; of several empty lines one is left."""
-    status = {"url": "udp://239.1.2.3:6986?ttl=0", "hint": "python eventmon.py send hello", **status}
+    empty = "no events yet on udp://239.1.2.3:6986?ttl=0 — try: python eventmon.py send hello"
+    status = {"url": "udp://239.1.2.3:6986?ttl=0", "empty": empty, **status}
     lines = eventmon.screen(state, view or eventmon.View(), rows, columns, now, status)
     texts = ["".join(text for text, _ in line) for line in lines]
     assert [eventmon.cells(text) for text in texts] == [columns] * rows
@@ -2628,7 +2629,7 @@ sh…
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
 WORKER▾                   STATUS      PID  ACTIVE     DONE  HEARD LOAD
 alpha@laptop              alive       101       1        3   1.0s 0.5 0.25 0.12
-beta@build-7              gone        202       0        9        0.5 0.25 0.12
+beta@build-7              gone        202       0        9   9.0s 0.5 0.25 0.12
 
  q quit   ? keys   enter details   / filter   s sort   space freeze""",
     ("2", 40, 120): """\
@@ -2640,7 +2641,7 @@ beta@build-7              gone        202       0        9        0.5 0.25 0.12
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
 WORKER▾                       STATUS      PID  ACTIVE     DONE  HEARD LOAD           SOFTWARE
 alpha@laptop                  alive       101       1        3   1.0s 0.5 0.25 0.12  eventmon 0.1.0
-beta@build-7                  gone        202       0        9        0.5 0.25 0.12  eventmon 0.1.0
+beta@build-7                  gone        202       0        9   9.0s 0.5 0.25 0.12  eventmon 0.1.0
 
  q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
     ("2", 10, 40): """\
@@ -2669,17 +2670,17 @@ be…""",
                                                             ▄█▄██▄▄▄▄▄ 70 s
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
 TIME▾        TYPE              HOST            FIELDS
-12:00:09.000 task-progress     alpha@laptop    uuid=5d0c91aa-11 progress=0.4
+12:00:09.000 task-progress     alpha@laptop    name=shop.import uuid=5d0c91aa-1…
 12:00:08.000 deploy-done       web@laptop      version=1.2 ok=true
-12:00:07.000 task-retried      alpha@laptop    uuid=0be1c7d2-44 exception=Timeo…
+12:00:07.000 task-retried      alpha@laptop    name=报表.生成 uuid=0be1c7d2-44 …
 12:00:06.000 task-received     alpha@laptop    uuid=0be1c7d2-44 name=报表.生成 …
-12:00:05.000 task-failed       alpha@laptop    uuid=aca02be9-33 exception=Value…
-12:00:04.000 task-started      alpha@laptop    uuid=aca02be9-33
+12:00:05.000 task-failed       alpha@laptop    name=shop.charge uuid=aca02be9-3…
+12:00:04.000 task-started      alpha@laptop    name=shop.charge uuid=aca02be9-33
 12:00:04.000 task-received     alpha@laptop    uuid=aca02be9-33 name=shop.charg…
-12:00:04.000 task-succeeded    alpha@laptop    uuid=81ffd017-22 result='photo.w…
-12:00:03.000 task-started      alpha@laptop    uuid=81ffd017-22
+12:00:04.000 task-succeeded    alpha@laptop    name=shop.resize uuid=81ffd017-2…
+12:00:03.000 task-started      alpha@laptop    name=shop.resize uuid=81ffd017-22
 12:00:03.000 task-received     alpha@laptop    uuid=81ffd017-22 name=shop.resiz…
-12:00:02.000 task-started      alpha@laptop    uuid=5d0c91aa-11
+12:00:02.000 task-started      alpha@laptop    name=shop.import uuid=5d0c91aa-11
 12:00:01.750 task-received     alpha@laptop    uuid=5d0c91aa-11 name=shop.impor…
 12:00:01.500 task-sent         web@laptop      uuid=5d0c91aa-11 name=shop.impor…
 12:00:01.000 worker-online     alpha@laptop    freq=20 active=1 processed=3 sw_…
@@ -2695,17 +2696,17 @@ TIME▾        TYPE              HOST            FIELDS
                                                                                                     ██████████ 110 s
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
 TIME▾        TYPE                    HOST                  FIELDS
-12:00:09.000 task-progress           alpha@laptop          uuid=5d0c91aa-11 progress=0.4
+12:00:09.000 task-progress           alpha@laptop          name=shop.import uuid=5d0c91aa-11 progress=0.4
 12:00:08.000 deploy-done             web@laptop            version=1.2 ok=true
-12:00:07.000 task-retried            alpha@laptop          uuid=0be1c7d2-44 exception=Timeout('db')
+12:00:07.000 task-retried            alpha@laptop          name=报表.生成 uuid=0be1c7d2-44 exception=Timeout('db')
 12:00:06.000 task-received           alpha@laptop          uuid=0be1c7d2-44 name=报表.生成 args=(1,)
-12:00:05.000 task-failed             alpha@laptop          uuid=aca02be9-33 exception=ValueError('refused') traceback=T…
-12:00:04.000 task-started            alpha@laptop          uuid=aca02be9-33
+12:00:05.000 task-failed             alpha@laptop          name=shop.charge uuid=aca02be9-33 exception=ValueError('refu…
+12:00:04.000 task-started            alpha@laptop          name=shop.charge uuid=aca02be9-33
 12:00:04.000 task-received           alpha@laptop          uuid=aca02be9-33 name=shop.charge args=(7, 'EUR') parent_id=…
-12:00:04.000 task-succeeded          alpha@laptop          uuid=81ffd017-22 result='photo.webp' runtime=0.0021
-12:00:03.000 task-started            alpha@laptop          uuid=81ffd017-22
+12:00:04.000 task-succeeded          alpha@laptop          name=shop.resize uuid=81ffd017-22 result='photo.webp' runtim…
+12:00:03.000 task-started            alpha@laptop          name=shop.resize uuid=81ffd017-22
 12:00:03.000 task-received           alpha@laptop          uuid=81ffd017-22 name=shop.resize parent_id=5d0c91aa-11 root…
-12:00:02.000 task-started            alpha@laptop          uuid=5d0c91aa-11
+12:00:02.000 task-started            alpha@laptop          name=shop.import uuid=5d0c91aa-11
 12:00:01.750 task-received           alpha@laptop          uuid=5d0c91aa-11 name=shop.import args=('2026-11.csv',)
 12:00:01.500 task-sent               web@laptop            uuid=5d0c91aa-11 name=shop.import args=('2026-11.csv',) kwar…
 12:00:01.000 worker-online           alpha@laptop          freq=20 active=1 processed=3 sw_ident=eventmon sw_ver=0.1.0 …
@@ -2718,11 +2719,11 @@ TIME▾        TYPE                    HOST                  FIELDS
                     ▂█▂▄▆▂▂▂▂▂ 4/s
  FAILURE 1   RETRY 1   PROGRESS 1
 TYPE            FIELDS
-task-progress   uuid=5d0c91aa-11 progre…
+task-progress   name=shop.import uuid=5…
 deploy-done     version=1.2 ok=true
-task-retried    uuid=0be1c7d2-44 except…
+task-retried    name=报表.生成 uuid=0be…
 task-received   uuid=0be1c7d2-44 name=…
-task-failed     uuid=aca02be9-33 except…
+task-failed     name=shop.charge uuid=a…
  q quit   ? keys   enter details""",
     ("3", 5, 20): """\
  3 Events 16  1/s
@@ -2756,7 +2757,7 @@ Traceback (most recent call last):
     pay(total)
 ValueError: refused
 
- 1-16 of 16   q back   j/k scroll   tab next link   enter go there   r result"""
+ 1-16 of 16   q back   j/k scroll   tab next link   enter go there"""
 
 
 SIZES = [(24, 80), (40, 120), (10, 40), (5, 20), (2, 3), (1, 1), (100, 300), (1, 300), (100, 1)]
@@ -2902,11 +2903,14 @@ def test_details_show_everything_and_lead_to_parent_and_children(utc):
     state = shop()
     charge = typed(state, "1jj", "^J")
     assert shown(state, charge) == DETAILS
-    parent = typed(state, "1jj", "^J", "^J")
+    assert (
+        shown(state, typed(state, "1jj", "^J", "^J")).splitlines()[1] == " task aca02be9-33"
+    )  # it only chooses a link
+    parent = typed(state, "1jj", "^J", "^I", "^J")
     assert "task 5d0c91aa-11" in shown(state, parent)
-    child = typed(state, "1jj", "^J", "^J", "^I", "^J")
+    child = typed(state, "1jj", "^J", "^I", "^J", "^I", "^I", "^J")
     assert "task aca02be9-33" in shown(state, child)
-    assert shown(state, typed(state, "1jj", "^J", "^J", "^I", "^J", "q", "^[", "q")) == shown(
+    assert shown(state, typed(state, "1jj", "^J", "^I", "^J", "KEY_BTAB", "^J", "q", "^[", "q")) == shown(
         state, typed(state, "1jj")
     )
 
@@ -2946,7 +2950,7 @@ def test_a_worker_and_an_event_have_details_too(utc):
     event = shown(state, typed(state, "3j", "KEY_ENTER"))
     assert "type        deploy-done" in event
     assert "version     1.2" in event
-    assert "task 5d0c91aa-11" in shown(state, typed(state, "3i", "^J"))
+    assert "task 5d0c91aa-11" in shown(state, typed(state, "3i", "^I", "^J"))
 
 
 @pytest.mark.parametrize(
@@ -2993,9 +2997,9 @@ def test_a_filter_is_typed_edited_kept_and_dropped():
     assert typed(state, "/one two", "^U").filter == ""
     kept = typed(state, "1/shop", "^J")
     assert (kept.filter, kept.typing) == ("shop", False)
-    assert shown(state, kept).splitlines()[-1].startswith("/shop  3 of 4   q quit")
+    assert shown(state, kept).splitlines()[-1].startswith("/shop  3 of 4   esc drop filter   q quit")
     assert typed(state, "1/shop", "^J", "/x").filter == "shopx"
-    assert typed(state, "1/shop", "^[")[5:7] == typed(state, "1/shop", "^J", "^[")[5:7] == ("", False)
+    assert typed(state, "1/shop", "^[")[6:8] == typed(state, "1/shop", "^J", "^[")[6:8] == ("", False)
     assert typed(state, "1/shop", "KEY_DOWN").selected == "aca02be9-33"
     assert len(typed(state, "/", *"x" * 1000).filter) == 100
 
@@ -3051,6 +3055,14 @@ def test_tab_and_numbers_turn_the_pages():
         "231231"
     )
     assert typed(state, "1jji3").panels == ()
+
+
+def test_each_page_is_found_again_as_it_was_left():
+    state = shop()
+    view = typed(state, "1ssjj", "2sj", "3")
+    assert typed(state, "1ssjj", "2sj", "3", "1")[1:5] == typed(state, "1ssjj")[1:5]
+    assert (eventmon.press(view, "2", state, 24, 80, NOON).selected, view.order) == ("beta@build-7", 0)
+    assert view.filter == typed(state, "1/x", "^J", "2").filter.replace("x", "")
 
 
 def test_s_sorts_by_one_column_after_the_other():
@@ -3116,8 +3128,9 @@ def test_what_is_not_frozen_shows_the_present():
     [
         *(
             (["1i"], ["task"]),
-            (["1ii"], ["task", "task"]),
-            (["1jji", "^J"], ["task", "task"]),
+            (["1ii"], ["task"]),
+            (["1iii"], ["task", "task"]),
+            (["1jji", "^I", "^J"], ["task", "task"]),
             (["1jjit"], ["task", "traceback"]),
         ),
         *((["1tt"], ["traceback"]), (["1tr"], ["traceback", "result"]), (["??"], ["keys"]), (["?r"], ["keys"])),
@@ -3128,7 +3141,7 @@ def test_what_is_not_frozen_shows_the_present():
             (["1i3"], []),
             (["1i/"], []),
             (["1is"], ["task"]),
-            (["2i", "^J"], ["worker", "task"]),
+            (["2i", "^I", "^J"], ["worker", "task"]),
         ),
         *((["1iqq"], []), (["1i?", "^["], ["task"]), (["1jjitq"], ["task"])),
     ],
@@ -3139,13 +3152,13 @@ def test_keys_open_panels_above_each_other(keys, kinds):
 
 def test_going_to_and_fro_between_tasks_opens_no_more_than_some_panels():
     state = shop()
-    view = typed(state, "1jji", *["^J"] * 200)
+    view = typed(state, "1jji", *["^I", "^J"] * 100)
     assert len(view.panels) == eventmon.MAX_PANELS
 
 
 def test_the_chosen_link_stays_chosen_when_others_come():
     state = shop()
-    view = typed(state, "2i", "^I", "^I")
+    view = typed(state, "2i", "^I", "^I", "^I")
     chosen = [text for text, style in styles(state, view).items() if style == "selected"]
     assert chosen[-1].startswith("aca02be9")
     state.event(heard("task-received", "alpha@laptop", 11, uuid="new"))
@@ -3162,7 +3175,8 @@ def test_a_link_out_of_sight_is_scrolled_to():
     view = typed(state, "1Gi", *["^I"] * 50)
     assert "child50 " in shown(state, view)
     assert "child50 " not in shown(state, typed(state, "1Gi"))
-    assert "child0 " in shown(state, typed(state, "1Gi", *["^I"] * 100))
+    assert "child0 " in shown(state, typed(state, "1Gi", *["^I"] * 101))
+    assert "child99 " in shown(state, typed(state, "1Gi", "KEY_BTAB"))
 
 
 def test_the_selection_keeps_its_line_when_its_task_goes():
@@ -3183,7 +3197,7 @@ def test_equal_events_are_events_apart():
 
 def test_a_click_while_a_filter_is_typed_leaves_the_filter_as_it_is():
     state = shop()
-    view = typed(state, "1/a", "click 5", "q")
+    view = typed(state, "1/a", "click 5", "click 5", "q")
     assert (view.filter, view.typing, view.panels, view.done) == ("a", False, (), False)
 
 
@@ -3192,7 +3206,7 @@ def test_an_empty_result_is_an_empty_panel():
     assert shown(state, typed(state, "1r")).splitlines()[1:] == [
         " result 1",
         "",
-        " 1-1 of 1   q back   j/k scroll   t traceback   r result",
+        " 1-1 of 1   q back   j/k scroll",
     ]
 
 
@@ -3275,7 +3289,7 @@ def test_help_tells_of_every_key():
         "^I": "Tab",
         "^[": "Escape",
     }
-    names |= {" ": "space", "wheel up": "wheel", "wheel down": "wheel", "^J": "Enter"}
+    names |= {"KEY_BTAB": "shift-Tab", " ": "space", "wheel up": "wheel", "wheel down": "wheel", "^J": "Enter"}
     aliases = {"^D", "^U", "^M", "KEY_ENTER", "KEY_HOME", "KEY_END"}
     for key in eventmon.KEYS.keys() - aliases:
         assert re.search(rf"(?<!\w){re.escape(names.get(key, key))}(?!\w)", text), key
@@ -3291,10 +3305,10 @@ def test_hostile_text_becomes_harmless():
         Event(evil, hostname=evil, **{evil: evil}),
     )
     for keys in ("1", "2", "3", "1i", "1ji", "1jji", "2i", "3i", "3ji", "1t", "1r", "1jt", "1s", "1ss", "1 "):
-        shown(state, typed(state, keys), 40, 200, url=evil, hint=evil)
+        shown(state, typed(state, keys), 40, 200, url=evil, empty=evil)
     shown(state, eventmon.View("1", filter=evil, typing=True), url=evil)
     shown(state, eventmon.View("1", filter=evil))
-    shown(State(), url=evil, hint=evil)
+    shown(State(), url=evil, empty=evil)
     assert eventmon.plain_line(Event(evil, x=evil)).isprintable()
     assert eventmon.json_line(Event("x", x=evil)).isprintable()
 
@@ -3822,7 +3836,7 @@ def clock(monkeypatch):
 def test_a_picture_is_painted_20_times_a_second_at_most_and_only_of_something_new(clock):
     pictures = []
     monitor = eventmon.Monitor(SimpleNamespace(status=dict), State())
-    terminal = SimpleNamespace(paint=pictures.append)
+    terminal = SimpleNamespace(paint=pictures.append, is_ready=lambda: True)
     for n in range(1000):  # in ten seconds
         clock.now += 0.01
         monitor._state.event(heard("task-sent", "w", n / 100, uuid=str(n)))
@@ -3850,13 +3864,13 @@ def test_a_slow_picture_leaves_the_time_to_the_events(clock):
     for n in range(1000):
         clock.now += 0.01
         monitor._state.event(heard("task-sent", "w", 0, uuid=str(n)))
-        monitor._draw(SimpleNamespace(paint=paint), 24, 80, NOON)
+        monitor._draw(SimpleNamespace(paint=paint, is_ready=lambda: True), 24, 80, NOON)
     assert len(pictures) < 25
 
 
 def test_the_monitor_does_not_spin_where_the_time_stands_still(clock):
     monitor = eventmon.Monitor(SimpleNamespace(status=dict), shop())
-    terminal = SimpleNamespace(paint=lambda lines: None)
+    terminal = SimpleNamespace(paint=lambda lines: None, is_ready=lambda: True)
     waits = []
     for _ in range(5):
         clock.now += 0.1
