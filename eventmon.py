@@ -2906,7 +2906,7 @@ def text_of(value: Any, limit: int) -> str:
     if value is None:
         return ""
     try:
-        if weight(value, limit) <= limit:
+        if weight(value, 4 * limit) <= 4 * limit:  # so far the encoder in C is quicker, though not all is shown
             return _small(value)[:limit]
     except (TypeError, ValueError):
         pass  # something in it that JSON has no form for
@@ -2933,7 +2933,9 @@ def printable(value: Any, limit: int = MAX_SHOWN) -> str:
     No control, bidirectional or unassigned character is left, nor what is beyond any terminal's width.
     """
     text = text_of(value, limit)
-    return text if text.isascii() and text.isprintable() else "".join(map(harmless, text))
+    if text.isprintable() and (text.isascii() or not any(char in text for char in INVISIBLE)):
+        return text
+    return "".join(map(harmless, text))
 
 
 def plural(noun: str, n: int) -> str:
@@ -3842,6 +3844,7 @@ KEYS: dict[str, Callable[[View, Stage], View]] = {
     "c": clear,
     "q": leave,
     "^[": back,
+    "M-": lambda view, stage: back(view, stage)._replace(done=False),  # Escape with another key at once, or Alt
     "/": lambda view, stage: edit(view, typing=True),
 }
 EDITS: dict[str, Callable[[View, Stage], View]] = {
@@ -3849,7 +3852,7 @@ EDITS: dict[str, Callable[[View, Stage], View]] = {
     **dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), lambda view, stage: edit(view, filter=view.filter[:-1])),
     "^U": lambda view, stage: edit(view, filter=""),
     "^W": lambda view, stage: edit(view, filter=re.sub(r"\S*\s*$", "", view.filter)),
-    "^[": lambda view, stage: edit(view, filter="", typing=False),
+    **dict.fromkeys(("^[", "M-"), lambda view, stage: edit(view, filter="", typing=False)),
 }
 
 
@@ -4067,23 +4070,24 @@ class Terminal:
         for key in iter(self._read, None):
             if key == self._curses.KEY_MOUSE:
                 yield from self._mouse()
-            elif key == "\x1b" and self._skip_sequence():
-                continue
+            elif key == "\x1b":
+                yield from self._escape()
             elif isinstance(key, str) and key.isprintable():
                 yield key
             elif isinstance(key, int) or key < "\x80":
                 yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
 
-    def _skip_sequence(self) -> bool:
-        """Read what follows an Escape if it is a sequence that curses does not know, up to its end."""
+    def _escape(self) -> Iterator[str]:
+        """Yield what an Escape means: nothing if it begins a sequence that curses does not know; that is read."""
         key = self._read()
         if key in ("[", "O", "]", "P"):
             end = "\x07\\" if key in ("]", "P") else None  # of a terminal's answer; the others end with a letter
             rest = iter(self._read, None)
-            return any(str(other) in end if end else "@" <= str(other) <= "~" for other in rest) or True
+            any(str(other) in end if end else "@" <= str(other) <= "~" for other in rest)
+            return
+        yield "^[" if key is None else "M-"
         if key is not None:
             (self._curses.ungetch if isinstance(key, int) else self._curses.unget_wch)(key)
-        return False
 
     def _read(self) -> Any:
         """Return the next character, the number of a key that is none, or None."""
@@ -4203,7 +4207,7 @@ class Monitor:
         import signal
 
         if hasattr(curses, "set_escdelay"):
-            curses.set_escdelay(25)  # milliseconds
+            curses.set_escdelay(50)  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
         mine = threading.current_thread() is threading.main_thread()
         ending = {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
         before = {name: signal.getsignal(name) for name in (*ending, signal.SIGCONT, signal.SIGWINCH) if mine}

@@ -3267,6 +3267,8 @@ def test_escape_and_q_back_out_of_what_is_open_and_quit_from_the_top():
             assert typed(state, opened, key, key).done
         assert len(typed(state, "1it", key).panels) == 1
     assert not typed(state, "/shop", "^J", "^[").done
+    assert not typed(state, "1", "M-").done
+    assert typed(state, "1i", "M-").panels == ()
     assert not typed(state, " ", "^[").done
     assert typed(state, "/shop", "^J", "^[", "^[").done
     assert typed(state, "/shop", "^J", "q").done
@@ -3290,7 +3292,7 @@ def test_help_tells_of_every_key():
         "^[": "Escape",
     }
     names |= {"KEY_BTAB": "shift-Tab", " ": "space", "wheel up": "wheel", "wheel down": "wheel", "^J": "Enter"}
-    aliases = {"^D", "^U", "^M", "KEY_ENTER", "KEY_HOME", "KEY_END"}
+    aliases = {"M-", "^D", "^U", "^M", "KEY_ENTER", "KEY_HOME", "KEY_END"}
     for key in eventmon.KEYS.keys() - aliases:
         assert re.search(rf"(?<!\w){re.escape(names.get(key, key))}(?!\w)", text), key
 
@@ -3654,6 +3656,9 @@ def test_a_sequence_that_curses_does_not_know_is_no_escape(recording):
         it.type("\x1b[200~\x1b[99;5Z\x1bOz" + "\x1b[<66;5;5M" * 300)
         it.press("?", "what has finished")
         it.press("\x1b\x1bOB\r", "task 0be1c7d2-44")
+        it.type("\x1bx\x1bx\x1b]11;rgb:ffff/qqqq/ffff\x1b\\")
+        it.wait_for("shop.resize")
+        it.press("?", "what has finished")
 
 
 def test_the_monitor_follows_the_size_of_the_terminal(recording):
