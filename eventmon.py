@@ -37,6 +37,11 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
               taken, from all streams together, shows that it moves on
     cost      what a datagram takes of that buffer, in bytes; room and taken are counted in it
     task, worker, state     as in Celery
+    view      what the user of the monitor has chosen to see: a page, which is a table of tasks, workers or events, and
+              the panels open above it, with everything about one of these
+    line      of the screen: a list of spans, (text, style), which take as many cells (columns of the terminal) as it has.
+              A row is a line with what it stands for: in a table (identity, record), in a panel (line, link), where a
+              link is what another panel would be about
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
@@ -2796,7 +2801,7 @@ class State:
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
-# A line is a list of spans, (text, style); a style is a name, to which curses gives a look. All is drawn in Unicode.
+# A style is a name, to which curses gives a look. All is drawn in Unicode, and put in ASCII where that is to be.
 
 STYLES = {
     "FAILURE": "red",
@@ -4253,17 +4258,19 @@ class Monitor:
                 self._signals.remove(SIGCONT)
                 self._drawn = None
                 terminal.renew()
-            where = (*terminal.size(), self._source.now())
+            where, more = (*terminal.size(), self._source.now()), False
             for key in terminal.pressed():
                 if key == "^L":
                     terminal.renew()
                 table = self._find(*where)
                 self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
                 self._drawn, self._due = None, self._painted + FRAME_TIME
-                if self._view.done or time.monotonic() > self._due:
+                more = self._view.done or time.monotonic() > self._due
+                if more:
                     break  # what is typed further is for whoever reads next, or must wait for the events
             if not self._view.done:
-                self._wait(self._draw(terminal, *where))
+                patience = self._draw(terminal, *where)
+                self._wait(0.0 if more else patience)
 
     def _find(self, rows: int, columns: int, wall: float) -> list[tuple[Any, Any]]:
         """Return the rows of the table, made anew if another is wanted, or if it has changed and there is time for it."""
@@ -4292,7 +4299,7 @@ class Monitor:
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
-            return max(FRAME_TIME / 10, self._due - now)
+            return self._due - now if now < self._due else FRAME_TIME  # the latter until the terminal takes output
         return min(MAX_SLEEP, max(FRAME_TIME, 1 - wall % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
@@ -4354,8 +4361,9 @@ def noted(state: State, events: Iterable[Event]) -> Iterator[Event]:
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
     """Show live tasks, workers and events in the terminal until the user quits.
 
-    `receiver` defaults to one on the default URL, `state` to a new one. Where there is no terminal, or none that curses
-    knows, it prints lines. Raises OSError when the socket cannot be opened.
+    `receiver` defaults to one on the default URL, `state` to a new one; other threads may feed it, too. Where there is no
+    terminal, or none that curses knows, it prints lines. Raises OSError when the socket cannot be opened. In the main
+    thread SIGTERM, SIGHUP and SIGQUIT, unless ignored, raise SystemExit once the terminal is as it was.
     """
     heard = Receiver() if receiver is None else receiver
     state = State() if state is None else state
