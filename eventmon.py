@@ -2888,7 +2888,7 @@ def weight(value: Any, most: int, depth: int = 0) -> int:
     if isinstance(value, str):
         return len(value) + 4
     if not isinstance(value, (dict, list, tuple)):
-        return 8
+        return 8 + (value.bit_length() // 3 if isinstance(value, int) else 0)  # an int may have thousands of digits
     if depth == MAX_DEPTH:
         return most + 1
     weighed = 2
@@ -3267,8 +3267,11 @@ def events_of(state: State) -> list[tuple[Any, Any]]:
     for event in reversed(state.recent):
         uuid = event.get("uuid")
         task = state.tasks.get(uuid) if isinstance(uuid, str) else None
-        named = task and "name" in task and "name" not in event
-        rows.append((event, {"name": task["name"], **event} if task and named else event))
+        record = event
+        if task and "name" in task and event.get("name") is None:
+            record = {"name": None, **event}  # before the other fields
+            record["name"] = task["name"]
+        rows.append((event, record))
     return rows
 
 
@@ -3321,8 +3324,9 @@ class View(
     """What the user has chosen to see.
 
     A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, its
-    index then, and the line of the table where it stays; the number of the order; these four of the other pages; the filter, and whether it is being
-    typed; the open panels, the uppermost last; the State and time that stay on the screen, or None; whether to quit.
+    index then, and the line of the table where it stays; the number of the order; these four of the other pages; the
+    filter, and whether it is being typed; the open panels, the uppermost last; the State and time that stay on the
+    screen, or None; whether to quit.
     """
 
     __slots__ = ()
@@ -3672,7 +3676,7 @@ def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top:
             text = text[1:]
         parts = [f"/{text}{'█' * view.typing}", many]
         keys = "typing" if view.typing else "filtered"
-    elif view.selected is not None:
+    elif view.selected is not None and rows:
         parts = [f" {chosen + 1:,} of {len(rows):,} "]
     spans = [(text, "bold") for text in parts] + [(f" {text} ", "dim") for text in HINTS[keys]]
     return arrange([(rank, *span) for rank, span in enumerate(spans)], stage.columns)
@@ -4038,7 +4042,7 @@ class Terminal:
             columns, rows = os.get_terminal_size(sys.stdout.fileno())
         except OSError:
             columns = rows = 0
-        if rows > 0 < columns and self._window.getmaxyx() != (rows, columns):
+        if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
             self._curses.resizeterm(rows, columns)
             self._window.clear()
             self._painted = []
@@ -4053,6 +4057,17 @@ class Terminal:
     def is_ready(self) -> bool:
         """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
         return bool(select.select([], [sys.stdout], [], 0)[1])
+
+    def release(self) -> None:
+        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
+        import termios
+
+        try:
+            if not self.is_ready():
+                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
+                termios.tcflow(sys.stdout, termios.TCOON)
+        except (OSError, termios.error):
+            pass  # the terminal has gone
 
     def paint(self, lines: list[Line]) -> None:
         """Show the lines."""
@@ -4087,8 +4102,9 @@ class Terminal:
         key = self._read()
         if key in ("[", "O", "]", "P"):
             end = "\x07\\" if key in ("]", "P") else None  # of a terminal's answer; the others end with a letter
-            rest = iter(self._read, None)
-            any(str(other) in end if end else "@" <= str(other) <= "~" for other in rest)
+            self._window.timeout(50)  # for what comes in pieces
+            any(str(other) in end if end else "@" <= str(other) <= "~" for other in iter(self._read, None))
+            self._window.nodelay(True)
             return
         yield "^[" if key is None else "M-"
         if key is not None:
@@ -4248,35 +4264,42 @@ class Monitor:
         from signal import SIGCONT, SIGWINCH
 
         terminal = Terminal(window)
-        while not self._view.done and self._signals <= {SIGCONT, SIGWINCH}:
-            for event in self._source.take():
-                self._state.event(event)
-                self._heard = time.monotonic()
-            if self._source.is_over() or not sys.stdin.isatty():
-                return  # the latter when the terminal is gone
-            if SIGCONT in self._signals:
-                self._signals.remove(SIGCONT)
-                self._drawn = None
-                terminal.renew()
-            where, more = (*terminal.size(), self._source.now()), False
-            for key in terminal.pressed():
-                if key == "^L":
+        try:
+            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
+                for event in self._source.take():
+                    self._state.event(event)
+                    self._heard = time.monotonic()
+                if self._source.is_over():
+                    return
+                if SIGCONT in self._signals and terminal.is_ready():
+                    self._signals.remove(SIGCONT)
+                    self._drawn = None
                     terminal.renew()
-                table = self._find(*where)
-                self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
-                self._drawn, self._due = None, self._painted + FRAME_TIME
-                more = self._view.done or time.monotonic() > self._due
-                if more:
-                    break  # what is typed further is for whoever reads next, or must wait for the events
-            if not self._view.done:
-                patience = self._draw(terminal, *where)
-                self._wait(0.0 if more else patience)
+                self._turn(terminal)
+        finally:
+            terminal.release()
+
+    def _turn(self, terminal: Terminal) -> None:
+        """Heed the keys, draw, and wait."""
+        where, more = (*terminal.size(), self._source.now()), False
+        for key in terminal.pressed():
+            if key == "^L" and terminal.is_ready():
+                terminal.renew()
+            table = self._find(*where)
+            self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
+            self._drawn, self._due = None, self._painted + FRAME_TIME
+            more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
+            if more or self._view.done:
+                break  # what is typed further must wait for the events, or is for whoever reads next
+        if not self._view.done:
+            patience = self._draw(terminal, *where)
+            self._wait(0.0 if more else patience)
 
     def _find(self, rows: int, columns: int, wall: float) -> list[tuple[Any, Any]]:
         """Return the rows of the table, made anew if another is wanted, or if it has changed and there is time for it."""
         view, state, now = self._view, self._state, time.monotonic()
         wanted = (page_of(view, state), view.filter, view.order, view.frozen)
-        changes = (state.event_count, len(state.tasks), int(wall) if view.order else 0)
+        changes = (state.event_count, len(state.tasks), int(wall) if view.order or view.filter else 0)
         if (
             self._table_of is None
             or self._table_of[0] != wanted
@@ -4299,8 +4322,8 @@ class Monitor:
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
-            return self._due - now if now < self._due else FRAME_TIME  # the latter until the terminal takes output
-        return min(MAX_SLEEP, max(FRAME_TIME, 1 - wall % 1))  # other threads may feed the State
+            return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
+        return min(MAX_SLEEP, max(FRAME_TIME, 1 - time.time() % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
         """Wait for events, keys and signals."""

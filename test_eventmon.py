@@ -3343,6 +3343,9 @@ def test_of_a_large_value_no_more_is_spelled_than_is_shown():
     for _ in range(5000):
         deep = [deep]
     assert "…" in eventmon.printable(deep)
+    number = 10**4000
+    assert len(eventmon.printable([number] * 10**5)) == eventmon.MAX_SHOWN
+    assert eventmon.weight([number] * 10**5, 4000) < 20_000
     assert list(eventmon.wrap("x" * 10**6, 80))[-1] == "… and more"
     state = state_of(Event("x", text="\n" * 10**6, **{str(n): n for n in range(10_000)}))
     assert " of 2,001 " in shown(state, typed(state, "3i"))
@@ -3827,6 +3830,42 @@ def test_the_monitor_says_how_to_send_to_another_url(url):
     other = url.replace("ttl=0", "ttl=0&x=1").partition("?")[0] + "?ttl=0&interface=127.0.0.1"
     with terminal("watch", "--url", other, columns=200) as it:
         it.wait_for(f"no events yet on {other} — try: python eventmon.py send hello --url '{other}'")
+
+
+def test_ctrl_s_stops_the_picture_and_not_the_monitor():
+    with terminal("watch") as it:
+        it.wait_for("no events yet")
+        it.type("\x13")
+        with Dispatcher() as dispatcher:
+            dispatcher.send("unseen-event")
+            assert dispatcher.flush(20) == 1
+            it.set_size(20, 60)
+            dispatcher.send("unseen-event")
+            assert dispatcher.flush(20) == 1
+        assert "unseen" not in it.screen()
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(20) == 128 + signal.SIGTERM
+        assert it.is_restored()
+
+
+def test_escape_with_another_key_at_once_is_both(recording):
+    with terminal("watch", recording) as it:
+        it.wait_for("shop.charge")
+        it.press("j", " 2 of 4 ")
+        it.press("\x1bj", " 3 of 4 ")
+        it.press("i", "task aca02be9-33")
+        it.press("\x1b2", "beta@build-7")
+        it.press("/beta", "1 of 2")
+        it.press("\x1bj", " 2 of 2 ")
+
+
+def test_a_filter_of_workers_follows_the_time(clock):
+    state = state_of(heard("worker-online", "w", 0, freq=2))
+    monitor = eventmon.Monitor(SimpleNamespace(status=dict), state)
+    monitor._view = eventmon.View("2", filter="gone")
+    assert monitor._find(24, 80, NOON) == []
+    clock.now += 60
+    assert len(monitor._find(24, 80, NOON + 60)) == 1
 
 
 @pytest.fixture
