@@ -4285,7 +4285,7 @@ class Monitor:
         for key in terminal.pressed():
             if key == "^L" and terminal.is_ready():
                 terminal.renew()
-            table = self._find(*where)
+            table = None if self._view.typing else self._find(*where)  # a letter of a filter needs none
             self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
             self._drawn, self._due = None, self._painted + FRAME_TIME
             more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
