@@ -3582,7 +3582,8 @@ def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
     for key, page in PAGES.items():
         text = f" {key} {page.title} {page.count(live, stage.now)} "
         parts.append((1, text, "reverse") if page is stage.page else (4, text, ""))
-    parts.append((3, f"{sum(live._tally(1, 5.0, stage.now)) / 5:,.0f}/s ", "bold"))
+    rate = sum(live._tally(1, 5.0, stage.now)) / 5
+    parts.append((3, f"{rate:,.0f}/s " if rate >= 10 or not rate else f"{rate:.1f}/s ", "bold"))
     troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
     parts += [
         (2, f" {many:,} {name} ", "alarm") for name, many in {**troubles, "evicted": live.evicted}.items() if many

@@ -2575,7 +2575,7 @@ def styles(state, view):
 
 SCREENS = {
     ("1", 24, 80): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s       udp://239.1.2.3:6986?ttl=0
                                                              █  ▄      4/s
                                                             ▄█▄██▄▄▄▄▄ 70 s
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
@@ -2587,7 +2587,7 @@ TIME▾    STATE    NAME           UUID     WORKER          RUN RESULT
 
  q quit   ? keys   enter details   / filter   s sort   space freeze""",
     ("1", 40, 120): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s                                               udp://239.1.2.3:6986?ttl=0
                                                                                                      █         4/s
                                                                                                      █  █
                                                                                                      █ ██
@@ -2601,7 +2601,7 @@ TIME▾    STATE    NAME                       UUID     WORKER                  
 
  q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
     ("1", 10, 40): """\
- 1 Tasks 4   2 Workers 1/2  1/s
+ 1 Tasks 4   2 Workers 1/2  1.0/s
                     ▂█▂▄▆▂▂▂▂▂ 4/s
  FAILURE 1   RETRY 1   PROGRESS 1
 TIME▾    STATE    NAME               RUN
@@ -2612,7 +2612,7 @@ TIME▾    STATE    NAME               RUN
 
  q quit   ? keys   enter details""",
     ("1", 5, 20): """\
- 1 Tasks 4  1/s
+ 1 Tasks 4  1.0/s
 PROGRESS shop.import
 RETRY    报表.生成
 FAILURE  shop.charge
@@ -2623,7 +2623,7 @@ sh…
     ("1", 1, 1): """\
 …""",
     ("2", 24, 80): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s       udp://239.1.2.3:6986?ttl=0
                                                              █  ▄      4/s
                                                             ▄█▄██▄▄▄▄▄ 70 s
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
@@ -2633,7 +2633,7 @@ beta@build-7              gone        202       0        9   9.0s 0.5 0.25 0.12
 
  q quit   ? keys   enter details   / filter   s sort   space freeze""",
     ("2", 40, 120): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s                                               udp://239.1.2.3:6986?ttl=0
                                                                                                      █         4/s
                                                                                                      █  █
                                                                                                      █ ██
@@ -2645,7 +2645,7 @@ beta@build-7                  gone        202       0        9   9.0s 0.5 0.25 0
 
  q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
     ("2", 10, 40): """\
- 1 Tasks 4   2 Workers 1/2  1/s
+ 1 Tasks 4   2 Workers 1/2  1.0/s
                     ▂█▂▄▆▂▂▂▂▂ 4/s
  FAILURE 1   RETRY 1   PROGRESS 1
 WORKER▾                  STATUS   ACTIVE
@@ -2654,7 +2654,7 @@ beta@build-7             gone          0
 
  q quit   ? keys   enter details""",
     ("2", 5, 20): """\
- 2 Workers 1/2  1/s
+ 2 Workers 1/2
 alpha@laptop
 beta@build-7
 
@@ -2665,7 +2665,7 @@ be…""",
     ("2", 1, 1): """\
 …""",
     ("3", 24, 80): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s       udp://239.1.2.3:6986?ttl=0
                                                              █  ▄      4/s
                                                             ▄█▄██▄▄▄▄▄ 70 s
  FAILURE 1   RETRY 1   PROGRESS 1   SUCCESS 1
@@ -2689,7 +2689,7 @@ TIME▾        TYPE              HOST            FIELDS
 
  q quit   ? keys   enter details   / filter   s sort   space freeze""",
     ("3", 40, 120): """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s                                                 udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s                                               udp://239.1.2.3:6986?ttl=0
                                                                                                      █         4/s
                                                                                                      █  █
                                                                                                      █ ██
@@ -2715,7 +2715,7 @@ TIME▾        TYPE                    HOST                  FIELDS
 
  q quit   ? keys   enter details   / filter   s sort   space freeze   c clear finished""",
     ("3", 10, 40): """\
- 1 Tasks 4   3 Events 16  1/s
+ 1 Tasks 4   3 Events 16  1.0/s
                     ▂█▂▄▆▂▂▂▂▂ 4/s
  FAILURE 1   RETRY 1   PROGRESS 1
 TYPE            FIELDS
@@ -2726,7 +2726,7 @@ task-received   uuid=0be1c7d2-44 name=…
 task-failed     name=shop.charge uuid=a…
  q quit   ? keys   enter details""",
     ("3", 5, 20): """\
- 3 Events 16  1/s
+ 3 Events 16  1.0/s
 task-progress
 deploy-done
 task-retried
@@ -2738,7 +2738,7 @@ de…""",
 …""",
 }
 DETAILS = """\
- 1 Tasks 4   2 Workers 1/2   3 Events 16  1/s         udp://239.1.2.3:6986?ttl=0
+ 1 Tasks 4   2 Workers 1/2   3 Events 16  1.0/s       udp://239.1.2.3:6986?ttl=0
  task aca02be9-33
 name        shop.charge
 uuid        aca02be9-33
