@@ -3736,6 +3736,7 @@ def test_the_monitor_is_painted_anew_after_it_was_stopped_from_outside():
         it.emulator.cells = [["#"] * 80 for _ in range(24)]
         it.process.send_signal(signal.SIGCONT)
         wait_until(lambda: "no events yet" in it.screen() and "#" not in it.screen())
+        assert it.raw.count(b"\x1b[?1049h") == 2  # whoever had the terminal meanwhile may have left that screen
 
 
 def test_colours_are_the_terminals_own_and_can_be_switched_off(recording):
@@ -3910,6 +3911,21 @@ def test_a_slow_picture_leaves_the_time_to_the_events(clock):
         monitor._state.event(heard("task-sent", "w", 0, uuid=str(n)))
         monitor._draw(SimpleNamespace(paint=paint, is_ready=lambda: True), 24, 80, NOON)
     assert len(pictures) < 25
+
+
+@pytest.mark.parametrize("keys, heeded", [("jjj", 1), (["M-", "j", "j"], 2)])
+def test_once_a_picture_is_due_keys_wait_for_the_events_but_not_behind_an_escape(clock, keys, heeded):
+    waits = []
+    monitor = eventmon.Monitor(SimpleNamespace(status=dict, now=lambda: NOON), shop())
+    monitor._wait = waits.append
+    pressed = iter(keys)
+    terminal = SimpleNamespace(
+        size=lambda: (24, 80), pressed=lambda: pressed, is_ready=lambda: True, paint=lambda lines: None
+    )
+    clock.now += 1
+    monitor._turn(terminal)
+    assert (len(keys) - len(list(pressed)), waits) == (heeded, [0.0])
+    assert monitor._view.index == 1
 
 
 def test_the_monitor_does_not_spin_where_the_time_stands_still(clock):
