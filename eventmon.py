@@ -156,7 +156,8 @@ MAX_DETAIL = 65536  # characters of any value that is shown whole
 MAX_ROWS = 2000  # of everything about a task, a worker or an event
 MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
 MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
-MAX_GLYPHS = 4096  # characters whose width is remembered
+MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
+MAX_FILTER = 100  # characters
 MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
 MAX_RECENT = 1000  # events kept in State.recent
 WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
@@ -2924,7 +2925,7 @@ def text_of(value: Any, limit: int) -> str:
     return "".join(pieces)[:limit]
 
 
-@lru_cache(4096)
+@lru_cache(MAX_GLYPHS)
 def harmless(char: str) -> str:
     """Return what is shown for a character: white space is a space, what does not print is "?"."""
     if char in INVISIBLE:
@@ -2948,7 +2949,7 @@ def plural(noun: str, n: int) -> str:
     return noun if n == 1 else f"{noun}s"
 
 
-@lru_cache(4096)
+@lru_cache(MAX_GLYPHS)
 def cells_of(char: str) -> int:
     """Return 2 for a wide character, 0 for one that joins another, else 1 (Unicode Standard Annex 11)."""
     import unicodedata
@@ -3253,10 +3254,10 @@ EVENT_COLUMNS = (
 )
 
 
-class Page(namedtuple("Page", ["title", "kind", "count", "items", "columns", "words", "fields", "empty"])):
-    """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; items(state) -> list of
-    (identity, record), in the order of its first column; the text in which a filter looks for words, and those in which
-    it does by name; what to say if the table is empty."""
+class Page(namedtuple("Page", ["title", "kind", "count", "held", "items", "columns", "words", "fields", "empty"])):
+    """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; held(state), of which
+    each is a row, and items(state) -> list of (identity, record), in the order of its first column; the text in which a
+    filter looks for words, and those in which it does by name; what to say if the table is empty."""
 
     __slots__ = ()
 
@@ -3283,18 +3284,19 @@ def alive_of(state: State, now: float) -> str:
 
 PAGES = {
     "1": Page(
-        *("Tasks", "task", lambda state, now: f"{len(state.tasks):,}", lambda state: list(state.tasks_by_time())),
-        *(TASK_COLUMNS, task_text),
+        *("Tasks", "task", lambda state, now: f"{len(state.tasks):,}", lambda state: state.tasks),
+        *(lambda state: list(state.tasks_by_time()), TASK_COLUMNS, task_text),
         {"name": field("name"), "uuid": field("uuid"), "worker": host_of, "host": host_of, "state": field("state")},
         "no tasks yet: 3 shows every event",
     ),
     "2": Page(
-        *("Workers", "worker", alive_of, lambda state: sorted(state.workers.items()), WORKER_COLUMNS, worker_text),
+        *("Workers", "worker", alive_of, lambda state: state.workers),
+        *(lambda state: sorted(state.workers.items()), WORKER_COLUMNS, worker_text),
         dict.fromkeys(("worker", "host"), field("hostname")),
         "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
     ),
     "3": Page(
-        *("Events", "event", lambda state, now: f"{state.event_count:,}"),
+        *("Events", "event", lambda state, now: f"{state.event_count:,}", lambda state: state.recent),
         *(events_of, EVENT_COLUMNS, event_text),
         {
             **dict.fromkeys(("worker", "host"), field("hostname")),
@@ -3452,8 +3454,8 @@ def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
             seen.add(relative)
             yield from task_link(label, relative, stage)
     children = [uuid for uuid in task["children"] if uuid not in seen]
-    for label, child in zip(chain(("children",), repeat("")), children[:MAX_LINKS]):
-        yield from task_link(label, child, stage)
+    for label, uuid in zip(chain(("children",), repeat("")), children[:MAX_LINKS]):
+        yield from task_link(label, uuid, stage)
     if len(children) > MAX_LINKS:
         yield from entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
 
@@ -3672,7 +3674,7 @@ def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top:
         parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
         keys = "linked" if any(link for _, link in rows) else "panel"
     elif view.typing or view.filter:
-        text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.items(stage.state)):,} "
+        text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.held(stage.state)):,} "
         while text and cells(text) + len(many) + 3 > stage.columns:
             text = text[1:]
         parts = [f"/{text}{'█' * view.typing}", many]
@@ -3876,7 +3878,7 @@ def press(view: View, key: str, state: State, rows: int, columns: int, now: floa
     if view.typing and key in EDITS:
         return EDITS[key](view, stage)
     if view.typing and len(key) == 1:
-        return edit(view, filter=(view.filter + key)[:MAX_TYPE])
+        return edit(view, filter=(view.filter + key)[:MAX_FILTER])
     return KEYS[key](view, stage) if key in KEYS else view
 
 
@@ -3893,7 +3895,7 @@ ASCII = Ascii(str.maketrans("▁▂▃▄▅▆▇█━─…▾—", ".:-=+*%#
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
 FRAME_TIME = 0.05  # between two pictures,
-FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed: the rest is for events
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two tables
 DRAIN = 500  # events taken between two looks at the keyboard
 COUNT_TIME = 60.0  # after the last event, until when the graph may have something to move
 LOOKS = {  # style -> attributes; the name of a colour; its like among 256, legible on a light and on a dark background
@@ -3971,11 +3973,11 @@ def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
                 yield index, problem
 
 
-def replay(path: str, tell: Callable[[str], None] = complain) -> Iterator[Event]:
-    """Yield the events of a recorded file; tell of lines that are none."""
+def replay(path: str) -> Iterator[Event]:
+    """Yield the events of a recorded file; complain of lines that are none."""
     for line, event in recorded(path):
         if isinstance(event, WireError):
-            tell(f"{path}: line {line}: {event}")
+            complain(f"{path}: line {line}: {event}")
         else:
             yield event
 
@@ -4128,7 +4130,7 @@ class Terminal:
 
 
 class Live:
-    """What a receiver hears, for the monitor; `words` are those that `send` needs, too, to reach it."""
+    """What a receiver hears, for the monitor; `words` are those that `send` needs beside the URL to reach it."""
 
     problems = ()
 
@@ -4144,7 +4146,9 @@ class Live:
         self._wakeup = wakeup
         self._heard = 0, time.monotonic()  # how many events, and since when no more
         kind = re.sub(r"[*?[\]]+", "x", tap.types[0]) if tap.types else "hello"
-        self._empty = f"no events{tap.kinds()} yet on {receiver.url} — try: python eventmon.py send {kind}{words}"
+        where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
+        trial = f"python eventmon.py send {kind}{where}{words}"
+        self._empty = f"no events{tap.kinds()} yet on {receiver.url} — try: {trial}"
 
     def take(self) -> Iterator[Event]:
         """Yield some of the events that have come."""
@@ -4180,10 +4184,10 @@ class Recording:
         """Yield some of the events."""
         lines = list(islice(self._lines, DRAIN))
         self._ended = not lines
-        for line, problem in lines:
-            if isinstance(problem, WireError):
+        for line, event in lines:
+            if isinstance(event, WireError):
                 self._bad += 1
-                self.problems.append(f"{self._path}: line {line}: {problem}")
+                self.problems.append(f"{self._path}: line {line}: {event}")
         for event in self._tap(event for _, event in lines if isinstance(event, Event)):
             self._now = number(event.setdefault("local_received", event["timestamp"]), self._now)
             yield event
@@ -4394,8 +4398,7 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     try:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
-            words = "" if heard.url == url_from(None) else f" --url '{heard.url}'"
-            Monitor(Live(heard, Tap(), words=words), state).run()
+            Monitor(Live(heard, Tap()), state).run()
         else:
             print_lines(noted(state, heard.itercapture()), plain_line)
     finally:
@@ -4453,8 +4456,7 @@ def watch(options: Any) -> int:
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit)
         receiver = None if options.file else stack.enter_context(listening(options))
-        given = {"url": options.url, "key-file": options.key_file}
-        words = "".join([f" --{name} '{value}'" for name, value in given.items() if value])
+        words = f" --key-file '{options.key_file}'" if options.key_file else ""
         in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file)
         if not in_lines and has_terminal():
             source = (
