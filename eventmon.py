@@ -79,7 +79,7 @@ from weakref import WeakSet
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
     from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, NoReturn, TextIO
+    from typing import Any, Callable, NoReturn, TextIO, TypeVar
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     Row = tuple[Line, Any]
     Text = Callable[[Mapping[str, Any], float], str]
     Known = tuple[bytes, bytes, bool, int]  # see Dispatcher._look_up()
+    Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
 __version__ = "0.1.0"
@@ -311,6 +312,58 @@ def format_json(value: Any) -> bytes:
         if not isinstance(problem, Exception):
             raise
     return "".join(encode(plain(value), 0)).encode()
+
+
+def weight(value: Any, most: int, depth: int = 0) -> int:
+    """Return about how long a value is as text; of one that is longer than `most`, something more than that."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value) + 4
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 8 + (value.bit_length() // 3 if isinstance(value, int) else 0)  # an int may have thousands of digits
+    if depth == MAX_DEPTH:
+        return most + 1
+    weighed = 2
+    for item in value:
+        weighed += weight(item, most, depth + 1)
+        if isinstance(value, dict):
+            weighed += weight(value[item], most, depth + 1)
+        if weighed > most:
+            break
+    return weighed
+
+
+def spell(value: Any, limit: int, form: Callable[[Any], str], brackets: Any, depth: int = 0) -> Iterator[str]:
+    """Yield a value as text, piece by piece: of a large one no more need be made than is shown.
+
+    `form` makes text of what has no items, `brackets` returns what stands around those of what has some, or None.
+    """
+    around = brackets(value)
+    if isinstance(value, (str, bytes, bytearray)):
+        yield form(value[:limit])
+    elif not around:
+        yield form(value)
+    elif depth == MAX_DEPTH:
+        yield "…"
+    else:
+        yield around[0]
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from spell(item, limit, form, brackets, depth + 1)
+            if isinstance(value, dict):
+                yield ": "
+                yield from spell(value[item], limit, form, brackets, depth + 1)
+        yield around[1]
+
+
+def start_of(pieces: Iterable[str], limit: int) -> str:
+    """Return the first `limit` characters of text in pieces, of which no more are made than that takes."""
+    taken, size = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        size += len(piece)
+        if size > limit:
+            break
+    return "".join(taken)[:limit]
 
 
 def parse_event(value: Any) -> Event:
@@ -1084,19 +1137,33 @@ def url_from(url: str | None) -> str:
     return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
 
 
+def repr_brackets(value: Any) -> Sequence[str] | None:
+    """Return what stands around the items of a value in its repr, None if it has none."""
+    if type(value) is tuple and len(value) == 1:
+        return "(", ",)"
+    pairs: dict[type, Any] = {list: "[]", tuple: "()", dict: "{}", set: "{}" if value else None}
+    return pairs.get(type(value))
+
+
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
-    """Return the repr of `value`, visibly shortened to `limit` characters."""
-    text = readable(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return the repr of `value`, visibly shortened to `limit` characters; of a large one no more is made."""
+    try:
+        large = weight(value, 4 * limit) > 4 * limit
+        text = start_of(spell(value, limit, readable, repr_brackets), limit + 1) if large else readable(value)
+    except Exception:  # noqa: BLE001 - of a class of the user's, or another thread changes the value
+        text = readable(value)
+    return text if len(text) <= limit else text[: max(0, limit - 1)] + "…"
 
 
 class Task:
     """One task, or by way of a decorated function one at each call; made by Dispatcher.task().
 
     As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds) or
-    task-failed (exception, traceback, runtime), and lets the exception pass. A decorated function, or coroutine
-    function, adds args, kwargs and result, each shortened to 1,024 characters of repr. A task inside another has
-    it as parent_id. `uuid` is its name among all tasks.
+    task-failed (exception, traceback, runtime), and lets the exception pass. A decorated function, coroutine function,
+    generator function (also an async one) or method adds args, kwargs and result, each shortened to the Dispatcher's
+    `max_repr` characters of repr; a generator is a task from its first value to its last, or until it is closed.
+    A task inside another, in the same context (see contextvars), has it as parent_id, and the outermost as root_id.
+    `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
@@ -1108,6 +1175,8 @@ class Task:
         self._dispatcher = dispatcher
         self._given = uuid
         self._fields = fields
+        self._outer: Task | None = None  # the one in which this one runs just now
+        self._ended = False
         self._result: dict[str, Any] = {}
 
     def progress(self, fraction: float, **fields: Any) -> None:
@@ -1116,50 +1185,108 @@ class Task:
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         parent = _current_task.get()
-        if parent is not None:
-            self.root_id = parent.root_id
-        fields = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0, "root_id": self.root_id}
-        fields["parent_id"] = parent.uuid if parent else None
+        fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
+        fields.update(root_id=parent.root_id if parent else self.uuid, parent_id=parent.uuid if parent else None)
+        fields.update(self._fields)
+        self.root_id = fields["root_id"]
+        self._ended = False
         self._start = time.monotonic()
-        self._dispatcher._begin_task(self.uuid, {**fields, **self._fields})
-        self._token = _current_task.set(self)
+        self._dispatcher._begin_task(self.uuid, fields)
+        self._resume()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        _current_task.reset(self._token)
+        self._suspend()
+        self._ended = True
         outcome = {**self._result, "runtime": time.monotonic() - self._start}
-        if problem is None:
+        if problem is None or isinstance(problem, GeneratorExit):  # who wants no more of a generator
             self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
         else:
             import traceback
 
             lines = "".join(traceback.format_exception(kind, problem, problem.__traceback__))
-            outcome.update(exception=shortened(problem), traceback=lines[-MAX_TRACEBACK:])
+            outcome.update(exception=self._brief(problem), traceback=lines[-MAX_TRACEBACK:])
             self._dispatcher._end_task("task-failed", self.uuid, outcome)
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate a function or a coroutine function."""
+    def _resume(self) -> None:
+        """Make this the task in which others begin."""
+        self._outer = _current_task.get()
+        _current_task.set(self)
+
+    def _suspend(self) -> None:
+        """Undo _resume(), unless another task has begun since, or this is the context of another thread."""
+        outer = self._outer
+        if _current_task.get() is self:
+            _current_task.set(None if outer and outer._ended else outer)
+
+    def _brief(self, value: Any) -> str:
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
+
+    def _call(self, args: Any, kwargs: Any) -> Task:
+        """Return the task of one call of a decorated function."""
+        fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
+        return Task(self._dispatcher, self.name, self._given, fields)
+
+    def _returned(self, result: Any) -> Any:
+        self._result = {"result": self._brief(result)}
+        return result
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function, coroutine function, generator function or method."""
         import inspect
 
-        def run(args: Any, kwargs: Any) -> Task:
-            fields = {"args": shortened(args), "kwargs": shortened(kwargs), **self._fields}
-            return Task(self._dispatcher, self.name, self._given, fields)
+        whole: Any = function
+        if isinstance(function, (classmethod, staticmethod)):
+            return type(whole)(self(whole.__func__))  # type: ignore[no-any-return]
 
-        @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with run(args, kwargs) as task:
-                result = function(*args, **kwargs)
-                task._result = {"result": shortened(result)}
-                return result
+            with self._call(args, kwargs) as task:
+                return task._returned(whole(*args, **kwargs))
 
-        @wraps(function)
         async def call_coroutine(*args: Any, **kwargs: Any) -> Any:
-            with run(args, kwargs) as task:
-                result = await function(*args, **kwargs)
-                task._result = {"result": shortened(result)}
-                return result
+            with self._call(args, kwargs) as task:
+                return task._returned(await whole(*args, **kwargs))
 
-        return call_coroutine if inspect.iscoroutinefunction(function) else call
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs) as task:
+                generator = whole(*args, **kwargs)
+                step, value = generator.send, None
+                while True:
+                    try:
+                        item = step(value)
+                    except StopIteration as stop:
+                        return task._returned(stop.value)
+                    task._suspend()  # who iterates is no part of the task
+                    try:
+                        step, value = generator.send, (yield item)
+                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
+                        step, value = generator.throw, problem
+                    task._resume()
+
+        async def generate_async(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs) as task:
+                generator = whole(*args, **kwargs)
+                step, value = generator.asend, None
+                while True:
+                    try:
+                        item = await step(value)
+                    except StopAsyncIteration:
+                        return
+                    task._suspend()
+                    try:
+                        step, value = generator.asend, (yield item)
+                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
+                        step, value = generator.athrow, problem
+                    task._resume()
+
+        for kind, wrapper in (
+            (inspect.isasyncgenfunction, generate_async),
+            (inspect.isgeneratorfunction, generate),
+            (inspect.iscoroutinefunction, call_coroutine),
+        ):
+            if kind(function):
+                return wraps(whole)(wrapper)  # type: ignore[return-value]
+        return wraps(whole)(call)  # type: ignore[return-value]
 
 
 class Dispatcher:
@@ -1168,8 +1295,9 @@ class Dispatcher:
     `hostname` names the sender ("PROGRAM.PID@HOST" if None). `groups` are the only ones sent, as in {"task"}; those
     in `buffer_group` are held and sent together at `buffer_limit` events, at flush(), or 50 ms later. `freq`
     makes it a worker with a heartbeat every so many seconds. `key` (str or bytes, $EVENTMON_KEY if None)
-    authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. A bad url
-    raises ValueError; the sockets are opened by the first event. Close it, or it lives as long as the process.
+    authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. `max_repr` is how
+    many characters of a task's arguments, result or exception are sent. A bad url raises ValueError; the sockets are
+    opened by the first event. Close it, or it lives as long as the process.
     """
 
     def __init__(
@@ -1184,6 +1312,7 @@ class Dispatcher:
         freq: float | None = None,
         key: str | bytes | None = None,
         max_wait: float = 0.01,
+        max_repr: int = MAX_REPR,
     ) -> None:
         if freq is not None and not freq >= 0:
             raise ValueError(f"freq is {freq!r}, expected seconds")
@@ -1200,6 +1329,7 @@ class Dispatcher:
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
+        self.max_repr = max_repr
         self._closed = self._exits = False
         self._begin()
         _dispatchers.add(self)
@@ -1822,17 +1952,22 @@ def log_handler() -> type:
     class LogHandler(logging.Handler):
         """Sends log records as events: "log-warning" with logger, message, the current task's uuid, and exception.
 
-        Takes the Dispatcher. Never raises.
+        Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event of a record, by the
+        record's own arguments or by the report of a failure, is not sent.
         """
 
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
+            self._busy = threading.local()
 
         def emit(self, record: logging.LogRecord) -> None:
             """Send the record."""
+            if getattr(self._busy, "now", False):
+                return
+            self._busy.now = True
             try:
-                fields = {"logger": record.name, "message": record.getMessage()}
+                fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
                 if record.exc_info:
                     fields["exception"] = (self.formatter or logging.Formatter()).formatException(record.exc_info)
                 task = _current_task.get()
@@ -1840,7 +1975,12 @@ def log_handler() -> type:
                     fields["uuid"] = task.uuid
                 self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
-                self.handleError(record)
+                try:
+                    self.handleError(record)
+                except Exception:  # noqa: BLE001, S110 - there may be no standard error to tell of it
+                    pass
+            finally:
+                self._busy.now = False
 
     return LogHandler
 
@@ -1849,6 +1989,10 @@ def __getattr__(name: str) -> Any:
     if name == "LogHandler":
         return globals().setdefault(name, log_handler())
     raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # for pydoc
 
 
 # --- Receiver -----------------------------------------------------------------------------------------------------
@@ -2865,44 +3009,12 @@ name:shop worker:beta type:log host:laptop uuid:5d0c
 """
 
 
-def spell(value: Any, limit: int, depth: int = 0) -> Iterator[str]:
-    """Yield a value as JSON, piece by piece: of a large one no more need be made than is shown."""
-    if isinstance(value, str):
-        yield json.dumps(value[:limit], ensure_ascii=False)
-    elif not isinstance(value, (dict, list, tuple)):
-        yield format_json(value).decode()
-    elif depth == MAX_DEPTH:
-        yield "…"
-    else:
-        yield "{" if isinstance(value, dict) else "["
-        for index, item in enumerate(value):
-            yield ", " if index else ""
-            yield from spell(item, limit, depth + 1)
-            if isinstance(value, dict):
-                yield ": "
-                yield from spell(value[item], limit, depth + 1)
-        yield "}" if isinstance(value, dict) else "]"
-
-
-def weight(value: Any, most: int, depth: int = 0) -> int:
-    """Return about how long a value is as JSON; of one that is longer than `most`, something more than that."""
-    if isinstance(value, str):
-        return len(value) + 4
-    if not isinstance(value, (dict, list, tuple)):
-        return 8 + (value.bit_length() // 3 if isinstance(value, int) else 0)  # an int may have thousands of digits
-    if depth == MAX_DEPTH:
-        return most + 1
-    weighed = 2
-    for item in value:
-        weighed += weight(item, most, depth + 1)
-        if isinstance(value, dict):
-            weighed += weight(value[item], most, depth + 1)
-        if weighed > most:
-            break
-    return weighed
-
-
 _small = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def json_brackets(value: Any) -> Sequence[str] | None:
+    """Return what stands around the items of a value as JSON, None if it has none."""
+    return "{}" if isinstance(value, dict) else "[]" if isinstance(value, (list, tuple)) else None
 
 
 def text_of(value: Any, limit: int) -> str:
@@ -2916,13 +3028,7 @@ def text_of(value: Any, limit: int) -> str:
             return _small(value)[:limit]
     except (TypeError, ValueError):
         pass  # something in it that JSON has no form for
-    pieces, size = [], 0
-    for piece in spell(value, limit):
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit:
-            break
-    return "".join(pieces)[:limit]
+    return start_of(spell(value, limit, lambda part: format_json(part).decode(), json_brackets), limit)
 
 
 @lru_cache(MAX_GLYPHS)

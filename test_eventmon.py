@@ -2,9 +2,12 @@
 
 import asyncio
 import codecs
+import contextvars
 import errno
 import fcntl
 import heapq
+import inspect
+import io
 import json
 import logging
 import math
@@ -1613,11 +1616,214 @@ def test_a_decorated_function_or_coroutine_function_is_a_task_at_each_call():
     assert len({event["uuid"] for event in events}) == 3
 
 
-def test_log_records_become_events(capsys):
-    logger = logging.getLogger("shop")
-    logger.propagate = False  # or the test runner's own handler gets them too
+@contextmanager
+def telling():
+    """A Dispatcher, and a function that returns its next events."""
     with Receiver() as receiver, Dispatcher() as dispatcher:
         receiver.fileno()
+        yield dispatcher, lambda n: list(receiver.itercapture(limit=n, timeout=20))
+
+
+def subjects(events):
+    return [(event.subject, event.get("result")) for event in events]
+
+
+def test_methods_are_tasks_and_keep_their_names_signatures_and_docstrings():
+    with telling() as (dispatcher, next_events):
+
+        class Shop:
+            def __repr__(self):
+                return "Shop()"
+
+            @dispatcher.task("sell")
+            def sell(self, item, *, price: int = 5):
+                """Sell it."""
+                return price
+
+            @dispatcher.task("open")
+            @classmethod
+            def open(cls):
+                return cls
+
+            @staticmethod
+            @dispatcher.task("close")
+            def close():
+                return "closed"
+
+        assert (Shop().sell("tea", price=7), Shop.open(), Shop().close()) == (7, Shop, "closed")
+        assert (Shop.sell.__doc__, str(inspect.signature(Shop.sell))) == ("Sell it.", "(self, item, *, price: int = 5)")
+        events = next_events(9)
+    assert (events[0]["args"], events[0]["kwargs"]) == ("(Shop(), 'tea')", "{'price': 7}")
+    assert subjects(events[2::3]) == [("succeeded", "7"), ("succeeded", repr(Shop)), ("succeeded", "'closed'")]
+
+
+def test_a_generator_is_a_task_from_its_first_value_to_its_last():
+    with telling() as (dispatcher, next_events):
+
+        @dispatcher.task("count")
+        def numbers():
+            try:
+                got = yield 1
+            except KeyError:
+                got = "key"
+            yield got
+            return "done"
+
+        assert inspect.isgeneratorfunction(numbers)
+        unused = numbers()
+        one, two, three = numbers(), numbers(), numbers()
+        assert (next(one), one.send("x"), next(one, "end")) == (1, "x", "end")
+        assert (next(two), two.throw(KeyError("k"))) == (1, "key")
+        two.close()
+        with pytest.raises(OSError, match="oops"):
+            next(three), three.throw(OSError("oops"))
+        unused.close()
+        events = next_events(9)
+    assert subjects(events[2::3]) == [("succeeded", "'done'"), ("succeeded", None), ("failed", None)]
+    assert len({event["uuid"] for event in events}) == 3
+
+
+def test_an_async_generator_is_a_task_from_its_first_value_to_its_last():
+    with telling() as (dispatcher, next_events):
+
+        @dispatcher.task("count")
+        async def numbers():
+            try:
+                await asyncio.sleep(0)
+                got = yield 1
+                yield got
+            except KeyError:
+                yield "key"
+
+        async def use():
+            one, two = numbers(), numbers()
+            got = [await one.__anext__(), await one.asend("x"), [item async for item in one]]
+            got += [await two.__anext__(), await two.athrow(KeyError("k"))]
+            await two.aclose()
+            return got
+
+        assert inspect.isasyncgenfunction(numbers)
+        assert asyncio.run(use()) == [1, "x", [], 1, "key"]
+        events = next_events(6)
+    assert subjects(events[2::3]) == [("succeeded", None)] * 2
+
+
+def test_a_task_inside_another_has_it_as_parent_and_the_outermost_as_root():
+    with telling() as (dispatcher, next_events):
+        tasks = {name: dispatcher.task(name, uuid=name) for name in "abcdefg"}
+
+        @dispatcher.task("gen", uuid="gen")
+        def generate():
+            with tasks["b"]:
+                yield
+            with tasks["c"]:
+                yield
+
+        @dispatcher.task("async", uuid="async")
+        async def later():
+            with tasks["f"]:
+                await asyncio.sleep(0)
+
+        with tasks["a"]:
+            for _ in generate():
+                with tasks["d"]:
+                    pass
+        with tasks["e"]:
+            asyncio.run(later())
+        with tasks["g"]:
+            pass
+        parents = {}
+        for event in next_events(30):
+            if event.subject == "received" and event["uuid"] not in parents:
+                parents[event["uuid"]] = event["parent_id"], event["root_id"]
+    assert parents == {
+        "a": (None, "a"),
+        "gen": ("a", "a"),
+        "b": ("gen", "a"),
+        "d": ("b", "a"),
+        "c": ("gen", "a"),
+        "e": (None, "e"),
+        "async": ("e", "e"),
+        "f": ("async", "e"),
+        "g": (None, "g"),
+    }
+
+
+def test_tasks_that_end_in_another_order_or_context_leave_no_parent_behind():
+    with telling() as (dispatcher, next_events):
+
+        def use(uuid):
+            with dispatcher.task("job", uuid=uuid):
+                yield
+
+        one, two = use("one"), use("two")
+        next(one), next(two), next(one, None), next(two, None)
+        three = use("three")
+        contextvars.copy_context().run(next, three)
+        three.close()  # in a context in which it did not begin
+        with dispatcher.task("given", uuid="given", parent_id="elsewhere", root_id="far"), dispatcher.task("last"):
+            pass
+        events = [event for event in next_events(15) if event.subject == "received"]
+    assert [(event["parent_id"], event["root_id"]) for event in events] == [
+        (None, "one"),
+        ("one", "one"),
+        (None, "three"),
+        ("elsewhere", "far"),
+        ("given", "far"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, limit, text",
+    [
+        (("x" * 2000,), 10, "('xxxxxxx…"),
+        (b"x" * 2000, 10, "b'xxxxxxx…"),
+        ({"a": [(1,), {2}, set()]}, 100, "{'a': [(1,), {2}, set()]}"),
+        ({"a": [(1,), {2}, ()]}, 5, "{'a':…"[:4] + "…"),
+        ([(1,)] * 1000, 12, "[(1,), (1,)…"),
+        ([{1: "x"}] * 1000, 12, "[{1: 'x'}, …"),
+        ("x", 0, "…"),
+    ],
+)
+def test_a_repr_is_shortened_visibly(value, limit, text):
+    assert eventmon.shortened(value, limit) == text
+    assert eventmon.shortened(value, 10**6) == repr(value)
+
+
+def test_of_large_arguments_no_more_is_spelled_than_is_sent():
+    class Costly:
+        made = 0
+
+        def __repr__(self):
+            Costly.made += 1
+            return "costly"
+
+    with telling() as (dispatcher, next_events):
+        dispatcher.max_repr = 20
+
+        @dispatcher.task("job")
+        def job(values):
+            return values
+
+        assert len(job([Costly()] * 10**6)) == 10**6
+        received, _, succeeded = next_events(3)
+        made = Costly.made
+        assert made < 20
+        dispatcher.disable()
+        assert dispatcher.task("job")(lambda value: 5)(Costly()) == 5
+        assert Costly.made == made
+    assert received["args"] == "([costly, costly, c…"
+    assert succeeded["result"] == "[costly, costly, co…"
+
+
+@pytest.fixture
+def logger():
+    """A logger of its own, of which the test runner's handlers get nothing."""
+    return logging.Logger("shop")  # noqa: LOG001 - which getLogger() would share
+
+
+def test_log_records_become_events(logger):
+    with telling() as (dispatcher, next_events):
         logger.addHandler(eventmon.LogHandler(dispatcher))
         with dispatcher.task("job") as task:
             logger.warning("%d left", 3)
@@ -1625,17 +1831,57 @@ def test_log_records_become_events(capsys):
             raise KeyError("gone")
         except KeyError:
             logger.exception("lost it")
-        events = [event for event in receiver.itercapture(limit=5, timeout=20) if event.group == "log"]
-    dispatcher.close()
+        first, second = (event for event in next_events(5) if event.group == "log")
+    assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= first.items()
+    assert second.type == "log-error"
+    assert "KeyError: 'gone'" in second["exception"]
+    assert "uuid" not in second
+
+
+def test_a_log_handler_never_raises(logger, capsys, monkeypatch):
+    class Broken:
+        def __str__(self):
+            raise RuntimeError("broken")
+
+    with Dispatcher() as dispatcher:
+        logger.addHandler(eventmon.LogHandler(dispatcher))
+        logger.warning("%y", 1)
+        assert "ValueError" in capsys.readouterr().err
+        logger.warning("%s", Broken())
+        assert "broken" in capsys.readouterr().err
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, "stderr", closed)
+        logger.warning("%s", Broken())
     logger.warning("nobody hears this")
-    logger.warning("%y", 1)
-    assert "ValueError" in capsys.readouterr().err
-    logger.handlers.clear()
-    assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= events[
-        0
-    ].items()
-    assert events[1].type == "log-error"
-    assert "KeyError: 'gone'" in events[1]["exception"]
+
+
+def test_a_log_handler_never_loops(logger, monkeypatch):
+    class Loud:
+        def __str__(self):
+            logger.warning("%s and %s", self, self)
+            return "loud"
+
+    with telling() as (dispatcher, next_events):
+        logger.addHandler(eventmon.LogHandler(dispatcher))
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=logger.error, flush=lambda: None))
+        logger.warning("%d", "x")  # whose report goes to standard error, and so is logged
+        logger.warning("%s", Loud())
+        threading.Thread(target=logger.warning, args=("last",)).start()
+        assert [event["message"] for event in next_events(2)] == ["loud", "last"]
+
+
+def test_a_log_handler_can_be_named_in_a_configuration():
+    code = """
+import logging.config
+from eventmon import Dispatcher
+handler = {"class": "eventmon.LogHandler", "dispatcher": Dispatcher()}
+logging.config.dictConfig({"version": 1, "handlers": {"events": handler}, "root": {"handlers": ["events"]}})
+logging.error("hello")
+"""
+    with watching() as (_, events):
+        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
+        wait_until(lambda: [event for event in events if event.get("message") == "hello"])
 
 
 # --- Receiver ---
@@ -4196,6 +4442,11 @@ def test_a_process_of_the_bench_ends_with_its_generator(monkeypatch, url):
 def test_every_public_name_is_there_and_documented():
     for name in eventmon.__all__:
         assert name == "DEFAULT_URL" or getattr(eventmon, name).__doc__, name
+    shown = subprocess.run(
+        [sys.executable, "-m", "pydoc", str(MODULE)], capture_output=True, text=True, timeout=30, check=True
+    ).stdout
+    for name in ("Dispatcher", "Event", "LogHandler", "Receiver", "State"):
+        assert f"class {name}(" in shown
 
 
 # --- the README ---
