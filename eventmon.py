@@ -152,6 +152,8 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
+MAX_LINES = 20  # of a failed command's standard error, the last ones
+MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 MAX_SHOWN = 1000  # characters of any value in a line on the screen
 MAX_DETAIL = 65536  # characters of any value that is shown whole
 MAX_ROWS = 2000  # of everything about a task, a worker or an event
@@ -1145,6 +1147,11 @@ def repr_brackets(value: Any) -> Sequence[str] | None:
     return pairs.get(type(value))
 
 
+def cut(text: str, limit: int) -> str:
+    """Return text that is visibly cut where it has more than `limit` characters."""
+    return text if len(text) <= limit else text[: max(0, limit - 1)] + "…"
+
+
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
     """Return the repr of `value`, visibly shortened to `limit` characters; of a large one no more is made."""
     try:
@@ -1152,7 +1159,7 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
         text = start_of(spell(value, limit, readable, repr_brackets), limit + 1) if large else readable(value)
     except Exception:  # noqa: BLE001 - of a class of the user's, or another thread changes the value
         text = readable(value)
-    return text if len(text) <= limit else text[: max(0, limit - 1)] + "…"
+    return cut(text, limit)
 
 
 class Task:
@@ -2972,6 +2979,7 @@ URGENT = ("FAILURE", "RETRY", "STARTED", "", "RECEIVED", "PENDING", "SUCCESS", "
 BARS = " ▁▂▃▄▅▆▇█"
 TRANSITIONS = tuple(type[5:] for type in TASK_STATES)
 FIRST_SHOWN = ("worker", "client", "args", "kwargs", "progress", "result", "exception")  # of everything about a task
+TRACE = ("traceback", "stderr")  # the latter of a command that was run
 SHOWN_APART = frozenset(
     (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "children", "parent_id", "root_id", "traceback")
 )
@@ -3566,10 +3574,11 @@ def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
         yield from entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
 
 
-def part_rows(key: str, uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield the whole of one field of a task, its lines kept."""
-    value = stage.state.tasks.get(uuid, {}).get(key)
-    for text in wrap(f"no {key}" if value is None else value, stage.columns):
+def part_rows(keys: Sequence[str], uuid: str, stage: Stage) -> Iterator[Row]:
+    """Yield the whole of one field of a task, the first that it has, its lines kept."""
+    task = stage.state.tasks.get(uuid, NOTHING)
+    value = next((task[key] for key in keys if task.get(key) is not None), f"no {keys[0]}")
+    for text in wrap(value, stage.columns):
         yield [(text, "")], None
 
 
@@ -3590,7 +3599,7 @@ def task_rows(uuid: str, stage: Stage) -> Iterator[Row]:
     yield from rest_of(task, SHOWN_APART, width)
     if "traceback" in task:
         yield [("", "")], None
-        yield from part_rows("traceback", uuid, stage)
+        yield from part_rows(TRACE, uuid, stage)
 
 
 def worker_rows(hostname: str, stage: Stage) -> Iterator[Row]:
@@ -3632,7 +3641,8 @@ PANELS: dict[str, Callable[[Any, Stage], Iterator[Row]]] = {
     "worker": worker_rows,
     "event": event_rows,
     "keys": help_rows,
-    **{key: partial(part_rows, key) for key in ("traceback", "result")},
+    "traceback": partial(part_rows, TRACE),
+    "result": partial(part_rows, ("result",)),
 }
 
 
@@ -4633,6 +4643,235 @@ def send(options: Any) -> int:
     return 1 if failures else 0
 
 
+# run. The command is a child in our process group: what the terminal sends reaches it without us, and only what comes
+# from elsewhere is passed on.
+
+
+def signals_to_pass() -> set[int]:
+    """Return the signals that are passed on: all but those that cannot be, and those of our own faults."""
+    import signal
+
+    faults = ("KILL", "STOP", "SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS", "PIPE")
+    return {*map(int, signal.valid_signals())} - {getattr(signal, f"SIG{name}", 0) for name in faults}
+
+
+def in_foreground(*pids: int) -> bool:
+    """Whether what is typed at a terminal as a signal reaches one of these processes; 0 is this one."""
+    try:
+        with open("/dev/tty", "rb") as tty:
+            return os.tcgetpgrp(tty.fileno()) in map(os.getpgid, pids)
+    except OSError:
+        return False
+
+
+def next_signal(signals: set[int]) -> tuple[int, bool]:
+    """Wait for a blocked signal; return it, and whether the command has it as well, from the terminal."""
+    import signal
+
+    if hasattr(signal, "sigwaitinfo"):
+        info = signal.sigwaitinfo(signals)
+        return info.si_signo, info.si_code in (0x80, 0x10006)  # SI_KERNEL of Linux, of FreeBSD
+    name = signal.sigwait(signals)  # macOS
+    return name, name in (signal.SIGINT, signal.SIGQUIT) and in_foreground(0)
+
+
+def follow(pid: int, signals: set[int]) -> tuple[int, Any]:
+    """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status and its usage."""
+    import signal
+
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG | os.WUNTRACED)
+        if not found:
+            name, has_it = next_signal(signals)
+            if name != signal.SIGCHLD and not has_it:
+                try:
+                    os.kill(pid, name)
+                except PermissionError:
+                    pass  # it runs as another user
+        elif not os.WIFSTOPPED(status):
+            return status, usage
+        elif os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
+            os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
+
+
+def copied_streams() -> list[int]:
+    """Return which streams of a command are copied to know its last lines: standard error, where it is no terminal.
+
+    And standard output, where it is the same file, so that the two keep their order.
+    """
+    try:
+        error = os.fstat(2)
+        if os.isatty(2):
+            return []
+        return [2, 1] if os.path.samestat(os.fstat(1), error) else [2]
+    except OSError:  # one of them is closed
+        return []
+
+
+class Copier:
+    """Copies what comes through a pipe, `inlet`, to our standard error, and keeps the end of it."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._ended = False
+        self._source, self.inlet = os.pipe()
+        self._stop, self._bell = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Copy, once somebody else has the inlet."""
+        os.close(self.inlet)
+        self._thread.start()
+
+    def _run(self) -> None:
+        """Copy until the pipe ends, or until what lies in it when finish() is called has been copied."""
+        poll, left = select.poll(), inf
+        for file in (self._source, self._stop):
+            poll.register(file, select.POLLIN)
+        while left > 0 and not self._ended:
+            ready = [file for file, _ in poll.poll()]
+            if self._source in ready:
+                self._copy()
+            if self._stop in ready:
+                left = min(left, MAX_PIPE) - 65536 if self._source in ready else 0
+
+    def _copy(self) -> None:
+        """Copy what is there."""
+        data = os.read(self._source, 65536)
+        self._ended = not data
+        self._tail = (self._tail + data)[-MAX_TRACEBACK:]
+        while data:
+            try:
+                data = data[os.write(2, data) :]
+            except BlockingIOError:
+                select.select([], [2], [])
+            except OSError as problem:
+                if isinstance(problem, BrokenPipeError):
+                    os.close(self._source)  # as our reader has gone, so has the command's
+                    self._ended = True
+                return
+
+    def finish(self) -> str:
+        """Return the last lines, when the command has ended; what its own children still write, another process copies.
+
+        A signal ends the wait for a standard error that takes nothing.
+        """
+        import signal
+
+        os.close(self._bell)
+        self._thread.join(0.1)
+        while self._thread.is_alive() and not signal.sigpending() & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
+            self._thread.join(0.1)
+        if not self._ended:
+            try:
+                spawn(["cat"], [(self._source, 0), (2, 1)], signals_to_pass())
+            except OSError:
+                pass  # where there is no cat, they find a broken pipe
+        return b"\n".join(self._tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
+
+
+def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int]) -> int:
+    """Start a process with copies of files, (ours, its), and a mask of blocked signals; return its id."""
+    import errno
+    import signal
+
+    options: Any = {
+        "file_actions": [(os.POSIX_SPAWN_DUP2, *pair) for pair in files],
+        "setsigmask": mask,
+        "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
+    }
+    try:
+        return os.posix_spawnp(words[0], words, os.environ, **options)
+    except OSError as problem:
+        if problem.errno != errno.ENOEXEC:
+            raise
+        from shutil import which  # a script that does not say for whom is for the shell
+
+        return os.posix_spawn("/bin/sh", ["/bin/sh", which(words[0]) or words[0], *words[1:]], os.environ, **options)
+
+
+def ending(code: int, usage: Any = None, tail: str = "") -> dict[str, Any]:
+    """Return how a command ended, as fields of its last event; a negative code is a signal's."""
+    import signal
+
+    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
+    if usage:
+        fields["peak_memory"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if code:
+        names = {int(name): name.name for name in signal.Signals}
+        fields["exception"] = f"exit status {code}" if code > 0 else names.get(-code, f"signal {-code}")
+    return {**fields, "stderr": tail} if code and tail else fields
+
+
+def run_posix(words: list[str], begin: Callable[[], object], mask: Iterable[int]) -> dict[str, Any]:
+    """Run a command while signals_to_pass() are blocked, and return its ending(); begin() is called once it runs."""
+    streams = copied_streams()
+    copier = Copier() if streams else None
+    pid = spawn(words, [(copier.inlet, stream) for stream in streams] if copier else (), mask)
+    if copier:
+        copier.start()
+    begin()
+    status, usage = follow(pid, signals_to_pass())
+    return ending(os.waitstatus_to_exitcode(status), usage, copier.finish() if copier else "")
+
+
+def run_simply(words: list[str], begin: Callable[[], object]) -> dict[str, Any]:
+    """Run a command where there are no signals to pass on: on Windows, whose console tells the command of ctrl-C."""
+    from subprocess import Popen
+
+    with Popen(words) as process:
+        begin()
+        while True:
+            try:
+                return ending(process.wait())
+            except KeyboardInterrupt:
+                pass
+
+
+def run_task(words: list[str], options: Any, work: Callable[..., dict[str, Any]]) -> int:
+    """Run a command with work(), send the events of a task for it, and return its exit status."""
+    from shlex import join
+    from uuid import uuid4
+
+    name = options.name or os.path.basename(words[0])
+    fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
+    with Dispatcher(options.url, key=options.key) as dispatcher:
+        uuid, start = str(uuid4()), time.monotonic()
+        begin = partial(dispatcher._begin_task, uuid, fields)
+        try:
+            outcome = work(words, begin)
+        except OSError as problem:
+            missing = isinstance(problem, FileNotFoundError)
+            reason = "not found" if missing else str(problem.strerror)
+            complain(f"{words[0]}: {reason}")
+            begin()
+            outcome = {"exit_status": 127 if missing else 126, "exception": reason}
+        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
+        dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - start})
+    return int(outcome["exit_status"])
+
+
+def run(options: Any) -> int:
+    """Run COMMAND as if it were run alone, and send the events of a task for it."""
+    import signal
+
+    words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not words:
+        raise Failure("no command to run, expected run -- COMMAND", 2)
+    if not hasattr(os, "posix_spawnp"):
+        return run_task(words, options, run_simply)
+    held = signals_to_pass()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # or some systems would drop it, though it is blocked
+    try:
+        return run_task(words, options, partial(run_posix, mask=mask))
+    finally:
+        while signal.sigpending() & held:
+            signal.sigwait(held)  # too late for the command
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 # The bench. What a user would write by hand is measured in the same run, in turns, so that the ratio can be trusted.
 
 ANSWER_TIME = 20.0  # the longest that the bench waits for a process of its own
@@ -5009,6 +5248,13 @@ def parser() -> Any:
     )
     sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
     sub.add_argument("field", nargs="*", default=[], metavar="FIELD", help="name=text, or name:=json")
+    sub = command(
+        "run",
+        run,
+        "  python eventmon.py run -- make test\n  python eventmon.py run --name nightly-backup -- ./backup.sh /srv",
+    )
+    sub.add_argument("--name", help="of the task (default: the command's)")
+    sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
     sub = command("bench", bench, "  python eventmon.py bench\n  python eventmon.py bench --json --scale 0.1")
     sub.add_argument("--json", action="store_true", help="print each row as a line of JSON")
     sub.add_argument("--scale", type=amount, default=1.0, metavar="X", help="how much to measure: 1 takes about 25 s")
@@ -5030,7 +5276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = parser().parse_known_args(argv)
         if not hasattr(options, "run"):
-            raise Failure("no command, expected one of watch, send and bench; see --help", 2)
+            raise Failure("no command, expected one of watch, send, run and bench; see --help", 2)
         if rest and (options.run is not send or rest[0].startswith("-")):
             raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
         options.field = [*getattr(options, "field", []), *rest]  # argparse leaves those behind an option

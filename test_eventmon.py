@@ -109,7 +109,7 @@ def run(*words, input=None, timeout=30, **options):
     done = subprocess.run(
         [sys.executable, str(MODULE), *words], input=input, capture_output=True, timeout=timeout, check=False, **options
     )
-    return done.returncode, done.stdout, done.stderr.decode().splitlines()
+    return done.returncode, done.stdout, done.stderr.decode(errors="backslashreplace").splitlines()
 
 
 @contextmanager
@@ -4300,6 +4300,10 @@ def test_a_bad_line_of_send_is_named_and_the_rest_is_sent():
         (["send", "hello", "type=x"], 2),
         (["watch", "--limit", "1.5"], 2),
         (["send", "hello", "--nonsense"], 2),
+        (["run"], 2),
+        (["run", "--"], 2),
+        (["run", "--nonsense", "true"], 2),
+        (["run", "--url", "x", "true"], 2),
         (["bench", "--scale", "x"], 2),
         (["bench", "--scale", "0", "--url", "http://x"], 2),
     ],
@@ -4368,6 +4372,146 @@ def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
                 )
             assert watch.stderr.read() == b""
             assert watch.returncode == 0
+
+
+RUNS = [
+    (["sh", "-c", "cat; echo out; echo err >&2"], 0, b"in\nout\n", ["err"], {"exit_status": 0}),
+    (["sh", "-c", "exit 3"], 3, b"", [], {"exit_status": 3, "exception": "exit status 3"}),
+    (["--", "sh", "-c", "kill -9 $$"], 137, b"", [], {"exit_status": 137, "exception": "SIGKILL"}),
+    (["sh", "-c", "kill -40 $$"], 168, b"", [], {"exit_status": 168, "exception": "signal 40"}),
+    (["--", "no-such-command", "-x"], 127, b"", ["eventmon: no-such-command: not found"], {"exit_status": 127}),
+    (["--name", "x", "--", "/"], 126, b"", ["eventmon: /: Permission denied"], {"exit_status": 126, "name": "x"}),
+    (["sh", "-c", "seq 30 >&2; exit 1"], 1, b"", [str(n) for n in range(1, 31)], {"exit_status": 1}),
+    (["sh", "-c", "printf 'a\\377' >&2; exit 1"], 1, b"", ["a\\xff"], {"exit_status": 1}),
+]
+
+
+@pytest.mark.parametrize("words, status, out, err, fields", RUNS)
+def test_run_is_the_command_itself_and_tells_of_it_as_a_task(words, status, out, err, fields):
+    with watching() as (_, events):
+        done = run("run", *words, input=b"in\n")
+        wait_until(lambda: len(events) == 3)
+    assert done == (status, out, err)
+    assert [event.type for event in events] == [
+        "task-received",
+        "task-started",
+        "task-failed" if status else "task-succeeded",
+    ]
+    task = state_of(*events).tasks[events[0]["uuid"]]
+    command = words[words.index("--") + 1 :] if "--" in words else words
+    assert {"name": command[0], "args": shlex.join(command), **fields}.items() <= task.items()
+    assert 0 < task["runtime"] < 30
+    assert status in (126, 127) or task["peak_memory"] > 10**5
+    assert task.get("stderr") == ("\n".join(err[-20:]) if err and status not in (0, 126, 127) else None)
+
+
+def test_run_keeps_the_order_of_output_and_errors_that_go_to_one_file(tmp_path):
+    command = f"{sys.executable} {MODULE} run -- sh -c 'for i in $(seq 50); do echo o$i; echo e$i >&2; done'"
+    done = subprocess.run(f"{command} 2>&1", shell=True, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == [f"{name}{n}" for n in range(1, 51) for name in "oe"]
+
+
+def test_run_works_where_there_is_no_network_and_no_standard_stream(tmp_path):
+    environment = {**os.environ, "EVENTMON_URL": "udp://no.such.host.invalid:7000"}
+    assert run("run", "--", "sh", "-c", "echo hi; exit 5", env=environment) == (5, b"hi\n", [])
+    code = f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))} run --"
+    for line, out in ((f"{code} echo hi 2>&-", b"hi\n"), (f"{code} sh -c 'exit 0' <&- >&- 2>&-", b"")):
+        done = subprocess.run(line, shell=True, capture_output=True, timeout=30, check=True)
+        assert (done.stdout, done.stderr) == (out, b"")
+
+
+def test_run_leaves_no_other_descriptor_signal_mask_or_handler_to_the_command():
+    code = "import os, signal; print(signal.pthread_sigmask(0, []), sorted(os.listdir('/dev/fd')))"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=True).stdout
+    assert run("run", "--", sys.executable, "-c", code) == (0, alone, [])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGCHLD)
+    assert main(["run", "true"]) == 0
+    assert (signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGCHLD)) == before
+
+
+def test_run_runs_a_script_that_does_not_say_for_whom(tmp_path):
+    script = tmp_path / "script"
+    script.write_text("echo script $1\n")
+    script.chmod(0o755)
+    assert run("run", str(script), "arg") == (0, b"script arg\n", [])
+
+
+def test_what_outlives_the_command_of_run_still_reaches_standard_error(tmp_path):
+    line = f"while [ ! -e {tmp_path}/go ]; do sleep 0.01; done; echo late >&2"
+    words = [sys.executable, str(MODULE), "run", "--", "sh", "-c", f"({line}) & echo early >&2"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    assert process.wait(20) == 0
+    (tmp_path / "go").touch()
+    with process.stderr as errors:
+        assert errors.read() == b"early\nlate\n"
+
+
+def test_whoever_writes_to_a_standard_error_that_nobody_reads_gets_a_broken_pipe_under_run():
+    with running("run", "--", "sh", "-c", "yes >&2; exit 3", stderr=subprocess.PIPE) as process:
+        process.stderr.read(10)
+        process.stderr.close()
+        assert process.wait(20) in (3, 128 + signal.SIGPIPE)
+
+
+COUNTER = """
+import os, signal, sys
+def count(name, frame):
+    print("got", signal.Signals(name).name, flush=True)
+    if name == signal.SIGTERM:
+        sys.exit(7)
+for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "ALRM", "WINCH"):
+    signal.signal(getattr(signal, f"SIG{name}"), count)
+print("ready", [os.isatty(n) for n in range(3)], os.getpgid(0) == os.getpgid(os.getppid()), flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_run_passes_signals_on():
+    with running("run", "--", sys.executable, "-c", COUNTER, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("ready")
+        for name in ("USR1", "HUP", "INT", "QUIT", "ALRM", "WINCH", "TERM"):
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            assert process.stdout.readline() == f"got SIG{name}\n"
+        assert process.wait(20) == 7
+    with running("run", "sleep", "60") as process:
+        wait_until(lambda: somebody_runs("sleep", process))
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def somebody_runs(command, parent):
+    """Whether a process has a child that runs a command."""
+    found = subprocess.run(["ps", "-A", "-o", "ppid=,comm="], capture_output=True, text=True, timeout=30, check=True)
+    return [str(parent.pid), command] in [line.split() for line in found.stdout.splitlines()]
+
+
+def test_on_a_terminal_run_leaves_everything_to_the_command():
+    with terminal("run", "--", sys.executable, "-c", COUNTER) as it:
+        it.wait_for("ready [True, True, True] True")
+        it.press("\x03", "got SIGINT")
+        it.press("\x1c", "got SIGQUIT")
+        it.resize(30, 90)
+        it.wait_for("got SIGWINCH")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(20) == 7
+        it.screen()
+        assert [line.split()[-1] for line in it.raw.decode().splitlines()[1:]] == [
+            "SIGINT",
+            "SIGQUIT",
+            "SIGWINCH",
+            "SIGTERM",
+        ]
+
+
+def test_ctrl_z_stops_run_and_fg_lets_it_go_on():
+    with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
+        it.press(f"{sys.executable} {MODULE} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n", "ready\n")
+        it.press("\x1a", "topped")
+        it.press("clear; fg\n", "run -- sh")
+        it.press("hello\n", "got hello")
+        it.type("exit\n")
+        assert it.process.wait(20) == 0
 
 
 BENCH = [
