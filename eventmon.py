@@ -4079,6 +4079,16 @@ def lines_of(path: str) -> Iterator[bytes]:
             yield from file
 
 
+def open_record(path: str) -> TextIO:
+    """Open a file to append events to; behind a line that a crash has cut off begins another one."""
+    file = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed by the caller
+    if os.path.isfile(path) and os.path.getsize(path):
+        with open(path, "rb") as before:
+            before.seek(-1, os.SEEK_END)
+            file.write("" if before.read() == b"\n" else "\n")
+    return file
+
+
 def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
     """Yield (line number, Event), or the error in that line, of a file of NDJSON; empty lines are passed over."""
     for index, line in enumerate(lines_of(path), 1):
@@ -4567,7 +4577,7 @@ def watch(options: Any) -> int:
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        record = stack.enter_context(open(options.record, "a", encoding="ascii")) if options.record else None
+        record = stack.enter_context(open_record(options.record)) if options.record else None
         if record and options.file and os.path.samefile(options.record, options.file):
             raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit)
@@ -4872,11 +4882,473 @@ def run(options: Any) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+# check. It sends by hand, so that nothing is repaired and each datagram tells its own story.
+
+REASONS = {  # the name of an error of the system -> what it means, and what to do
+    "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
+    "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
+    "ENODEV": "no such interface as {interface}, or it is down",
+    "ENXIO": "no such interface as {interface}",
+    "EADDRNOTAVAIL": "{where} is no address of this machine",
+    "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
+    "ENETDOWN": "the interface {interface} is down",
+    "EPERM": "not permitted: a firewall on this machine drops it",
+    "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it",
+    "EMSGSIZE": "too large for this system, or for this interface",
+    "ENOBUFS": "the system has no buffer for it",
+    "EAFNOSUPPORT": "this machine has no IPv4",
+}
+SIZES = sorted({MAX_DATAGRAM, 8192, MAX_LOOPBACK, 65507})  # bytes; the last one is the most that UDP can
+HEAR_TIME = 1.0  # the longest that a datagram is waited for
+LISTEN_TIME = 0.6  # two heartbeats of every sender
+TRIES = 11  # datagrams of which the median time is told
+
+
+def in_words(problem: Exception, url: Url) -> str:
+    """Return what an error of the system means."""
+    import errno
+
+    if isinstance(problem, socket.gaierror):
+        return f"{url.host} is not found: no such name, or no name server"
+    name = errno.errorcode.get(problem.errno or 0, "") if isinstance(problem, OSError) else ""
+    if name == "EADDRNOTAVAIL" and on_loopback(url):
+        return "the loopback interface is down: sudo ip link set lo up"
+    where = url.interface if is_group(url.host) else url.host
+    return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
+
+
+def instead(url: Url) -> str:
+    """Return what to use where multicast does not work; nothing for who does without it already."""
+    ways = f"watch udp://0.0.0.0:{url.port}, send to udp://ADDRESS-OF-THE-WATCHER:{url.port}"
+    return f"; try another interface below, or unicast: {ways}" if is_group(url.host) else ""
+
+
+class Probe:
+    """Sends datagrams to a URL, each a stream of its own, and finds who hears them: we, or others, who confirm."""
+
+    def __init__(self, url: str, key: bytes) -> None:
+        self.url = parse_url(url)
+        self.watchers: dict[int, Source] = {}  # others who have confirmed
+        self.hosts: set[str] = set()  # that other events name
+        self.receiver = Receiver(url, key=key)
+        self.listens = False
+        self.link: Any = None
+        self._key = key
+        self._sent: set[bytes] = set()
+        self._heard: set[bytes] = set()
+
+    def __enter__(self) -> Probe:  # noqa: PYI034 - typing.Self is younger than Python 3.9
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.receiver.close()
+        if self.link:
+            self.link.close()
+
+    def send(self, size: int = 0) -> bytes:
+        """Send an event in a datagram of `size` bytes, or of as few as will do; return the name of its stream."""
+        stream = os.urandom(8).hex().encode()
+        self._sent.add(stream)
+        event = Event("eventmon-check", hostname=default_hostname(), pid=os.getpid(), stream=stream.decode(), fill="")
+        short = len(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
+        event["fill"] = "x" * (size - short)
+        for frame in (format_frame(b"data", stream, (1,), format_json(event)), format_frame(b"bye", stream, (1, 1))):
+            self.link.send(seal(frame, self._key))
+        return stream
+
+    def hear(self, streams: set[bytes], seconds: float) -> set[bytes]:
+        """Wait for the streams, at most so long; return those that have arrived."""
+        now = time.monotonic()
+        end = now + seconds
+        while now < end and not streams <= self._heard:
+            if self.listens:
+                for event in self.receiver.itercapture(1, 0.01):
+                    self._take(event)
+            else:
+                self.link.wait(end - now)
+            for answer in iter(self.link.receive, None):
+                self._heed(*answer)
+            now = time.monotonic()
+        return streams & self._heard
+
+    def _take(self, event: Event) -> None:
+        stream = str(event.get("stream")).encode()
+        if stream in self._sent:
+            self._heard.add(stream)
+        else:
+            self.hosts.add(printable(event.get("hostname")) or "somebody")
+
+    def _heed(self, data: bytes, source: Source) -> None:
+        try:
+            frame = parse_frame(unseal(data, self._key)[0])
+        except WireError:
+            return
+        if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver._name:
+            self.watchers[frame.numbers[1]] = source
+            if not self.listens and frame.numbers[0]:
+                self._heard.add(frame.stream)
+
+    def others(self) -> int:
+        """Return how many other streams there are."""
+        streams = (*self.receiver._streams.values(), *self.receiver._strangers.values())
+        return sum(stream.name not in self._sent for stream in streams)
+
+
+Step = namedtuple("Step", ["verdict", "name", "text"])  # "ok", "note" or "wrong"; what was tried; what came of it
+
+
+def open_steps(probe: Probe) -> Iterator[Step]:
+    """Open what sends and what listens."""
+    url, group = probe.url, is_group(probe.url.host)
+    try:
+        probe.link = Link(url)
+    except (OSError, UnicodeError) as problem:
+        yield Step("wrong", "open", in_words(problem, url))
+        return
+    yield Step("ok", "open", f"a socket that sends on interface {url.interface}" if group else "a socket that sends")
+    try:
+        probe.receiver.fileno()
+        probe.listens = True
+        yield Step("ok", "join", f"{'group' if group else 'address'} {url.host}, port {url.port}")
+    except OSError as problem:
+        verdict, more = ("wrong", "") if group else ("ok", "; whoever watches there is to confirm")
+        yield Step(verdict, "join", in_words(problem, url) + more)
+
+
+def send_steps(probe: Probe) -> Iterator[Step]:
+    """Send a small datagram and wait for it."""
+    url = probe.url
+    try:
+        stream = probe.send()
+    except OSError as problem:
+        yield Step("wrong", "send", in_words(problem, url) + instead(url))
+        return
+    yield Step("ok", "send", "the system took a datagram")
+    if probe.hear({stream}, HEAR_TIME):
+        yield Step("ok", "receive", "it has arrived" if probe.listens else "a watcher has confirmed it")
+    elif not probe.listens:
+        where = f"python eventmon.py watch --url udp://0.0.0.0:{url.port}"
+        yield Step("wrong", "receive", f"nobody confirms it: start {where} there, and let UDP through its firewall")
+    else:
+        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
+        yield Step("wrong", "receive", f"it does not come back: {causes}{instead(url)}")
+
+
+def size_step(probe: Probe) -> Step:
+    """Send datagrams of several sizes."""
+    sent, problem = {}, ""
+    for size in SIZES:
+        try:
+            sent[probe.send(size)] = size
+        except OSError as error:
+            problem = in_words(error, probe.url)
+            break
+    arrived = {sent[stream] for stream in probe.hear({*sent}, HEAR_TIME)}
+    lacking = [size for size in SIZES if size not in arrived]
+    needed = MAX_LOOPBACK if on_loopback(probe.url) else MAX_DATAGRAM
+    if not lacking:
+        return Step("ok", "sizes", f"up to {SIZES[-1]:,} bytes, all that UDP can")
+    text = f"{lacking[0]:,} bytes do not arrive" + (f": {problem}" if problem else "")
+    if lacking[0] > needed:
+        return Step("ok", "sizes", f"up to {max(arrived):,} bytes; {text}, and are not needed")
+    return Step("wrong", "sizes", f"{text}; a tunnel or VPN with a small MTU, perhaps")
+
+
+def buffer_step(probe: Probe) -> Step:
+    """Compare the receive buffer with what was asked for."""
+    got = probe.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    got //= 2 if sys.platform == "linux" else 1  # which counts twice what it grants
+    if got >= BUFFER:
+        return Step("ok", "buffer", f"{BUFFER:,} bytes, as asked for")
+    limit = {"linux": "net.core.rmem_max", "darwin": "kern.ipc.maxsockbuf"}.get(sys.platform, "the system's limit")
+    return Step(
+        "note", "buffer", f"{got:,} bytes of {BUFFER:,}, so bursts are repaired: sudo sysctl -w {limit}={BUFFER}"
+    )
+
+
+def ttl_step(probe: Probe) -> Step:
+    """Say how far datagrams go."""
+    url = probe.url
+    if not is_group(url.host):
+        return Step("ok", "ttl", str(url.ttl or "the system's own"))
+    if on_loopback(url) or url.ttl:
+        ways = {0: "nothing leaves this machine", 1: "the network segment"}
+        return Step(
+            "ok", "ttl", f"{url.ttl}: {ways.get(url.ttl, f'through {url.ttl - 1} routers that forward multicast')}"
+        )
+    return Step("note", "ttl", "0: no other machine hears this; ttl=1 reaches the network segment")
+
+
+def time_step(probe: Probe) -> Step:
+    """Measure how long a datagram takes."""
+    times = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        probe.hear({probe.send()}, HEAR_TIME)
+        times.append(time.perf_counter() - start)
+    way = "from send to receive" if probe.listens else "there and back"
+    return Step("ok", "time", f"{sorted(times)[TRIES // 2] * 1000:.3f} ms {way}, the median of {TRIES}")
+
+
+def company_steps(probe: Probe) -> Iterator[Step]:
+    """Listen for a moment, and tell who else is there."""
+    probe.hear({b"whoever speaks"}, LISTEN_TIME)
+    if probe.listens:
+        n, hosts = probe.others(), sorted(probe.hosts)
+        names = ", ".join(hosts[:5]) + (", …" if len(hosts) > 5 else "")
+        who = f"{n} {plural('Dispatcher', n)}" if n else "nobody else" if not names else "bare JSON alone"
+        yield Step("ok", "sending", f"{who}{f', events from {names}' if names else ''}")
+    where = ", ".join(sorted(f"{host}:{port}" for host, port in probe.watchers.values()))
+    n = len(probe.watchers)
+    yield Step("ok", "watching", f"{n} {plural('watcher', n)}: {where}" if n else "nobody else")
+    rejected = probe.receiver.stats["rejected"]
+    if rejected:
+        yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: sent with another key, or none")
+
+
+def check_steps(probe: Probe, whole: bool = True) -> Iterator[Step]:
+    """Try a URL step by step, as far as it works; or only whether it does."""
+    for steps in (open_steps, send_steps):
+        for step in steps(probe):
+            yield step
+            if step.verdict == "wrong":
+                return
+    if whole:
+        yield size_step(probe)
+        if probe.listens:
+            yield buffer_step(probe)
+        yield ttl_step(probe)
+        yield time_step(probe)
+        yield from company_steps(probe)
+
+
+def interfaces() -> Iterator[tuple[str, str, int, str]]:
+    """Yield name, address ("" if it has none), ttl to use and what is to be said of each network interface."""
+    try:
+        from fcntl import ioctl
+    except ImportError:  # Windows
+        for address in socket.gethostbyname_ex(socket.gethostname())[2]:
+            yield address, address, 1, ""
+        return
+    linux = sys.platform == "linux"
+    addresses, flags = (0x8915, 0x8913) if linux else (0xC0206921, 0xC0206911)  # SIOCGIFADDR, SIOCGIFFLAGS
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("16s24x" if linux else "16s16x", name.encode())
+            try:
+                (flag,) = struct.unpack_from("H", ioctl(sock, flags, request), 16)
+                address = socket.inet_ntoa(ioctl(sock, addresses, request)[20:24]) if flag & 1 else ""
+            except OSError:
+                address = ""
+            loopback, multicast = flag & 8, flag & (0x1000 if linux else 0x8000)
+            fault = "down" if not flag & 1 else "" if multicast or loopback else "no multicast"
+            yield name, address, 0 if loopback else 1, fault
+
+
+def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
+    """Yield a line for each interface that the URL does not use; whether it works only if it is to be tried."""
+    group = url.host if is_group(url.host) else parse_url(DEFAULT_URL).host
+    for name, address, ttl, fault in interfaces():
+        if is_group(url.host) and url.interface in (name, address):
+            continue
+        other = f"udp://{group}:{url.port}?interface={address or name}&ttl={ttl}"
+        line = f"  {name:<12} {address or 'no address':<15}  {other}"
+        if trying and not fault:
+            with Probe(other, key) as probe:
+                *_, last = check_steps(probe, whole=False)
+            fault = "works" if last.verdict == "ok" else f"{last.name}: {last.text}"
+        yield f"{line}  {fault}".rstrip()
+
+
+def check(options: Any) -> int:
+    """Try the URL in force step by step, and say what is wrong and what to do."""
+    url, key = url_from(options.url), key_from(options.key)
+    origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
+    with Probe(url, key) as probe:
+        print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
+        works = True
+        for verdict, name, text in check_steps(probe):
+            print(f"{verdict:<5} {name:<8} {text}", flush=True)
+            works = works and verdict != "wrong"
+        lines = [*interface_lines(probe.url, key, options.all_interfaces)]
+    if lines:
+        tried = "" if options.all_interfaces else ", on which nothing was sent (--all-interfaces does)"
+        print(f"other interfaces{tried}:", *lines, sep="\n")
+    return 0 if works else 1
+
+
+# Processes of our own, for the demo and the bench.
+
+HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
+ANSWER_TIME = 20.0  # the longest that one of them may take to answer
+
+
+def own_url(n: int) -> str:
+    """Return a URL, the n-th, where nobody listens; on the loopback interface with ttl 0, since nothing else is said."""
+    from random import randrange
+
+    return f"udp://239.255.{randrange(256)}.{n}:{randrange(20000, 60000)}"
+
+
+def start(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
+    """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
+    from subprocess import PIPE, Popen
+
+    folder, name = os.path.split(os.path.abspath(__file__))
+    code = f"{HERE}; import json; answers = getattr(__import__(sys.argv[2]), sys.argv[3])(*json.loads(input()))"
+    code += "\nfor answer in answers: print(json.dumps(answer), flush=True)"
+    words = [sys.executable, "-c", code, folder, os.path.splitext(name)[0], function.__name__]
+    process: Any = Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
+    print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
+    return process
+
+
+def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, None, None]:
+    """Yield what a function of this file yields in a process that lives until close(); or raise Failure."""
+    with start(function, *args) as process:
+        try:
+            while True:
+                timer = threading.Timer(ANSWER_TIME, process.kill)
+                timer.start()
+                try:
+                    line = process.stdout.readline()
+                finally:
+                    timer.cancel()
+                if not line:
+                    process.kill()
+                    errors = process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
+                    raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
+                yield json.loads(line)
+        finally:
+            process.kill()
+
+
+# The demo: a shop, with what goes well and wrong in one.
+
+LIFE = 15.0  # seconds, of the worker that dies without a word
+
+
+class Shop:
+    """What the demo's workers do."""
+
+    def __init__(self, events: Dispatcher) -> None:
+        import logging
+        import random
+
+        self.events = events
+        self.random = random.Random()
+        self.log = logging.Logger("shop")  # noqa: LOG001 - of our own
+        self.log.addHandler(log_handler()(events))
+        for name in ("order", "charge", "resize", "report"):
+            setattr(self, name, events.task(f"shop.{name}")(getattr(self, name)))
+
+    def chance(self, share: float) -> bool:
+        """Whether what happens in so many cases happens in this one."""
+        return self.random.random() < share
+
+    def pause(self, longest: float) -> None:
+        """Take some time."""
+        time.sleep(self.random.uniform(longest / 5, longest))
+
+    def serve(self) -> NoReturn:
+        """Work for ever."""
+        while True:
+            try:
+                work = self.random.choice(
+                    (self.order, self.order, self.stock, lambda number: list(self.report(number)))
+                )
+                work(self.random.randrange(1000, 10000))
+            except (OSError, ValueError):
+                pass  # the events have told of it
+            self.pause(1)
+
+    def order(self, number: int) -> str:
+        """Have an order paid and sent: a chain of tasks."""
+        self.events.send("order-placed", order=number, cents=number // 2)
+        self.charge(number, cents=number // 2)
+        for width in (200, 800):
+            self.resize(f"photo-{number}.jpg", width)
+        self.mail(f"customer-{number}@example.com")
+        return "sent"
+
+    def charge(self, order: int, cents: int) -> dict[str, int]:
+        """Ask the bank for the money."""
+        self.pause(0.8)
+        if self.chance(0.2):
+            raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
+        return {"paid": cents}
+
+    def resize(self, photo: str, width: int) -> str:
+        """Resize a photo."""
+        self.pause(0.5)
+        if self.chance(0.05):
+            raise ValueError(f"{photo} is no JPEG file")
+        return f"{photo}@{width}"
+
+    def mail(self, to: str) -> None:
+        """Send a mail, at the third attempt at the latest."""
+        from uuid import uuid4
+
+        uuid, order = str(uuid4()), _current_task.get()
+        above = {"parent_id": order.uuid, "root_id": order.root_id} if order else {}
+        for retries in range(3):
+            self.events._begin_task(uuid, {"name": "mail.send", "args": repr((to,)), "retries": retries, **above})
+            self.pause(0.6)
+            if retries == 2 or self.chance(0.7):
+                self.events._end_task("task-succeeded", uuid, {"result": "'250 OK'"})
+                return
+            self.events._end_task("task-retried", uuid, {"exception": "TimeoutError('mail.example.com')"})
+            self.pause(1)
+
+    def stock(self, number: int) -> None:
+        """Read a long list, and say how far it is."""
+        with self.events.task("shop.stock", args=repr((f"stock-{number}.csv",))) as task:
+            for row in range(20):
+                self.pause(0.4)
+                task.progress((row + 1) / 20)
+                if self.chance(0.05):
+                    self.log.warning("stock-%d.csv: row %d has no price", number, row)
+
+    def report(self, number: int) -> Iterator[str]:
+        """Yield the lines of a report, one after the other."""
+        for hour in range(8, 20):
+            self.pause(0.3)
+            yield f"report {number}, {hour}:00"
+
+
+def demo_worker(url: str, key: str, name: str, life: float) -> Iterator[Any]:
+    """Work in three threads until standard input ends, or for `life` seconds."""
+    events = Dispatcher(url, f"{name}@demo", freq=1, key=bytes.fromhex(key))
+    events.send("deploy-done", version=__version__)
+    for _ in range(3):
+        threading.Thread(target=Shop(events).serve, daemon=True).start()
+    if life:
+        timer = threading.Timer(life, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+    sys.stdin.read()
+    events.close()
+    yield from ()
+
+
+def demo(options: Any) -> int:
+    """Show a shop at work: worker processes, on a URL of their own, and what watch makes of them."""
+    options.url = options.url or own_url(1)
+    parse_url(options.url)
+    args = options.url, key_from(options.key).hex()
+    workers = [start(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
+    try:
+        return watch(options)
+    finally:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.communicate()
+
+
 # The bench. What a user would write by hand is measured in the same run, in turns, so that the ratio can be trusted.
 
-ANSWER_TIME = 20.0  # the longest that the bench waits for a process of its own
 QUIET_TIME = 5.0  # without an event, after which its watcher says what it has
-HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
 UUID = "5d0c91aa"
 BURST = 50  # events that are received together: few enough for the smallest usual buffer
 PINGS = 50  # in a row: few enough that all find the two processes on the same cores
@@ -4885,34 +5357,6 @@ TASK: dict[str, dict[str, Any]] = {  # the events of a task
     "task-started": {},
     "task-succeeded": {"result": "'photo.webp'", "runtime": 0.25},
 }
-
-
-def child(function: Callable[..., Iterator[Any]], *args: Any) -> Generator[Any, None, None]:
-    """Yield what a generator function of this file does in a process that lives until close(); or raise Failure."""
-    from subprocess import PIPE, Popen
-
-    folder, name = os.path.split(os.path.abspath(__file__))
-    code = f"{HERE}; import json; answers = getattr(__import__(sys.argv[2]), sys.argv[3])(*json.loads(input()))"
-    code += "\nfor answer in answers: print(json.dumps(answer), flush=True)"
-    words = [sys.executable, "-c", code, folder, os.path.splitext(name)[0], function.__name__]
-    with Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace") as process:
-        pipe: Any = process
-        try:
-            print(json.dumps(args), file=pipe.stdin, flush=True)  # a key stands on no command line
-            while True:
-                timer = threading.Timer(ANSWER_TIME, process.kill)
-                timer.start()
-                try:
-                    line = pipe.stdout.readline()
-                finally:
-                    timer.cancel()
-                if not line:
-                    process.kill()
-                    errors = pipe.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
-                    raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
-                yield json.loads(line)
-        finally:
-            process.kill()
 
 
 def measured(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
@@ -5165,10 +5609,8 @@ def bench_line(what: str, figure: float, naive: float | None, ratio: float | Non
 def bench(options: Any) -> int:
     """Measure this machine, on a group of its own, and beside each figure what a user would write by hand."""
     import platform
-    from random import randrange
 
-    # Where nobody listens, on the loopback interface with ttl 0, since nothing else is said.
-    url, other = (options.url or f"udp://239.255.{randrange(256)}.{i}:{randrange(20000, 60000)}" for i in (1, 2))
+    url, other = (options.url or own_url(n) for n in (1, 2))
     parse_url(url)
     if not options.json:
         system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -5197,6 +5639,59 @@ def whole(word: str) -> int:
     raise ArgumentTypeError(f"{word!r} is not a whole number")
 
 
+WATCHING: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--json", {"action": "store_true", "help": "print each event as a line of JSON"}),
+    ("--plain", {"action": "store_true", "help": "print each event as a line of text"}),
+    ("--record", {"metavar": "FILE", "help": "append every event to FILE as NDJSON"}),
+    ("--type", {"action": "append", "metavar": "GLOB", "help": "only these types, as in 'task-*'; may be repeated"}),
+    ("--limit", {"type": whole, "metavar": "N", "help": "stop after N events"}),
+    ("--timeout", {"type": amount, "metavar": "S", "help": "stop after S seconds without an event"}),
+    ("--no-history", {"action": "store_true", "help": "begin with what is sent from now on"}),
+)
+COMMANDS: dict[str, Any] = {  # name -> what does it, two examples, exit status, arguments
+    "watch": (
+        watch,
+        ("watch", "watch --json --type 'task-*' | jq .uuid"),
+        "0, also when ctrl-C or the end of a pipe ends it",
+        (("file", {"nargs": "?", "metavar": "FILE", "help": "show recorded NDJSON instead of the network"}), *WATCHING),
+    ),
+    "send": (
+        send,
+        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
+        "0 when the system has taken every event, 1 if not, or for a bad line",
+        (
+            ("type", {"metavar": "TYPE", "help": "the event's type, or - for NDJSON on standard input"}),
+            ("field", {"nargs": "*", "default": [], "metavar": "FIELD", "help": "name=text, or name:=json"}),
+        ),
+    ),
+    "run": (
+        run,
+        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
+        "the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed",
+        (
+            ("--name", {"help": "of the task (default: the command's)"}),
+            ("command", {"nargs": "...", "metavar": "-- COMMAND", "help": "the command and its arguments"}),
+        ),
+    ),
+    "check": (
+        check,
+        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
+        "0 when the URL works, else 1",
+        (("--all-interfaces", {"action": "store_true", "help": "send on the other interfaces, too"}),),
+    ),
+    "demo": (demo, ("demo", "demo --plain --limit 20"), "0", WATCHING),
+    "bench": (
+        bench,
+        ("bench", "bench --json --scale 0.1"),
+        "0",
+        (
+            ("--json", {"action": "store_true", "help": "print each row as a line of JSON"}),
+            ("--scale", {"type": amount, "default": 1.0, "metavar": "X", "help": "how much: 1 takes about 25 s"}),
+        ),
+    ),
+}
+
+
 def parser() -> Any:
     """Return the parser of the command line."""
     import argparse
@@ -5206,58 +5701,28 @@ def parser() -> Any:
             complain(message)
             raise SystemExit(2)
 
-    def command(name: str, run: Callable[[Any], int], examples: str) -> argparse.ArgumentParser:
-        summary = (run.__doc__ or "").partition("\n")[0]
+    top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
+    top.add_argument("--version", action="version", version=f"eventmon {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    for name, (work, examples, status, arguments) in COMMANDS.items():
+        summary = work.__doc__.partition("\n")[0]
+        lines = "".join(f"\n  python eventmon.py {example}" for example in examples)
         sub = commands.add_parser(
             name,
             help=summary,
             description=summary,
-            epilog=f"examples:\n{examples}",
+            epilog=f"examples:{lines}\n\nexit status: {status}; 1 for a failure, 2 for wrong usage",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
-        sub.add_argument("--url", help=f"where events are sent (default: $EVENTMON_URL or {DEFAULT_URL})")
+        sub.set_defaults(file=None, field=[], run=work)
+        where = "one of its own" if work in (demo, bench) else f"$EVENTMON_URL or {DEFAULT_URL}"
+        sub.add_argument("--url", help=f"where events are sent (default: {where})")
         sub.add_argument(
             "--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)"
         )
-        return sub
-
-    top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
-    top.add_argument("--version", action="version", version=f"eventmon {__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    sub = command(
-        "watch",
-        watch,
-        "  python eventmon.py watch\n  python eventmon.py watch --json --type 'task-*' | jq .uuid",
-    )
-    sub.add_argument("file", nargs="?", metavar="FILE", help="show recorded NDJSON instead of the network")
-    form = sub.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print each event as a line of JSON")
-    form.add_argument("--plain", action="store_true", help="print each event as a line of text")
-    sub.add_argument("--record", metavar="FILE", help="append every event to FILE as NDJSON")
-    sub.add_argument(
-        "--type", action="append", metavar="GLOB", help="only these types, as in 'task-*'; may be repeated"
-    )
-    sub.add_argument("--limit", type=whole, metavar="N", help="stop after N events")
-    sub.add_argument("--timeout", type=amount, metavar="S", help="stop after S seconds without an event")
-    sub.add_argument("--no-history", action="store_true", help="begin with what is sent from now on")
-    sub = command(
-        "send",
-        send,
-        "  python eventmon.py send deploy-done version=1.2 seconds:=8.5\n  python eventmon.py send - < recorded.jsonl",
-    )
-    sub.add_argument("type", metavar="TYPE", help="the event's type, or - for NDJSON on standard input")
-    sub.add_argument("field", nargs="*", default=[], metavar="FIELD", help="name=text, or name:=json")
-    sub = command(
-        "run",
-        run,
-        "  python eventmon.py run -- make test\n  python eventmon.py run --name nightly-backup -- ./backup.sh /srv",
-    )
-    sub.add_argument("--name", help="of the task (default: the command's)")
-    sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
-    sub = command("bench", bench, "  python eventmon.py bench\n  python eventmon.py bench --json --scale 0.1")
-    sub.add_argument("--json", action="store_true", help="print each row as a line of JSON")
-    sub.add_argument("--scale", type=amount, default=1.0, metavar="X", help="how much to measure: 1 takes about 25 s")
+        forms = sub.add_mutually_exclusive_group() if "--plain" in dict(arguments) else sub
+        for argument, options in arguments:
+            (forms if argument in ("--json", "--plain") else sub).add_argument(argument, **options)
     return top
 
 
@@ -5276,10 +5741,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = parser().parse_known_args(argv)
         if not hasattr(options, "run"):
-            raise Failure("no command, expected one of watch, send, run and bench; see --help", 2)
+            raise Failure(f"no command, expected one of {', '.join(COMMANDS)}; see --help", 2)
         if rest and (options.run is not send or rest[0].startswith("-")):
             raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
-        options.field = [*getattr(options, "field", []), *rest]  # argparse leaves those behind an option
+        options.field = [*options.field, *rest]  # argparse leaves those behind an option
         options.key = read_key_file(options.key_file) if options.key_file else None
         return int(options.run(options))
     except SystemExit as stop:
@@ -5288,7 +5753,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(failure.args[0])
         return int(failure.args[1])
     except KeyboardInterrupt:
-        return 0 if options and options.run is watch else 1
+        return 0 if options and options.run in (watch, demo) else 1
     except BrokenPipeError:  # whoever read us has gone; let the interpreter's last flush find no pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

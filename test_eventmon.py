@@ -4351,9 +4351,16 @@ def test_any_encoding_and_missing_streams_will_do(tmp_path):
 def test_help_and_version_go_to_standard_output(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
-    for words in (["--help"], ["watch", "--help"], ["send", "--help"], ["bench", "--help"]):
-        assert main(words) == 0
-        assert "usage" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("watch", "send", "run", "demo", "check", "bench"):
+        assert re.search(rf"^ +{name} ", listed, re.MULTILINE)
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.count(f"\n  python eventmon.py {name}") == 2
+        assert {"usage:", "--url", "--key-file", "exit status: "} <= set(
+            re.findall(r"usage:|--[a-z-]+|exit status: ", text)
+        )
 
 
 def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
@@ -4512,6 +4519,230 @@ def test_ctrl_z_stops_run_and_fg_lets_it_go_on():
         it.press("hello\n", "got hello")
         it.type("exit\n")
         assert it.process.wait(20) == 0
+
+
+def test_a_record_that_a_crash_has_cut_off_loses_nothing_that_comes_after_it(tmp_path):
+    file = tmp_path / "recorded.jsonl"
+    file.write_text('{"type":"whole"}\n{"type":"cut o')
+    with Dispatcher() as dispatcher:
+        dispatcher.send("hello")
+        assert run("watch", "--plain", "--limit", "1", "--record", str(file))[0] == 0
+        with terminal("watch", "--record", str(file)) as it:
+            it.wait_for("hello")
+            dispatcher.send("seen")
+            it.wait_for("seen")
+            it.process.kill()  # a crash
+    status, out, errors = run("watch", str(file), "--json")
+    types = [json.loads(line)["type"] for line in out.splitlines()]
+    assert (status, types) == (0, ["whole", "hello", "hello", "seen"])
+    assert len(errors) == 1
+    assert "recorded.jsonl: line 2: not JSON" in errors[0]
+    with watching() as (_, events):
+        assert run("send", "-", input=file.read_bytes())[0] == 1
+        wait_until(lambda: [event.type for event in events] == types)
+
+
+def checked(*words, **options):
+    """Run `check`; return its status and what it says, as {step: (verdict, text)}, and the lines about interfaces."""
+    status, out, errors = run("check", *words, **options)
+    assert errors == []
+    lines = out.decode().splitlines()
+    steps = {
+        line.split()[1]: (line.split()[0], line[15:]) for line in lines[1:] if line[0] not in " o" or line[:2] == "ok"
+    }
+    return status, steps, [line for line in lines if line.startswith("  ")]
+
+
+def test_check_says_step_by_step_that_all_is_well_and_who_is_there(url):
+    with watching() as (_, events), Dispatcher(hostname="alpha@there") as dispatcher:
+        dispatcher.send("hello")
+        status, steps, others = checked()
+        assert status == 0
+        wait_until(lambda: len(events) > 10)
+    names = ["open", "join", "send", "receive", "sizes", "buffer", "ttl", "time", "sending", "watching"]
+    assert list(steps) == names
+    assert {verdict for verdict, _ in steps.values()} <= {"ok", "note"}
+    assert steps["ttl"] == ("ok", "0: nothing leaves this machine")
+    assert re.fullmatch(r"[0-9.]+ ms from send to receive, the median of 11", steps["time"][1])
+    assert steps["sending"][1] == "1 Dispatcher, events from alpha@there"
+    assert re.fullmatch(r"1 watcher: 127\.0\.0\.1:[0-9]+", steps["watching"][1])
+    assert {event.type for event in events} == {"hello", "eventmon-check"}
+    parts = eventmon.parse_url(url)
+    assert all(f"udp://{parts.host}:{parts.port}?interface=" in line for line in others)
+    assert not any("interface=127.0.0.1&" in line for line in others)
+
+
+def test_check_finds_a_watcher_at_a_unicast_url_or_says_that_there_is_none():
+    where = f"udp://127.0.0.1:{20000 + next(numbers) % 20000}"
+    status, steps, others = checked("--url", where)
+    assert (status, steps["join"][0], steps["watching"][1]) == (0, "ok", "nobody else")
+    assert any("interface=127.0.0.1&ttl=0" in line for line in others)
+    with watching(url=where):
+        status, steps, _ = checked("--url", where)
+        assert (status, steps["receive"][1], steps["watching"][1][:9]) == (0, "a watcher has confirmed it", "1 watcher")
+        assert "port" in steps["join"][1]
+        assert "there and back" in steps["time"][1]
+        assert "up to" in steps["sizes"][1]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+        mute.bind(("127.0.0.1", 0))
+        status, steps, _ = checked("--url", f"udp://127.0.0.1:{mute.getsockname()[1]}")
+    assert (status, list(steps), steps["receive"][0]) == (1, ["open", "join", "send", "receive"], "wrong")
+    assert "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:" in steps["receive"][1]
+
+
+def test_check_with_a_key_counts_what_others_send_without_it(tmp_path, url):
+    (tmp_path / "key").write_text("secret")
+    with watching(key="secret"), Dispatcher(hostname="alpha", freq=0.1), Dispatcher(key="secret") as sealed:
+        sealed.send("hello")
+        status, steps, _ = checked("--key-file", str(tmp_path / "key"))
+    assert (status, steps["sizes"][0], steps["sending"][1][:12], steps["key"][0]) == (0, "ok", "1 Dispatcher", "note")
+    assert steps["watching"][1].startswith("1 watcher")
+    with watching() as (_, events):
+        assert (checked("--key-file", str(tmp_path / "key"))[0], events) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "where, step, text",
+    [
+        ("udp://239.1.2.3:7000?interface=nosuchif0", "open", "no interface"),
+        ("udp://239.1.2.3:7000?interface=192.0.2.77", "open", "192.0.2.77 is no address of this machine"),
+        ("udp://no.such.host.invalid:7000", "open", "no.such.host.invalid is not found"),
+    ],
+)
+def test_check_says_what_is_wrong_with_a_url(where, step, text):
+    status, steps, _ = checked("--url", where)
+    assert (status, list(steps), steps[step][0]) == (1, [step], "wrong")
+    assert text in steps[step][1]
+
+
+@pytest.mark.parametrize(
+    "problem, words",
+    [
+        (OSError(errno.ENETUNREACH, "x"), "no route for 239.1.2.3"),
+        (OSError(errno.ENODEV, "x"), "no such interface as eth7"),
+        (OSError(errno.EPERM, "x"), "not permitted: a firewall"),
+        (OSError(errno.EHOSTUNREACH, "x"), "a VPN"),
+        (OSError(errno.EIO, "input/output error"), "input/output error"),
+        (OSError("no number"), "no number"),
+        (socket.gaierror(-2, "x"), "239.1.2.3 is not found"),
+    ],
+)
+def test_errors_of_the_system_are_told_in_plain_words(problem, words):
+    assert words in eventmon.in_words(problem, eventmon.parse_url("udp://239.1.2.3:7000?interface=eth7"))
+
+
+def test_check_tells_what_the_network_keeps_back(monkeypatch, url):
+    with eventmon.Probe(url, b"") as probe:
+        lost = 65507
+        steps = list(eventmon.open_steps(probe))
+        assert [step.verdict for step in steps] == ["ok", "ok"]
+        whole, probe.link.send = probe.link.send, lambda data: len(data) if len(data) >= lost else whole(data)
+        monkeypatch.setattr(eventmon, "HEAR_TIME", 0.1)
+        step = eventmon.size_step(probe)
+        assert (step.verdict, step.text) == ("ok", "up to 61,440 bytes; 65,507 bytes do not arrive, and are not needed")
+        lost = 8000
+        assert eventmon.size_step(probe).verdict == "wrong"
+        lost = 0
+        (sent, received) = eventmon.send_steps(probe)
+        assert (sent.verdict, received.verdict) == ("ok", "wrong")
+        assert "unicast: watch udp://0.0.0.0:" in received.text
+
+        def refuse(data):
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+        probe.link.send = refuse
+        (sent,) = eventmon.send_steps(probe)
+        assert (sent.verdict, sent.name) == ("wrong", "send")
+        assert "the route for 224.0.0.0/4 is missing" in sent.text
+        probe.receiver.close()
+        monkeypatch.setattr(eventmon, "BUFFER", 1 << 40)
+        monkeypatch.setattr(
+            eventmon, "listen", lambda url, listen=eventmon.listen: socket.socket(type=socket.SOCK_DGRAM)
+        )
+        step = eventmon.buffer_step(probe)
+        assert step.verdict == "note"
+        assert "sysctl" in step.text
+
+
+def namespace(script):
+    """Run a shell script in a network namespace of its own, whose loopback interface is down, where that is possible."""
+    trial = (
+        subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False)
+        if shutil.which("unshare")
+        else None
+    )
+    if trial is None or trial.returncode:
+        pytest.skip("no network namespace can be made here")
+    code = script.replace("EVENTMON", f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))}")
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_check_finds_that_the_loopback_interface_is_down_and_run_does_not_care():
+    out = namespace("EVENTMON check; echo $?; EVENTMON run -- sh -c 'echo ran; exit 9'; echo $?")
+    assert "wrong open     the loopback interface is down: sudo ip link set lo up" in out
+    assert out.splitlines()[-3:] == ["1", "ran", "9"]
+
+
+def test_check_tries_the_other_interfaces_only_when_told():
+    script = """
+    ip link set lo up; ip link add one type veth peer name two; ip addr add 10.77.0.1/24 dev one
+    ip link set one up; ip link set two up
+    EVENTMON check; echo; EVENTMON check --all-interfaces; cat /proc/net/dev
+    """
+    first, second = namespace(script).split("\n\n")
+    assert "on which nothing was sent" in first
+    (line,) = (line for line in first.splitlines() if "10.77.0.1" in line)
+    assert re.fullmatch(r"  one +10\.77\.0\.1 +udp://[0-9.:]+\?interface=10\.77\.0\.1&ttl=1", line)
+    assert line + "  works" in second.splitlines()
+
+
+def test_the_demo_shows_all_that_can_happen_and_leaves_no_process_behind(monkeypatch):
+    monkeypatch.setenv("EVENTMON_URL", "udp://no.such.host.invalid:7000")  # it has a URL of its own
+    with terminal("demo", rows=40, columns=120) as it:
+        it.wait_for("SUCCESS")
+        it.press("2", "beta@demo")
+        workers = set(
+            re.findall(r"alive +([0-9]+)", wait_until(lambda: it.screen().count("alive") == 3 and it.screen()))
+        )
+        assert len(workers) == 3
+        it.type("q")
+        assert it.process.wait(20) == 0
+        assert it.is_restored()
+        with pytest.raises(ProcessLookupError):
+            [os.kill(int(pid), 0) for pid in workers]
+
+
+def test_the_workers_of_the_demo_end_with_it_even_if_it_is_killed():
+    with running("demo", "--json", stdout=subprocess.PIPE, text=True) as process:
+        pids = {json.loads(process.stdout.readline())["pid"] for _ in range(50)}
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+def test_the_shop_of_the_demo_has_chains_retries_failures_progress_and_a_worker_that_dies(monkeypatch, url):
+    monkeypatch.setattr(eventmon.Shop, "pause", lambda self, longest: None)
+    with telling() as (dispatcher, next_events):
+        shop = eventmon.Shop(dispatcher)
+        lots = iter([True] * 1 + [False] * 999)
+        monkeypatch.setattr(shop, "chance", lambda share: next(lots))
+        with pytest.raises(ConnectionRefusedError):
+            shop.order(1000)
+        shop.order(2000)
+        shop.stock(3000)
+        assert len(list(shop.report(4000))) == 12
+        dispatcher.flush()
+        state = state_of(*next_events(7 + 22 + 23 + 3))
+    tasks = {(task["name"], task["state"]): task for task in state.tasks.values()}
+    assert "expired" in tasks["shop.charge", "FAILURE"]["traceback"]
+    order, mail = tasks["shop.order", "SUCCESS"], tasks["mail.send", "SUCCESS"]
+    assert (mail["parent_id"], mail["retries"], len(order["children"])) == (order["uuid"], 2, 4)
+    assert {("shop.stock", "SUCCESS"), ("shop.report", "SUCCESS")} <= tasks.keys()
+    worker = eventmon.child(eventmon.demo_worker, url, "", "gamma", 0.1)
+    with pytest.raises(eventmon.Failure):  # for it says no word
+        next(worker)
 
 
 BENCH = [
