@@ -4689,19 +4689,31 @@ def follow(pid: int, signals: set[int]) -> tuple[int, Any]:
     """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status and its usage."""
     import signal
 
+    reports: deque[tuple[int, int, Any]] = deque()
+    we = threading.get_ident()
+
+    def wait() -> None:
+        stopped = True
+        while stopped:
+            report = os.wait4(pid, os.WUNTRACED)
+            stopped = os.WIFSTOPPED(report[1])
+            reports.append(report)
+            signal.pthread_kill(we, signal.SIGCHLD)  # the system's own may come to any thread
+
+    threading.Thread(target=wait, daemon=True).start()
     while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG | os.WUNTRACED)
-        if not found:
-            name, has_it = next_signal(signals)
-            if name != signal.SIGCHLD and not has_it:
-                try:
-                    os.kill(pid, name)
-                except PermissionError:
-                    pass  # it runs as another user
-        elif not os.WIFSTOPPED(status):
-            return status, usage
-        elif os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
-            os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
+        name, has_it = next_signal(signals)
+        if name != signal.SIGCHLD and not has_it:
+            try:
+                os.kill(pid, name)
+            except OSError:
+                pass  # it runs as another user, or has just ended
+        while reports:
+            _, status, usage = reports.popleft()
+            if not os.WIFSTOPPED(status):
+                return status, usage
+            if os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
+                os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
 
 
 def copied_streams() -> list[int]:
