@@ -3,8 +3,11 @@
 
 In a terminal:
 
+    python eventmon.py demo                     what it looks like
     python eventmon.py watch                    a live table of tasks, workers and events
+    python eventmon.py run -- make test         any command, as a task
     python eventmon.py send deploy-done id:=7   one event from a shell
+    python eventmon.py check                    why nothing is to be seen, if so
 
 In a program:
 
@@ -1245,18 +1248,32 @@ class Task:
         whole: Any = function
         if isinstance(function, (classmethod, staticmethod)):
             return type(whole)(self(whole.__func__))  # type: ignore[no-any-return]
+        kinds = (
+            (inspect.isasyncgenfunction, self._wrap_async_generator),
+            (inspect.isgeneratorfunction, self._wrap_generator),
+            (inspect.iscoroutinefunction, self._wrap_coroutine),
+        )
+        wrap = next((wrap for is_kind, wrap in kinds if is_kind(function)), self._wrap_function)
+        return wraps(whole)(wrap(whole))  # type: ignore[no-any-return]
 
+    def _wrap_function(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(whole(*args, **kwargs))
+                return task._returned(function(*args, **kwargs))
 
-        async def call_coroutine(*args: Any, **kwargs: Any) -> Any:
+        return call
+
+    def _wrap_coroutine(self, function: Any) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(await whole(*args, **kwargs))
+                return task._returned(await function(*args, **kwargs))
 
+        return call
+
+    def _wrap_generator(self, function: Any) -> Any:
         def generate(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                generator = whole(*args, **kwargs)
+                generator = function(*args, **kwargs)
                 step, value = generator.send, None
                 while True:
                     try:
@@ -1270,9 +1287,12 @@ class Task:
                         step, value = generator.throw, problem
                     task._resume()
 
-        async def generate_async(*args: Any, **kwargs: Any) -> Any:
+        return generate
+
+    def _wrap_async_generator(self, function: Any) -> Any:
+        async def generate(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                generator = whole(*args, **kwargs)
+                generator = function(*args, **kwargs)
                 step, value = generator.asend, None
                 while True:
                     try:
@@ -1286,14 +1306,7 @@ class Task:
                         step, value = generator.athrow, problem
                     task._resume()
 
-        for kind, wrapper in (
-            (inspect.isasyncgenfunction, generate_async),
-            (inspect.isgeneratorfunction, generate),
-            (inspect.iscoroutinefunction, call_coroutine),
-        ):
-            if kind(function):
-                return wraps(whole)(wrapper)  # type: ignore[return-value]
-        return wraps(whole)(call)  # type: ignore[return-value]
+        return generate
 
 
 class Dispatcher:
@@ -5202,7 +5215,7 @@ def own_url(n: int) -> str:
     return f"udp://239.255.{randrange(256)}.{n}:{randrange(20000, 60000)}"
 
 
-def start(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
+def launch(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
     """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
     from subprocess import PIPE, Popen
 
@@ -5217,7 +5230,7 @@ def start(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
 
 def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, None, None]:
     """Yield what a function of this file yields in a process that lives until close(); or raise Failure."""
-    with start(function, *args) as process:
+    with launch(function, *args) as process:
         try:
             while True:
                 timer = threading.Timer(ANSWER_TIME, process.kill)
@@ -5348,7 +5361,7 @@ def demo(options: Any) -> int:
     options.url = options.url or own_url(1)
     parse_url(options.url)
     args = options.url, key_from(options.key).hex()
-    workers = [start(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
+    workers = [launch(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
     try:
         return watch(options)
     finally:
