@@ -1254,7 +1254,7 @@ class Task:
             (inspect.iscoroutinefunction, self._wrap_coroutine),
         )
         wrap = next((wrap for is_kind, wrap in kinds if is_kind(function)), self._wrap_function)
-        return wraps(whole)(wrap(whole))  # type: ignore[no-any-return]
+        return wraps(whole)(wrap(whole))  # type: ignore[return-value]
 
     def _wrap_function(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
