@@ -1827,6 +1827,8 @@ def logger():
 def test_log_records_become_events(logger):
     with telling() as (dispatcher, next_events):
         logger.addHandler(eventmon.LogHandler(dispatcher))
+        kept = []
+        logger.addFilter(lambda record: kept.append(record) or True)
         with dispatcher.task("job") as task:
             logger.warning("%d left", 3)
         try:
@@ -1835,6 +1837,7 @@ def test_log_records_become_events(logger):
             logger.exception("lost it")
         first, second = (event for event in next_events(5) if event.group == "log")
     assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= first.items()
+    assert first.timestamp == kept[0].created
     assert second.type == "log-error"
     assert "KeyError: 'gone'" in second["exception"]
     assert "uuid" not in second
@@ -3449,6 +3452,11 @@ def test_a_click_while_a_filter_is_typed_leaves_the_filter_as_it_is():
     assert (view.filter, view.typing, view.panels, view.done) == ("a", False, (), False)
 
 
+def test_of_a_command_that_has_failed_t_shows_the_last_lines():
+    state = state_of(task_event("failed", name="make", stderr="make: ***\nError 1"))
+    assert "\nmake: ***\nError 1\n" in shown(state, typed(state, "t"))
+
+
 def test_an_empty_result_is_an_empty_panel():
     state = state_of(heard("task-succeeded", "w", 0, uuid="1", result=""))
     assert shown(state, typed(state, "1r")).splitlines()[1:] == [
@@ -4442,6 +4450,20 @@ def test_run_leaves_no_other_descriptor_signal_mask_or_handler_to_the_command():
     assert (signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGCHLD)) == before
 
 
+def test_a_signal_that_comes_when_the_command_of_run_has_ended_is_dropped(monkeypatch):
+    def work(*args):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return 3
+
+    monkeypatch.setattr(eventmon, "run_task", work)
+    came = []
+    before = signal.signal(signal.SIGUSR2, lambda name, frame: came.append(name))
+    try:
+        assert (main(["run", "true"]), came) == (3, [])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_run_runs_a_script_that_does_not_say_for_whom(tmp_path):
     script = tmp_path / "script"
     script.write_text("echo script $1\n")
@@ -4721,11 +4743,18 @@ def test_the_demo_shows_all_that_can_happen_and_leaves_no_process_behind(monkeyp
             re.findall(r"alive +([0-9]+)", wait_until(lambda: it.screen().count("alive") == 3 and it.screen()))
         )
         assert len(workers) == 3
+        os.kill(int(min(workers)), signal.SIGSTOP)
         it.type("q")
         assert it.process.wait(20) == 0
         assert it.is_restored()
         with pytest.raises(ProcessLookupError):
             [os.kill(int(pid), 0) for pid in workers]
+
+
+def is_alive(pid):
+    """Whether a process is there, and more than a zombie."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, timeout=30, check=False)
+    return found.stdout.strip() not in (b"", b"Z")
 
 
 def test_the_workers_of_the_demo_end_with_it_even_if_it_is_killed():
@@ -4735,7 +4764,7 @@ def test_the_workers_of_the_demo_end_with_it_even_if_it_is_killed():
             pids.add(json.loads(process.stdout.readline())["pid"])
         process.kill()
         process.wait()
-        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+        wait_until(lambda: not any(map(is_alive, pids)), seconds=eventmon.LIFE - 5)
 
 
 def test_the_shop_of_the_demo_has_chains_retries_failures_progress_and_a_worker_that_dies(monkeypatch, url):
