@@ -155,6 +155,7 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
+MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
 MAX_LINES = 20  # of a failed command's standard error, the last ones
 MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 MAX_SHOWN = 1000  # characters of any value in a line on the screen
@@ -1165,6 +1166,17 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(text, limit)
 
 
+def traceback_of(problem: BaseException) -> str:
+    """Return the end of an exception's traceback."""
+    import traceback
+
+    try:
+        lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
+    except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
+        lines = [readable(problem)]
+    return "".join(lines)[-MAX_TRACEBACK:]
+
+
 class Task:
     """One task, or by way of a decorated function one at each call; made by Dispatcher.task().
 
@@ -1209,13 +1221,13 @@ class Task:
         self._suspend()
         self._ended = True
         outcome = {**self._result, "runtime": time.monotonic() - self._start}
-        if problem is None or isinstance(problem, GeneratorExit):  # who wants no more of a generator
+        if problem is None or isinstance(
+            problem, GeneratorExit
+        ):  # nobody wants more of a generator, which is no failure
             self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
         else:
-            import traceback
-
-            lines = "".join(traceback.format_exception(kind, problem, problem.__traceback__))
-            outcome.update(exception=self._brief(problem), traceback=lines[-MAX_TRACEBACK:])
+            if self._dispatcher._sends_tasks():
+                outcome.update(exception=self._brief(problem), traceback=traceback_of(problem))
             self._dispatcher._end_task("task-failed", self.uuid, outcome)
 
     def _resume(self) -> None:
@@ -1230,7 +1242,7 @@ class Task:
             _current_task.set(None if outer and outer._ended else outer)
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher._sends_tasks() else ""
 
     def _call(self, args: Any, kwargs: Any) -> Task:
         """Return the task of one call of a decorated function."""
@@ -1248,12 +1260,15 @@ class Task:
         whole: Any = function
         if isinstance(function, (classmethod, staticmethod)):
             return type(whole)(self(whole.__func__))  # type: ignore[no-any-return]
+        if not callable(whole):
+            raise TypeError(f"a task is {readable(whole)}, expected a function")
         kinds = (
             (inspect.isasyncgenfunction, self._wrap_async_generator),
             (inspect.isgeneratorfunction, self._wrap_generator),
             (inspect.iscoroutinefunction, self._wrap_coroutine),
         )
-        wrap = next((wrap for is_kind, wrap in kinds if is_kind(function)), self._wrap_function)
+        forms = whole, getattr(whole, "__call__", None)  # noqa: B004 - that of an object may be of any kind
+        wrap = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), self._wrap_function)
         return wraps(whole)(wrap(whole))  # type: ignore[return-value]
 
     def _wrap_function(self, function: Any) -> Any:
@@ -1285,6 +1300,7 @@ class Task:
                         step, value = generator.send, (yield item)
                     except BaseException as problem:  # noqa: BLE001 - for the generator to see
                         step, value = generator.throw, problem
+                    item = None  # which may be large
                     task._resume()
 
         return generate
@@ -1293,17 +1309,23 @@ class Task:
         async def generate(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
                 generator = function(*args, **kwargs)
-                step, value = generator.asend, None
+                hooks = sys.get_asyncgen_hooks()
+                sys.set_asyncgen_hooks(
+                    None, None
+                )  # an event loop that ends closes this one alone, which closes the other
+                step = generator.asend(None)
+                sys.set_asyncgen_hooks(*hooks)
                 while True:
                     try:
-                        item = await step(value)
+                        item = await step
                     except StopAsyncIteration:
                         return
                     task._suspend()
                     try:
-                        step, value = generator.asend, (yield item)
+                        step = generator.asend((yield item))
                     except BaseException as problem:  # noqa: BLE001 - for the generator to see
-                        step, value = generator.athrow, problem
+                        step = generator.athrow(problem)
+                    item = None
                     task._resume()
 
         return generate
@@ -1349,7 +1371,7 @@ class Dispatcher:
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
-        self.max_repr = max_repr
+        self.max_repr = int(max_repr)
         self._closed = self._exits = False
         self._begin()
         _dispatchers.add(self)
@@ -1480,6 +1502,8 @@ class Dispatcher:
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
         """Return a context manager, and decorator, that sends the events of a task: see Task."""
+        if not isinstance(name, str):
+            raise TypeError(f"task name is {readable(name)}, expected a str, as in task('shop.resize')")
         return Task(self, name, uuid, fields)
 
     def enable(self) -> None:
@@ -1910,6 +1934,10 @@ class Dispatcher:
 
     # The worker and its tasks.
 
+    def _sends_tasks(self) -> bool:
+        """Whether it is worth while to tell more of a task."""
+        return self.enabled and (self._groups is None or "task" in self._groups)
+
     def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
         self._send("task-received", {"uuid": uuid, **fields}, False)
         self._send("task-started", {"uuid": uuid}, False)
@@ -1920,7 +1948,7 @@ class Dispatcher:
         self._send_quietly(type, {"uuid": uuid, **outcome})
 
     def _count_task(self, active: int, processed: int) -> None:
-        self._active += active
+        self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
         self._processed += processed
 
     def _send_worker(self, type: str) -> None:
@@ -1965,6 +1993,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=after_fork)
 
 
+@lru_cache(None)
 def log_handler() -> type:
     """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
     import logging
@@ -1976,10 +2005,23 @@ def log_handler() -> type:
         record's own arguments or by the report of a failure, is not sent.
         """
 
+        __qualname__ = "LogHandler"
+
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
             self._busy = threading.local()
+
+        def createLock(self) -> None:
+            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for it for ever."""
+            self.lock = None
+
+        def handle(self, record: Any) -> Any:
+            """Send the record if the filters let it pass."""
+            found = self.filter(record)
+            if found:
+                self.emit(found if isinstance(found, logging.LogRecord) else record)
+            return found
 
         def emit(self, record: logging.LogRecord) -> None:
             """Send the record."""
@@ -1987,13 +2029,7 @@ def log_handler() -> type:
                 return
             self._busy.now = True
             try:
-                fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-                if record.exc_info:
-                    fields["exception"] = (self.formatter or logging.Formatter()).formatException(record.exc_info)
-                task = _current_task.get()
-                if task:
-                    fields["uuid"] = task.uuid
-                self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", fields)
+                self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", self._fields(record))
             except Exception:  # noqa: BLE001 - as in logging's own handlers
                 try:
                     self.handleError(record)
@@ -2002,12 +2038,20 @@ def log_handler() -> type:
             finally:
                 self._busy.now = False
 
+        def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
+            fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
+            if record.exc_info or record.exc_text:
+                form = self.formatter or logging.Formatter()
+                fields["exception"] = record.exc_text or form.formatException(record.exc_info)  # type: ignore[arg-type]
+            task = _current_task.get()
+            return {**fields, "uuid": task.uuid} if task else fields
+
     return LogHandler
 
 
 def __getattr__(name: str) -> Any:
     if name == "LogHandler":
-        return globals().setdefault(name, log_handler())
+        return log_handler()
     raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
 
 
@@ -4912,11 +4956,10 @@ def run(options: Any) -> int:
 REASONS = {  # the name of an error of the system -> what it means, and what to do
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
-    "ENODEV": "no such interface as {interface}, or it is down",
-    "ENXIO": "no such interface as {interface}",
+    "ENODEV": "no such interface as {where}, or it is down",
     "EADDRNOTAVAIL": "{where} is no address of this machine",
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
-    "ENETDOWN": "the interface {interface} is down",
+    "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
     "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it",
     "EMSGSIZE": "too large for this system, or for this interface",
@@ -4925,6 +4968,7 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
 }
 SIZES = sorted({MAX_DATAGRAM, 8192, MAX_LOOPBACK, 65507})  # bytes; the last one is the most that UDP can
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
+ANSWERS_TIME = 0.1  # for the answers of others
 LISTEN_TIME = 0.6  # two heartbeats of every sender
 TRIES = 11  # datagrams of which the median time is told
 
@@ -4937,7 +4981,9 @@ def in_words(problem: Exception, url: Url) -> str:
         return f"{url.host} is not found: no such name, or no name server"
     name = errno.errorcode.get(problem.errno or 0, "") if isinstance(problem, OSError) else ""
     if name == "EADDRNOTAVAIL" and on_loopback(url):
-        return "the loopback interface is down: sudo ip link set lo up"
+        return "the loopback interface is down, or has no such address: sudo ip link set lo up"
+    if not name and is_group(url.host) and not is_address(url.interface):
+        name = "ENODEV"  # socket.if_nametoindex() tells no number
     where = url.interface if is_group(url.host) else url.host
     return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
 
@@ -4948,12 +4994,18 @@ def instead(url: Url) -> str:
     return f"; try another interface below, or unicast: {ways}" if is_group(url.host) else ""
 
 
+def endpoint(source: Source) -> str:
+    """Return a source as text."""
+    return "{}:{}".format(*source)
+
+
 class Probe:
     """Sends datagrams to a URL, each a stream of its own, and finds who hears them: we, or others, who confirm."""
 
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
         self.watchers: dict[int, Source] = {}  # others who have confirmed
+        self.confirmed: dict[int, set[bytes]] = {}  # what each of them has
         self.hosts: set[str] = set()  # that other events name
         self.receiver = Receiver(url, key=key)
         self.listens = False
@@ -4977,9 +5029,8 @@ class Probe:
         event = Event("eventmon-check", hostname=default_hostname(), pid=os.getpid(), stream=stream.decode(), fill="")
         short = len(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
         event["fill"] = "x" * (size - short)
-        for frame in (format_frame(b"data", stream, (1,), format_json(event)), format_frame(b"bye", stream, (1, 1))):
-            self.link.send(seal(frame, self._key))
-        return stream
+        self.link.send(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
+        return stream  # without a heartbeat, which would tell other watchers of what has been lost
 
     def hear(self, streams: set[bytes], seconds: float) -> set[bytes]:
         """Wait for the streams, at most so long; return those that have arrived."""
@@ -4987,7 +5038,7 @@ class Probe:
         end = now + seconds
         while now < end and not streams <= self._heard:
             if self.listens:
-                for event in self.receiver.itercapture(1, 0.01):
+                for event in self.receiver.itercapture(1, 0.01, wakeup=False):
                     self._take(event)
             else:
                 self.link.wait(end - now)
@@ -4997,9 +5048,9 @@ class Probe:
         return streams & self._heard
 
     def _take(self, event: Event) -> None:
-        stream = str(event.get("stream")).encode()
-        if stream in self._sent:
-            self._heard.add(stream)
+        stream = event.get("stream")
+        if event.type == "eventmon-check" and isinstance(stream, str) and stream.isascii():
+            self._heard.add(stream.encode())
         else:
             self.hosts.add(printable(event.get("hostname")) or "somebody")
 
@@ -5010,13 +5061,23 @@ class Probe:
             return
         if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver._name:
             self.watchers[frame.numbers[1]] = source
+            self.confirmed.setdefault(frame.numbers[1], set()).add(frame.stream)
             if not self.listens and frame.numbers[0]:
                 self._heard.add(frame.stream)
 
-    def others(self) -> int:
-        """Return how many other streams there are."""
+    def others(self) -> list[str]:
+        """Return where other streams come from."""
         streams = (*self.receiver._streams.values(), *self.receiver._strangers.values())
-        return sum(stream.name not in self._sent for stream in streams)
+        return [endpoint(stream.source) for stream in streams if stream.name not in self._sent]
+
+    def far(self) -> list[int]:
+        """Return the watchers on other machines."""
+        ours = {address for _, address, _, _ in interfaces()}
+        return [name for name, (host, _) in self.watchers.items() if host not in ours and not host.startswith("127.")]
+
+    def leaves(self) -> bool:
+        """Whether what we hear ourselves does not prove that others can: beyond this machine."""
+        return self.listens and is_group(self.url.host) and not on_loopback(self.url)
 
 
 Step = namedtuple("Step", ["verdict", "name", "text"])  # "ok", "note" or "wrong"; what was tried; what came of it
@@ -5050,10 +5111,15 @@ def send_steps(probe: Probe) -> Iterator[Step]:
         return
     yield Step("ok", "send", "the system took a datagram")
     if probe.hear({stream}, HEAR_TIME):
-        yield Step("ok", "receive", "it has arrived" if probe.listens else "a watcher has confirmed it")
+        here = "it has come back on this machine" if probe.leaves() else "it has arrived"
+        yield Step("ok", "receive", here if probe.listens else "a watcher has confirmed it")
     elif not probe.listens:
         where = f"python eventmon.py watch --url udp://0.0.0.0:{url.port}"
-        yield Step("wrong", "receive", f"nobody confirms it: start {where} there, and let UDP through its firewall")
+        yield Step(
+            "wrong",
+            "receive",
+            f"nobody confirms it: start {where} there, with the same key if any, and let UDP through its firewall",
+        )
     else:
         causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
         yield Step("wrong", "receive", f"it does not come back: {causes}{instead(url)}")
@@ -5068,12 +5134,17 @@ def size_step(probe: Probe) -> Step:
         except OSError as error:
             problem = in_words(error, probe.url)
             break
-    arrived = {sent[stream] for stream in probe.hear({*sent}, HEAR_TIME)}
+    heard, far = probe.hear({*sent}, HEAR_TIME), probe.far()
+    if far:
+        probe.hear({b"late answers"}, ANSWERS_TIME)
+        heard = set.intersection(heard, *(probe.confirmed[name] for name in far))
+    arrived = {sent[stream] for stream in heard}
     lacking = [size for size in SIZES if size not in arrived]
+    where = " to every watcher on another machine" if far else " on this machine" if probe.leaves() else ""
     needed = MAX_LOOPBACK if on_loopback(probe.url) else MAX_DATAGRAM
     if not lacking:
-        return Step("ok", "sizes", f"up to {SIZES[-1]:,} bytes, all that UDP can")
-    text = f"{lacking[0]:,} bytes do not arrive" + (f": {problem}" if problem else "")
+        return Step("ok", "sizes", f"up to {SIZES[-1]:,} bytes{where}, all that UDP can")
+    text = f"{lacking[0]:,} bytes do not arrive{where}" + (f": {problem}" if problem else "")
     if lacking[0] > needed:
         return Step("ok", "sizes", f"up to {max(arrived):,} bytes; {text}, and are not needed")
     return Step("wrong", "sizes", f"{text}; a tunnel or VPN with a small MTU, perhaps")
@@ -5115,17 +5186,32 @@ def time_step(probe: Probe) -> Step:
     return Step("ok", "time", f"{sorted(times)[TRIES // 2] * 1000:.3f} ms {way}, the median of {TRIES}")
 
 
+def some(names: Iterable[str]) -> str:
+    """Return the first few names."""
+    first = sorted(names)
+    return ", ".join(first[:5]) + (", …" if len(first) > 5 else "")
+
+
+def told(noun: str, names: Iterable[str]) -> str:
+    """Return how many there are, and which."""
+    found = list(names)
+    return f"{len(found)} {plural(noun, len(found))}: {some(found)}" if found else "nobody else"
+
+
 def company_steps(probe: Probe) -> Iterator[Step]:
     """Listen for a moment, and tell who else is there."""
     probe.hear({b"whoever speaks"}, LISTEN_TIME)
     if probe.listens:
-        n, hosts = probe.others(), sorted(probe.hosts)
-        names = ", ".join(hosts[:5]) + (", …" if len(hosts) > 5 else "")
-        who = f"{n} {plural('Dispatcher', n)}" if n else "nobody else" if not names else "bare JSON alone"
-        yield Step("ok", "sending", f"{who}{f', events from {names}' if names else ''}")
-    where = ", ".join(sorted(f"{host}:{port}" for host, port in probe.watchers.values()))
-    n = len(probe.watchers)
-    yield Step("ok", "watching", f"{n} {plural('watcher', n)}: {where}" if n else "nobody else")
+        streams = probe.others()
+        yield Step(
+            "ok", "sending", told("Dispatcher", streams) + (f"; events from {some(probe.hosts)}" if probe.hosts else "")
+        )
+    watchers = told("watcher", map(endpoint, probe.watchers.values()))
+    if not probe.leaves() or probe.far():
+        yield Step("ok", "watching", watchers)
+    else:
+        more = "nobody on another machine, so it is not proven that anything gets there: watch there, and check again"
+        yield Step("note", "watching", f"{watchers}; {more}")
     rejected = probe.receiver.stats["rejected"]
     if rejected:
         yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: sent with another key, or none")
@@ -5157,17 +5243,20 @@ def interfaces() -> Iterator[tuple[str, str, int, str]]:
         return
     linux = sys.platform == "linux"
     addresses, flags = (0x8915, 0x8913) if linux else (0xC0206921, 0xC0206911)  # SIOCGIFADDR, SIOCGIFFLAGS
+
+    def ask(what: int, name: str) -> bytes:
+        try:
+            return bytes(ioctl(sock, what, struct.pack("16s24x" if linux else "16s16x", os.fsencode(name))))
+        except OSError:  # it has none, or is gone
+            return bytes(40)
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
-            request = struct.pack("16s24x" if linux else "16s16x", name.encode())
-            try:
-                (flag,) = struct.unpack_from("H", ioctl(sock, flags, request), 16)
-                address = socket.inet_ntoa(ioctl(sock, addresses, request)[20:24]) if flag & 1 else ""
-            except OSError:
-                address = ""
+            (flag,) = struct.unpack_from("H", ask(flags, name), 16)
+            host = socket.inet_ntoa(ask(addresses, name)[20:24])
             loopback, multicast = flag & 8, flag & (0x1000 if linux else 0x8000)
             fault = "down" if not flag & 1 else "" if multicast or loopback else "no multicast"
-            yield name, address, 0 if loopback else 1, fault
+            yield name, "" if host == "0.0.0.0" else host, 0 if loopback else 1, fault
 
 
 def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
@@ -5177,11 +5266,13 @@ def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
         if is_group(url.host) and url.interface in (name, address):
             continue
         other = f"udp://{group}:{url.port}?interface={address or name}&ttl={ttl}"
-        line = f"  {name:<12} {address or 'no address':<15}  {other}"
-        if trying and not fault:
+        line = f"  {printable(name):<12} {address or 'no address':<15}  '{other}'"
+        if not is_host(address or name):
+            fault = "a name that no URL can hold"
+        elif trying and not fault:
             with Probe(other, key) as probe:
                 *_, last = check_steps(probe, whole=False)
-            fault = "works" if last.verdict == "ok" else f"{last.name}: {last.text}"
+            fault = "works on this machine" if last.verdict == "ok" else f"{last.name}: {last.text}"
         yield f"{line}  {fault}".rstrip()
 
 
@@ -5205,6 +5296,14 @@ def check(options: Any) -> int:
 # Processes of our own, for the demo and the bench.
 
 HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
+CHILD = """
+from importlib import machinery, util; import json, os, sys
+loader = machinery.SourceFileLoader("eventmon", sys.argv[1])
+module = util.module_from_spec(util.spec_from_loader("eventmon", loader))
+sys.modules["eventmon"] = module
+loader.exec_module(module)
+for answer in getattr(module, sys.argv[2])(*json.loads(input())): print(json.dumps(answer), flush=True)
+"""
 ANSWER_TIME = 20.0  # the longest that one of them may take to answer
 
 
@@ -5219,13 +5318,25 @@ def launch(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
     """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
     from subprocess import PIPE, Popen
 
-    folder, name = os.path.split(os.path.abspath(__file__))
-    code = f"{HERE}; import json; answers = getattr(__import__(sys.argv[2]), sys.argv[3])(*json.loads(input()))"
-    code += "\nfor answer in answers: print(json.dumps(answer), flush=True)"
-    words = [sys.executable, "-c", code, folder, os.path.splitext(name)[0], function.__name__]
+    words = [sys.executable, "-c", "import sys; sys.path.pop(0)" + CHILD, os.path.abspath(__file__), function.__name__]
     process: Any = Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
     print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
     return process
+
+
+def answer(process: Any) -> Any:
+    """Return the next thing that a process yields, or raise Failure."""
+    timer = threading.Timer(ANSWER_TIME, process.kill)
+    timer.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        timer.cancel()
+    if line:
+        return json.loads(line)
+    process.kill()
+    errors = process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
+    raise Failure(f"a process of our own has failed: {errors[-1]}", 1)
 
 
 def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, None, None]:
@@ -5233,17 +5344,7 @@ def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, 
     with launch(function, *args) as process:
         try:
             while True:
-                timer = threading.Timer(ANSWER_TIME, process.kill)
-                timer.start()
-                try:
-                    line = process.stdout.readline()
-                finally:
-                    timer.cancel()
-                if not line:
-                    process.kill()
-                    errors = process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
-                    raise Failure(f"a process of the bench has failed: {errors[-1]}", 1)
-                yield json.loads(line)
+                yield answer(process)
         finally:
             process.kill()
 
@@ -5351,9 +5452,9 @@ def demo_worker(url: str, key: str, name: str, life: float) -> Iterator[Any]:
         timer = threading.Timer(life, os._exit, (1,))
         timer.daemon = True
         timer.start()
+    yield "ready"
     sys.stdin.read()
     events.close()
-    yield from ()
 
 
 def demo(options: Any) -> int:
@@ -5363,6 +5464,8 @@ def demo(options: Any) -> int:
     args = options.url, key_from(options.key).hex()
     workers = [launch(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
     try:
+        for worker in workers:
+            answer(worker)
         return watch(options)
     finally:
         for worker in workers:
