@@ -1818,6 +1818,80 @@ def test_of_large_arguments_no_more_is_spelled_than_is_sent():
     assert succeeded["result"] == "[costly, costly, co…"
 
 
+class Odd(Exception):
+    """An exception that no traceback can be made of."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_a_task_never_replaces_an_exception_that_cannot_be_formatted():
+    with telling() as (dispatcher, next_events):
+        with pytest.raises(Odd), dispatcher.task("job"):
+            raise Odd
+        with pytest.raises(SyntaxError), dispatcher.task("job"):
+            raise SyntaxError("x", ("f", 1, 2, 3))
+        assert ["task-failed", "task-failed"] == [event.type for event in next_events(6)[2::3]]
+
+
+def test_of_a_deep_traceback_the_innermost_frames_are_sent():
+    def deeper(n):
+        return deeper(n - 1) if n else 1 / 0
+
+    with telling() as (dispatcher, next_events):
+        with pytest.raises(ZeroDivisionError), dispatcher.task("job"):
+            deeper(500)
+        text = next_events(3)[2]["traceback"]
+    assert text.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert "1 / 0" in text
+    assert len(text.splitlines()) < 4 * eventmon.MAX_FRAMES
+
+
+def test_an_async_generator_that_is_left_open_ends_with_its_loop_in_silence():
+    problems, cleaned = [], []
+    with telling() as (dispatcher, next_events):
+
+        @dispatcher.task("count")
+        async def numbers():
+            try:
+                yield 1
+            finally:
+                cleaned.append(await asyncio.sleep(0))
+
+        async def leave():
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
+            leave.numbers = numbers()
+            await leave.numbers.__anext__()
+
+        asyncio.run(leave())
+        assert (problems, cleaned) == ([], [None])
+        assert subjects(next_events(3))[2] == ("succeeded", None)
+
+
+def test_what_is_called_like_a_coroutine_function_is_one():
+    class Job:
+        async def __call__(self):
+            return await asyncio.sleep(0, "done")
+
+    with telling() as (dispatcher, next_events):
+        decorated = dispatcher.task("job")(Job())
+        partly = dispatcher.task("job")(partial(asyncio.sleep, 0, "slept"))
+        assert (asyncio.run(decorated()), asyncio.run(partly())) == ("done", "slept")
+        assert [event["result"] for event in next_events(6)[2::3]] == ["'done'", "'slept'"]
+
+
+def test_a_task_that_is_none_is_refused():
+    with Dispatcher() as dispatcher:
+        with pytest.raises(TypeError, match="expected a str"):
+
+            @dispatcher.task
+            def job():
+                pass
+
+        with pytest.raises(TypeError, match="expected a function"):
+            dispatcher.task("job")(42)
+
+
 @pytest.fixture
 def logger():
     """A logger of its own, of which the test runner's handlers get nothing."""
@@ -1874,6 +1948,32 @@ def test_a_log_handler_never_loops(logger, monkeypatch):
         logger.warning("%s", Loud())
         threading.Thread(target=logger.warning, args=("last",)).start()
         assert [event["message"] for event in next_events(2)] == ["loud", "last"]
+
+
+def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger):
+    """A __del__ or a signal handler logs in the middle of a send(), while another thread logs."""
+    sending = threading.Event()
+
+    class Handler(eventmon.LogHandler):
+        def _fields(self, record):
+            sending.set()
+            return super()._fields(record)
+
+    with telling() as (dispatcher, next_events):
+        logger.addHandler(Handler(dispatcher))
+        other = threading.Thread(target=logger.warning, args=("other",))
+
+        def work():
+            other.start()
+            assert sending.wait(20)
+            logger.warning("interrupting")
+
+        turn = threading.Thread(target=dispatcher._in_turn, args=(work,), daemon=True)
+        turn.start()
+        turn.join(20)
+        assert not turn.is_alive()
+        assert sorted(event["message"] for event in next_events(2)) == ["interrupting", "other"]
+    assert pickle.loads(pickle.dumps(eventmon.LogHandler)) is eventmon.LogHandler
 
 
 def test_a_log_handler_can_be_named_in_a_configuration():
@@ -4629,6 +4729,39 @@ def test_check_finds_a_watcher_at_a_unicast_url_or_says_that_there_is_none(check
     assert "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:" in steps["receive"][1]
 
 
+def test_check_asks_for_no_history_and_survives_what_others_send(checked, url):
+    with (
+        watching() as (receiver, events),
+        Dispatcher() as dispatcher,
+        eventmon.udp_socket(eventmon.parse_url(url)) as sock,
+    ):
+        for n in range(1000):
+            dispatcher.send("old", n=n)
+        wait_until(lambda: len(events) == 1000)
+        done = threading.Event()
+
+        def disturb():
+            while not done.wait(0.01):
+                sock.sendto(b'{"type":"eventmon-check","stream":"\\ud800"}', eventmon.parse_url(url)[:2])
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        assert checked()[0] == 0
+        done.set()
+        thread.join()
+        assert (dispatcher.stats["repairs"], receiver.stats["duplicates"], receiver.stats["lost"]) == (0, 0, 0)
+
+
+def test_check_does_not_vouch_for_a_network_that_nobody_confirms():
+    script = """
+    ip link set lo up; ip link add one type veth peer name two; ip addr add 10.77.0.1/24 dev one; ip link set one up
+    EVENTMON check --url 'udp://239.1.2.3:7000?interface=one&ttl=1'; echo $?
+    """
+    out = namespace(script)
+    assert "ok    receive  it has come back on this machine" in out
+    assert "note  watching nobody else; nobody on another machine" in out
+
+
 def test_check_with_a_key_counts_what_others_send_without_it(tmp_path, url, checked):
     (tmp_path / "key").write_text("secret")
     with watching(key="secret"), Dispatcher(hostname="alpha", freq=0.1), Dispatcher(key="secret") as sealed:
@@ -4752,6 +4885,16 @@ def test_the_demo_shows_all_that_can_happen_and_leaves_no_process_behind(monkeyp
         assert it.is_restored()
         with pytest.raises(ProcessLookupError):
             [os.kill(int(pid), 0) for pid in workers]
+
+
+def test_the_demo_runs_whatever_its_file_is_called_and_fails_if_its_workers_do(tmp_path, monkeypatch, capsys):
+    shutil.copy(MODULE, tmp_path / "evm")
+    command = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--limit", "5"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=30, capture_output=True, check=True)
+    assert len(done.stdout.splitlines()) == 5
+    monkeypatch.setattr(eventmon, "__file__", str(tmp_path / "gone.py"))
+    assert main(["demo", "--plain"]) == 1
+    assert "a process of our own has failed" in capsys.readouterr().err
 
 
 def is_alive(pid):
