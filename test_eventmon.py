@@ -5115,7 +5115,7 @@ def test_every_command_in_the_readme_runs(line, tmp_path, url):
     if missing(line):
         pytest.skip(f"{missing(line)} not here")
     parts = eventmon.parse_url(url)
-    line = line.replace("239.255.69.86 6986", f"{parts.host} {parts.port}")
+    line = line.replace("239.255.69.86:6986", f"{parts.host}:{parts.port}")
     options = {"key": "secret"} if "--key-file" in line else {}
     there = url.replace(f":{parts.port}?", f":{parts.port - 1}?") if line.startswith("ssh") else url
     run_it = {"shell": True, "cwd": tmp_path, "env": set_up(tmp_path, line, there)}
