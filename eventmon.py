@@ -82,7 +82,7 @@ from weakref import WeakSet
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
     from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, NoReturn, TextIO, TypeVar
+    from typing import Any, Callable, NoReturn, TypeVar
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
@@ -100,6 +100,7 @@ DEFAULT_URL = "udp://239.255.69.86:6986?interface=127.0.0.1&ttl=0"
 
 # Limits: sizes in bytes, times in seconds.
 MAX_EVENT = 16 << 20  # what anyone would still call an event; bounds what a receiver puts together
+MAX_LINE = 4 * MAX_EVENT  # of a file: JSON in ASCII may be three times as long as in UTF-8
 MAX_DATAGRAM = 1400  # below Ethernet's MTU of 1,500, tunnels counted
 MAX_LOOPBACK = 61440 if sys.platform == "linux" else 8192  # UDP's own limit is 65,507; macOS refuses above 9,216
 MAX_HEADER = 160  # the longest header line, sealed
@@ -4095,7 +4096,7 @@ class Tap:
     def __init__(
         self,
         types: Sequence[str] = (),
-        record: TextIO | None = None,
+        record: Any = None,
         limit: int | None = None,
     ) -> None:
         self.left = inf if limit is None else limit
@@ -4114,35 +4115,46 @@ class Tap:
             if self.types and not any(fnmatchcase(event.type, glob) for glob in self.types):
                 continue
             if self._record:
-                print(json_line(event), file=self._record, flush=True)
+                self._write(json_line(event))
             self.left -= 1
             yield event
             if self.left <= 0:
                 return
 
+    def _write(self, line: str) -> None:
+        """Record a line, in one piece, since others may record into the same file."""
+        try:
+            self._record.write(line.encode() + b"\n")
+        except OSError as problem:
+            problem.filename = self._record.name
+            raise
+
 
 def complain(message: str) -> None:
     """Print a line on standard error, if there is one."""
-    if sys.stderr is not None:
-        print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+    try:
+        if sys.stderr is not None:
+            print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # it is full, or nobody reads it
 
 
 def lines_of(path: str) -> Iterator[bytes]:
     """Yield the lines of a file, or of standard input for "-"."""
     if path == "-":
-        yield from sys.stdin.buffer if sys.stdin else ()
+        yield from iter(partial(sys.stdin.buffer.readline, MAX_LINE), b"") if sys.stdin else ()
     else:
         with open(path, "rb") as file:
-            yield from file
+            yield from iter(partial(file.readline, MAX_LINE), b"")
 
 
-def open_record(path: str) -> TextIO:
+def open_record(path: str) -> Any:
     """Open a file to append events to; behind a line that a crash has cut off begins another one."""
-    file = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed by the caller
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
     if os.path.isfile(path) and os.path.getsize(path):
         with open(path, "rb") as before:
             before.seek(-1, os.SEEK_END)
-            file.write("" if before.read() == b"\n" else "\n")
+            file.write(b"" if before.read() == b"\n" else b"\n")
     return file
 
 
@@ -4151,7 +4163,7 @@ def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
     for index, line in enumerate(lines_of(path), 1):
         if line.strip():
             try:
-                yield index, parse_event(parse_json(line))
+                yield index, parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
             except WireError as problem:
                 yield index, problem
 
@@ -4710,7 +4722,7 @@ def send(options: Any) -> int:
     return 1 if failures else 0
 
 
-# run. The command is a child in our process group: what the terminal sends reaches it without us, and only what comes
+# run. The command is a child in our process group: what is typed as a signal reaches it without us, and only what comes
 # from elsewhere is passed on.
 
 
@@ -4732,59 +4744,54 @@ def in_foreground(*pids: int) -> bool:
 
 
 def next_signal(signals: set[int]) -> tuple[int, bool]:
-    """Wait for a blocked signal; return it, and whether the command has it as well, from the terminal."""
+    """Wait for a blocked signal, for a moment; return it, or 0, and whether it was typed, so that the command has it too."""
     import signal
 
-    if hasattr(signal, "sigwaitinfo"):
-        info = signal.sigwaitinfo(signals)
-        return info.si_signo, info.si_code in (0x80, 0x10006)  # SI_KERNEL of Linux, of FreeBSD
+    typed = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
+    if hasattr(signal, "sigtimedwait"):
+        info = signal.sigtimedwait(signals, MAX_SLEEP)
+        if info is None:
+            return 0, False
+        return info.si_signo, info.si_signo in typed and info.si_code in (0x80, 0x10006)  # SI_KERNEL: Linux, FreeBSD
     name = signal.sigwait(signals)  # macOS
-    return name, name in (signal.SIGINT, signal.SIGQUIT) and in_foreground(0)
+    return name, name in typed and in_foreground(0)
 
 
-def follow(pid: int, signals: set[int]) -> tuple[int, Any]:
-    """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status and its usage."""
+def follow(pid: int, signals: set[int]) -> int:
+    """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status."""
     import signal
 
-    reports: deque[tuple[int, int, Any]] = deque()
-    we = threading.get_ident()
-
-    def wait() -> None:
-        stopped = True
-        while stopped:
-            report = os.wait4(pid, os.WUNTRACED)
-            stopped = os.WIFSTOPPED(report[1])
-            reports.append(report)
-            signal.pthread_kill(we, signal.SIGCHLD)  # the system's own may come to any thread
-
-    threading.Thread(target=wait, daemon=True).start()
     while True:
-        name, has_it = next_signal(signals)
-        if name != signal.SIGCHLD and not has_it:
-            try:
-                os.kill(pid, name)
-            except OSError:
-                pass  # it runs as another user, or has just ended
-        while reports:
-            _, status, usage = reports.popleft()
-            if not os.WIFSTOPPED(status):
-                return status, usage
-            if os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
-                os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
+        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+        if not found:  # SIGCHLD tells, unless another thread has got it
+            name, has_it = next_signal(signals)
+            if name not in (0, signal.SIGCHLD) and not has_it:
+                try:
+                    os.kill(pid, name)
+                except PermissionError:
+                    pass  # it runs as another user
+        elif not os.WIFSTOPPED(status):
+            return status
+        elif os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
+            os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
 
 
 def copied_streams() -> list[int]:
     """Return which streams of a command are copied to know its last lines: standard error, where it is no terminal.
 
-    And standard output, where it is the same file, so that the two keep their order.
+    And standard output, where it is the same file or pipe, so that the two keep their order.
     """
+    from stat import S_ISCHR
+
     try:
         error = os.fstat(2)
-        if os.isatty(2):
-            return []
-        return [2, 1] if os.path.samestat(os.fstat(1), error) else [2]
-    except OSError:  # one of them is closed
+    except OSError:  # closed
         return []
+    try:
+        same = os.path.samestat(os.fstat(1), error) and not S_ISCHR(error.st_mode)
+    except OSError:
+        same = False
+    return [] if os.isatty(2) else [2, 1] if same else [2]
 
 
 class Copier:
@@ -4796,10 +4803,6 @@ class Copier:
         self._source, self.inlet = os.pipe()
         self._stop, self._bell = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Copy, once somebody else has the inlet."""
-        os.close(self.inlet)
         self._thread.start()
 
     def _run(self) -> None:
@@ -4854,6 +4857,8 @@ def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int
     import errno
     import signal
 
+    if not words[0]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     options: Any = {
         "file_actions": [(os.POSIX_SPAWN_DUP2, *pair) for pair in files],
         "setsigmask": mask,
@@ -4864,18 +4869,32 @@ def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int
     except OSError as problem:
         if problem.errno != errno.ENOEXEC:
             raise
-        from shutil import which  # a script that does not say for whom is for the shell
+        from shutil import which
 
-        return os.posix_spawn("/bin/sh", ["/bin/sh", which(words[0]) or words[0], *words[1:]], os.environ, **options)
+        path = which(words[0]) or words[0]
+        with open(path, "rb") as file:
+            if b"\0" in file.readline(MAX_SHOWN):  # no script
+                raise
+        return os.posix_spawn("/bin/sh", ["/bin/sh", path, *words[1:]], os.environ, **options)  # as shells do
 
 
-def ending(code: int, usage: Any = None, tail: str = "") -> dict[str, Any]:
+def peak_memory() -> dict[str, int]:
+    """Return the largest resident set of a child that has ended, in bytes, as a field, if the system tells it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    return {
+        "peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+    }
+
+
+def ending(code: int, tail: str = "") -> dict[str, Any]:
     """Return how a command ended, as fields of its last event; a negative code is a signal's."""
     import signal
 
-    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
-    if usage:
-        fields["peak_memory"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code, **peak_memory()}
     if code:
         names = {int(name): name.name for name in signal.Signals}
         fields["exception"] = f"exit status {code}" if code > 0 else names.get(-code, f"signal {-code}")
@@ -4884,14 +4903,19 @@ def ending(code: int, usage: Any = None, tail: str = "") -> dict[str, Any]:
 
 def run_posix(words: list[str], begin: Callable[[], object], mask: Iterable[int]) -> dict[str, Any]:
     """Run a command while signals_to_pass() are blocked, and return its ending(); begin() is called once it runs."""
-    streams = copied_streams()
-    copier = Copier() if streams else None
-    pid = spawn(words, [(copier.inlet, stream) for stream in streams] if copier else (), mask)
-    if copier:
-        copier.start()
+    streams, copier = copied_streams(), None
+    try:
+        copier = Copier() if streams else None
+    except RuntimeError:  # no more threads
+        streams = []
+    try:
+        pid = spawn(words, [(copier.inlet, stream) for stream in streams] if copier else (), mask)
+    finally:
+        if copier:
+            os.close(copier.inlet)
     begin()
-    status, usage = follow(pid, signals_to_pass())
-    return ending(os.waitstatus_to_exitcode(status), usage, copier.finish() if copier else "")
+    status = follow(pid, signals_to_pass())
+    return ending(os.waitstatus_to_exitcode(status), copier.finish() if copier else "")
 
 
 def run_simply(words: list[str], begin: Callable[[], object]) -> dict[str, Any]:
@@ -4914,19 +4938,33 @@ def run_task(words: list[str], options: Any, work: Callable[..., dict[str, Any]]
 
     name = options.name or os.path.basename(words[0])
     fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
-    with Dispatcher(options.url, key=options.key) as dispatcher:
-        uuid, start = str(uuid4()), time.monotonic()
-        begin = partial(dispatcher._begin_task, uuid, fields)
+    dispatcher, uuid, start = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
+    teller = threading.Thread(
+        target=dispatcher._begin_task, args=(uuid, fields), daemon=True
+    )  # a resolver may take long
+
+    def begin() -> None:
         try:
-            outcome = work(words, begin)
-        except OSError as problem:
-            missing = isinstance(problem, FileNotFoundError)
-            reason = "not found" if missing else str(problem.strerror)
-            complain(f"{words[0]}: {reason}")
-            begin()
-            outcome = {"exit_status": 127 if missing else 126, "exception": reason}
+            teller.start()
+        except RuntimeError:  # no more threads
+            dispatcher._begin_task(uuid, fields)
+
+    try:
+        outcome = work(words, begin)
+    except OSError as problem:
+        missing = isinstance(problem, FileNotFoundError)
+        reason = "not found" if missing else str(problem.strerror)
+        complain(f"{words[0]}: {reason}")
+        begin()
+        outcome = {"exit_status": 127 if missing else 126, "exception": reason}
+    if teller.ident:
+        teller.join(CLOSE_WATCHED)
+    if teller.is_alive():
+        _dispatchers.discard(dispatcher)  # whose close() would wait for the resolver
+    else:
         kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
         dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - start})
+        dispatcher.close()
     return int(outcome["exit_status"])
 
 
@@ -5786,7 +5824,7 @@ COMMANDS: dict[str, Any] = {  # name -> what does it, two examples, exit status,
     "send": (
         send,
         ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
-        "0 when the system has taken every event, 1 if not, or for a bad line",
+        "0 when the system has taken every event",
         (
             ("type", {"metavar": "TYPE", "help": "the event's type, or - for NDJSON on standard input"}),
             ("field", {"nargs": "*", "default": [], "metavar": "FIELD", "help": "name=text, or name:=json"}),
@@ -5804,7 +5842,7 @@ COMMANDS: dict[str, Any] = {  # name -> what does it, two examples, exit status,
     "check": (
         check,
         ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
-        "0 when the URL works, else 1",
+        "0 when the URL works",
         (("--all-interfaces", {"action": "store_true", "help": "send on the other interfaces, too"}),),
     ),
     "demo": (demo, ("demo", "demo --plain --limit 20"), "0", WATCHING),
@@ -5844,6 +5882,7 @@ def parser() -> Any:
         )
         sub.set_defaults(file=None, field=[], run=work)
         where = "one of its own" if work in (demo, bench) else f"$EVENTMON_URL or {DEFAULT_URL}"
+        sub.add_argument("--version", action="version", version=f"eventmon {__version__}")
         sub.add_argument("--url", help=f"where events are sent (default: {where})")
         sub.add_argument(
             "--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)"
@@ -5882,7 +5921,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(failure.args[1])
     except KeyboardInterrupt:
         return 0 if options and options.run in (watch, demo) else 1
-    except BrokenPipeError:  # whoever read us has gone; let the interpreter's last flush find no pipe
+    except BrokenPipeError as problem:  # whoever read us has gone; let the interpreter's last flush find no pipe
+        if problem.filename:
+            complain(describe(problem))
+            return 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ValueError as problem:

@@ -4499,6 +4499,7 @@ RUNS = [
     (["sh", "-c", "exit 3"], 3, b"", [], {"exit_status": 3, "exception": "exit status 3"}),
     (["--", "sh", "-c", "kill -9 $$"], 137, b"", [], {"exit_status": 137, "exception": "SIGKILL"}),
     (["sh", "-c", "kill -40 $$"], 168, b"", [], {"exit_status": 168, "exception": "signal 40"}),
+    ([""], 127, b"", ["eventmon: : not found"], {"exit_status": 127}),
     (["--", "no-such-command", "-x"], 127, b"", ["eventmon: no-such-command: not found"], {"exit_status": 127}),
     (["--name", "x", "--", "/"], 126, b"", ["eventmon: /: Permission denied"], {"exit_status": 126, "name": "x"}),
     (["sh", "-c", "seq 30 >&2; exit 1"], 1, b"", [str(n) for n in range(1, 31)], {"exit_status": 1}),
@@ -4551,6 +4552,49 @@ def test_run_leaves_no_other_descriptor_signal_mask_or_handler_to_the_command():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGCHLD)
     assert main(["run", "true"]) == 0
     assert (signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGCHLD)) == before
+
+
+def test_run_passes_on_what_the_system_sends_to_it_alone():
+    words = [sys.executable, str(MODULE), "run", "--", "sleep", "60"]
+    code = f"import os, signal, sys; signal.setitimer(signal.ITIMER_REAL, 0.4); os.execv(sys.executable, {words})"
+    done = subprocess.run([sys.executable, "-c", code], timeout=30, check=False)
+    assert done.returncode == 128 + signal.SIGALRM
+    with terminal("run", "--", "sleep", "60") as it:
+        wait_until(lambda: somebody_runs("sleep", it.process))
+        os.close(it.ours)  # the terminal hangs up
+        it.ours, _ = os.pipe()  # from which nothing comes
+        assert it.process.wait(20) == 128 + signal.SIGHUP
+
+
+def test_run_does_not_wait_for_a_resolver(monkeypatch):
+    found = threading.Event()
+
+    def look_up(*args):
+        found.wait(60)
+        raise socket.gaierror(-2, "no such name")
+
+    monkeypatch.setattr(eventmon.socket, "getaddrinfo", look_up)
+    monkeypatch.setenv("EVENTMON_URL", "udp://slow.example:7000")
+    assert main(["run", "sh", "-c", "exit 6"]) == 6
+    assert not found.is_set()
+    found.set()
+
+
+def test_run_works_where_no_thread_can_be_started(monkeypatch, capfdbinary):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert main(["run", "sh", "-c", "echo err >&2; exit 6"]) == 6
+    assert capfdbinary.readouterr() == (b"", b"err\n")
+
+
+def test_run_gives_no_binary_to_the_shell(tmp_path, capsys):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\x7fELF\0\0")
+    binary.chmod(0o755)
+    assert main(["run", str(binary)]) == 126
+    assert "Exec format error" in capsys.readouterr().err
 
 
 def test_a_signal_that_comes_when_the_command_of_run_has_ended_is_dropped(monkeypatch):
@@ -4671,6 +4715,34 @@ def test_a_record_that_a_crash_has_cut_off_loses_nothing_that_comes_after_it(tmp
     with watching() as (_, events):
         assert run("send", "-", input=file.read_bytes())[0] == 1
         wait_until(lambda: [event.type for event in events] == types)
+
+
+def test_several_may_record_into_one_file_and_a_record_that_cannot_be_written_is_named(tmp_path):
+    file, fifo = tmp_path / "recorded.jsonl", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with Dispatcher() as dispatcher:
+        for n in range(50):
+            dispatcher.send("large", n=n, text="x" * 20_000)
+        words = ["watch", "--json", "--limit", "50", "--record", str(file)]
+        with running(*words, stdout=subprocess.DEVNULL) as one, running(*words, stdout=subprocess.DEVNULL) as two:
+            assert (one.wait(20), two.wait(20)) == (0, 0)
+        assert sorted(json.loads(line)["n"] for line in file.read_text().splitlines()) == sorted([*range(50)] * 2)
+        with running(
+            "watch", "--plain", "--record", str(fifo), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as watch:
+            os.close(os.open(fifo, os.O_RDONLY))
+            assert watch.wait(20) == 1
+            assert watch.stderr.read() == f"eventmon: {fifo}: Broken pipe\n".encode()
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_have_lines_of_any_length(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"type":"a"}\r\n' + b"x" * 5000 + b'\n{"type":"b"}\r\n')
+    monkeypatch.setattr(eventmon, "MAX_LINE", 1000)
+    assert main(["watch", str(file), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["type"] for line in out.splitlines()] == ["a", "b"]
+    assert "not JSON" in err
 
 
 @pytest.fixture
