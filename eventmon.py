@@ -100,7 +100,7 @@ DEFAULT_URL = "udp://239.255.69.86:6986?interface=127.0.0.1&ttl=0"
 
 # Limits: sizes in bytes, times in seconds.
 MAX_EVENT = 16 << 20  # what anyone would still call an event; bounds what a receiver puts together
-MAX_LINE = 4 * MAX_EVENT  # of a file: JSON in ASCII may be three times as long as in UTF-8
+MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 MAX_DATAGRAM = 1400  # below Ethernet's MTU of 1,500, tunnels counted
 MAX_LOOPBACK = 61440 if sys.platform == "linux" else 8192  # UDP's own limit is 65,507; macOS refuses above 9,216
 MAX_HEADER = 160  # the longest header line, sealed
@@ -344,10 +344,9 @@ def spell(value: Any, limit: int, form: Callable[[Any], str], brackets: Any, dep
 
     `form` makes text of what has no items, `brackets` returns what stands around those of what has some, or None.
     """
-    around = brackets(value)
     if isinstance(value, (str, bytes, bytearray)):
         yield form(value[:limit])
-    elif not around:
+    elif not (around := brackets(value)):
         yield form(value)
     elif depth == MAX_DEPTH:
         yield "…"
@@ -1144,12 +1143,14 @@ def url_from(url: str | None) -> str:
     return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
 
 
+BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
+
+
 def repr_brackets(value: Any) -> Sequence[str] | None:
-    """Return what stands around the items of a value in its repr, None if it has none."""
+    """Return what stands around the items of a value in its repr, None if it has none, or is of a class of the user's."""
     if type(value) is tuple and len(value) == 1:
         return "(", ",)"
-    pairs: dict[type, Any] = {list: "[]", tuple: "()", dict: "{}", set: "{}" if value else None}
-    return pairs.get(type(value))
+    return BRACKETS.get(type(value)) if value or type(value) is not set else None
 
 
 def cut(text: str, limit: int) -> str:
@@ -1158,7 +1159,7 @@ def cut(text: str, limit: int) -> str:
 
 
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
-    """Return the repr of `value`, visibly shortened to `limit` characters; of a large one no more is made."""
+    """Return the repr of `value`, visibly shortened; of a large list, tuple, dict, set or text no more of it is made."""
     try:
         large = weight(value, 4 * limit) > 4 * limit
         text = start_of(spell(value, limit, readable, repr_brackets), limit + 1) if large else readable(value)
@@ -1176,6 +1177,15 @@ def traceback_of(problem: BaseException) -> str:
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
         lines = [readable(problem)]
     return "".join(lines)[-MAX_TRACEBACK:]
+
+
+def running(task: Task | None) -> Task | None:
+    """Return a task, or the one around it, that has not ended."""
+    for _ in range(MAX_DEPTH):  # who enters a task inside itself makes a circle
+        if task is None or not task._ended:
+            return task
+        task = task._outer
+    return None
 
 
 class Task:
@@ -1199,6 +1209,7 @@ class Task:
         self._given = uuid
         self._fields = fields
         self._outer: Task | None = None  # the one in which this one runs just now
+        self._inner: Task | None = None  # the one that is open in it while it is suspended
         self._ended = False
         self._result: dict[str, Any] = {}
 
@@ -1215,32 +1226,34 @@ class Task:
         self._ended = False
         self._start = time.monotonic()
         self._dispatcher._begin_task(self.uuid, fields)
-        self._resume()
+        outer = running(parent)
+        self._outer = outer if outer is not self else None
+        _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        self._suspend()
-        self._ended = True
+        outer = running(self._outer)
+        if _current_task.get() is self:  # else another one has begun since, or this is the context of another thread
+            _current_task.set(outer)
+        self._ended, self._outer = True, outer  # so that no chain of ended ones grows
         outcome = {**self._result, "runtime": time.monotonic() - self._start}
-        if problem is None or isinstance(
-            problem, GeneratorExit
-        ):  # nobody wants more of a generator, which is no failure
+        # Nobody wants more of a generator: that is no failure.
+        if problem is None or isinstance(problem, GeneratorExit):
             self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
         else:
             if self._dispatcher._sends_tasks():
                 outcome.update(exception=self._brief(problem), traceback=traceback_of(problem))
             self._dispatcher._end_task("task-failed", self.uuid, outcome)
 
-    def _resume(self) -> None:
-        """Make this the task in which others begin."""
-        self._outer = _current_task.get()
-        _current_task.set(self)
-
     def _suspend(self) -> None:
-        """Undo _resume(), unless another task has begun since, or this is the context of another thread."""
-        outer = self._outer
-        if _current_task.get() is self:
-            _current_task.set(None if outer and outer._ended else outer)
+        """Let others begin where this task began: who iterates a generator is no part of it."""
+        self._inner = _current_task.get()
+        _current_task.set(running(self._outer))
+
+    def _resume(self) -> None:
+        """Let others begin inside this task again."""
+        self._outer = running(_current_task.get())
+        _current_task.set(self._inner)
 
     def _brief(self, value: Any) -> str:
         return shortened(value, self._dispatcher.max_repr) if self._dispatcher._sends_tasks() else ""
@@ -1268,7 +1281,7 @@ class Task:
             (inspect.isgeneratorfunction, self._wrap_generator),
             (inspect.iscoroutinefunction, self._wrap_coroutine),
         )
-        forms = whole, getattr(whole, "__call__", None)  # noqa: B004 - that of an object may be of any kind
+        forms = whole, type(whole).__call__  # that of an object may be of any kind
         wrap = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), self._wrap_function)
         return wraps(whole)(wrap(whole))  # type: ignore[return-value]
 
@@ -1296,7 +1309,7 @@ class Task:
                         item = step(value)
                     except StopIteration as stop:
                         return task._returned(stop.value)
-                    task._suspend()  # who iterates is no part of the task
+                    task._suspend()
                     try:
                         step, value = generator.send, (yield item)
                     except BaseException as problem:  # noqa: BLE001 - for the generator to see
@@ -2041,9 +2054,12 @@ def log_handler() -> type:
 
         def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
             fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-            if record.exc_info or record.exc_text:
-                form = self.formatter or logging.Formatter()
-                fields["exception"] = record.exc_text or form.formatException(record.exc_info)  # type: ignore[arg-type]
+            if record.exc_text:
+                fields["exception"] = record.exc_text
+            elif record.exc_info and self.formatter:
+                fields["exception"] = self.formatter.formatException(record.exc_info)
+            elif record.exc_info and record.exc_info[1]:
+                fields["exception"] = traceback_of(record.exc_info[1])
             task = _current_task.get()
             return {**fields, "uuid": task.uuid} if task else fields
 
@@ -3633,7 +3649,7 @@ def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
 
 
 def part_rows(keys: Sequence[str], uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield the whole of one field of a task, the first that it has, its lines kept."""
+    """Yield the whole of the first of these fields that a task has, its lines kept."""
     task = stage.state.tasks.get(uuid, NOTHING)
     value = next((task[key] for key in keys if task.get(key) is not None), f"no {keys[0]}")
     for text in wrap(value, stage.columns):
@@ -4123,8 +4139,10 @@ class Tap:
 
     def _write(self, line: str) -> None:
         """Record a line, in one piece, since others may record into the same file."""
+        data = line.encode() + b"\n"
         try:
-            self._record.write(line.encode() + b"\n")
+            while data:  # where there is little room, only a part is taken
+                data = data[self._record.write(data) :]
         except OSError as problem:
             problem.filename = self._record.name
             raise
@@ -4151,7 +4169,7 @@ def lines_of(path: str) -> Iterator[bytes]:
 def open_record(path: str) -> Any:
     """Open a file to append events to; behind a line that a crash has cut off begins another one."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
-    if os.path.isfile(path) and os.path.getsize(path):
+    if os.path.isfile(path) and os.path.getsize(path) and os.access(path, os.R_OK):
         with open(path, "rb") as before:
             before.seek(-1, os.SEEK_END)
             file.write(b"" if before.read() == b"\n" else b"\n")
@@ -4566,10 +4584,15 @@ def has_terminal() -> bool:
     return False
 
 
-def print_lines(events: Iterable[Event], form: Callable[[Event], str]) -> None:
-    """Print each event as a line."""
+def take_any_text() -> None:
+    """Let standard output, whatever its encoding is, spell out what it has no character for."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def print_lines(events: Iterable[Event], form: Callable[[Event], str]) -> None:
+    """Print each event as a line."""
+    take_any_text()
     for event in events:
         print(form(event), flush=True)
 
@@ -4645,10 +4668,11 @@ def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
     from contextlib import ExitStack
 
+    files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
+    if len(files) == 2 and os.path.samefile(*files):
+        raise Failure(f"{options.file} cannot be recorded into itself", 2)
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
-        if record and options.file and os.path.samefile(options.record, options.file):
-            raise Failure(f"{options.file} cannot be recorded into itself", 2)
         tap = Tap(options.type or (), record, options.limit)
         receiver = None if options.file else stack.enter_context(listening(options))
         words = f" --key-file '{options.key_file}'" if options.key_file else ""
@@ -4820,7 +4844,8 @@ class Copier:
     def _copy(self) -> None:
         """Copy what is there."""
         data = os.read(self._source, 65536)
-        self._ended = not data
+        if not data:
+            self._close()
         self._tail = (self._tail + data)[-MAX_TRACEBACK:]
         while data:
             try:
@@ -4829,9 +4854,13 @@ class Copier:
                 select.select([], [2], [])
             except OSError as problem:
                 if isinstance(problem, BrokenPipeError):
-                    os.close(self._source)  # as our reader has gone, so has the command's
-                    self._ended = True
+                    self._close()  # as our reader has gone, so has the command's
                 return
+
+    def _close(self) -> None:
+        source, self._source, self._ended = self._source, -1, True
+        if source >= 0:
+            os.close(source)
 
     def finish(self) -> str:
         """Return the last lines, when the command has ended; what its own children still write, another process copies.
@@ -4849,6 +4878,8 @@ class Copier:
                 spawn(["cat"], [(self._source, 0), (2, 1)], signals_to_pass())
             except OSError:
                 pass  # where there is no cat, they find a broken pipe
+            self._close()
+        os.close(self._stop)
         return b"\n".join(self._tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
 
 
@@ -4939,11 +4970,13 @@ def run_task(words: list[str], options: Any, work: Callable[..., dict[str, Any]]
     name = options.name or os.path.basename(words[0])
     fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
     dispatcher, uuid, start = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
-    teller = threading.Thread(
-        target=dispatcher._begin_task, args=(uuid, fields), daemon=True
-    )  # a resolver may take long
+    # In a thread, since a resolver may take long.
+    teller = threading.Thread(target=dispatcher._begin_task, args=(uuid, fields), daemon=True)
+
+    begun = threading.Event()
 
     def begin() -> None:
+        begun.set()
         try:
             teller.start()
         except RuntimeError:  # no more threads
@@ -4952,6 +4985,8 @@ def run_task(words: list[str], options: Any, work: Callable[..., dict[str, Any]]
     try:
         outcome = work(words, begin)
     except OSError as problem:
+        if begun.is_set():
+            raise
         missing = isinstance(problem, FileNotFoundError)
         reason = "not found" if missing else str(problem.strerror)
         complain(f"{words[0]}: {reason}")
@@ -4999,7 +5034,7 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
-    "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it",
+    "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it, or the port is below 1024",
     "EMSGSIZE": "too large for this system, or for this interface",
     "ENOBUFS": "the system has no buffer for it",
     "EAFNOSUPPORT": "this machine has no IPv4",
@@ -5070,11 +5105,11 @@ class Probe:
         self.link.send(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
         return stream  # without a heartbeat, which would tell other watchers of what has been lost
 
-    def hear(self, streams: set[bytes], seconds: float) -> set[bytes]:
-        """Wait for the streams, at most so long; return those that have arrived."""
+    def hear(self, seconds: float, streams: set[bytes] | None = None) -> set[bytes]:
+        """Listen so long, or until the streams have arrived; return those that have."""
         now = time.monotonic()
         end = now + seconds
-        while now < end and not streams <= self._heard:
+        while now < end and not (streams and streams <= self._heard):
             if self.listens:
                 for event in self.receiver.itercapture(1, 0.01, wakeup=False):
                     self._take(event)
@@ -5083,7 +5118,7 @@ class Probe:
             for answer in iter(self.link.receive, None):
                 self._heed(*answer)
             now = time.monotonic()
-        return streams & self._heard
+        return self._heard & (streams or set())
 
     def _take(self, event: Event) -> None:
         stream = event.get("stream")
@@ -5114,7 +5149,7 @@ class Probe:
         return [name for name, (host, _) in self.watchers.items() if host not in ours and not host.startswith("127.")]
 
     def leaves(self) -> bool:
-        """Whether what we hear ourselves does not prove that others can: beyond this machine."""
+        """Whether datagrams leave this machine, so that to hear them here proves nothing about there."""
         return self.listens and is_group(self.url.host) and not on_loopback(self.url)
 
 
@@ -5148,7 +5183,7 @@ def send_steps(probe: Probe) -> Iterator[Step]:
         yield Step("wrong", "send", in_words(problem, url) + instead(url))
         return
     yield Step("ok", "send", "the system took a datagram")
-    if probe.hear({stream}, HEAR_TIME):
+    if probe.hear(HEAR_TIME, {stream}):
         here = "it has come back on this machine" if probe.leaves() else "it has arrived"
         yield Step("ok", "receive", here if probe.listens else "a watcher has confirmed it")
     elif not probe.listens:
@@ -5172,9 +5207,9 @@ def size_step(probe: Probe) -> Step:
         except OSError as error:
             problem = in_words(error, probe.url)
             break
-    heard, far = probe.hear({*sent}, HEAR_TIME), probe.far()
+    heard, far = probe.hear(HEAR_TIME, {*sent}), probe.far()
     if far:
-        probe.hear({b"late answers"}, ANSWERS_TIME)
+        probe.hear(ANSWERS_TIME)
         heard = set.intersection(heard, *(probe.confirmed[name] for name in far))
     arrived = {sent[stream] for stream in heard}
     lacking = [size for size in SIZES if size not in arrived]
@@ -5205,12 +5240,13 @@ def ttl_step(probe: Probe) -> Step:
     url = probe.url
     if not is_group(url.host):
         return Step("ok", "ttl", str(url.ttl or "the system's own"))
-    if on_loopback(url) or url.ttl:
-        ways = {0: "nothing leaves this machine", 1: "the network segment"}
-        return Step(
-            "ok", "ttl", f"{url.ttl}: {ways.get(url.ttl, f'through {url.ttl - 1} routers that forward multicast')}"
-        )
-    return Step("note", "ttl", "0: no other machine hears this; ttl=1 reaches the network segment")
+    if on_loopback(url):
+        return Step("ok", "ttl", f"{url.ttl}: nothing leaves this machine")
+    if not url.ttl:
+        return Step("note", "ttl", "0: no other machine hears this; ttl=1 reaches the network segment")
+    hops = url.ttl - 1
+    routers = f"through {hops} {plural('router', hops)} that forward multicast" if hops else "the network segment"
+    return Step("ok", "ttl", f"{url.ttl}: {routers}")
 
 
 def time_step(probe: Probe) -> Step:
@@ -5218,7 +5254,10 @@ def time_step(probe: Probe) -> Step:
     times = []
     for _ in range(TRIES):
         start = time.perf_counter()
-        probe.hear({probe.send()}, HEAR_TIME)
+        try:
+            probe.hear(HEAR_TIME, {probe.send()})
+        except OSError as problem:
+            return Step("note", "time", in_words(problem, probe.url))
         times.append(time.perf_counter() - start)
     way = "from send to receive" if probe.listens else "there and back"
     return Step("ok", "time", f"{sorted(times)[TRIES // 2] * 1000:.3f} ms {way}, the median of {TRIES}")
@@ -5226,8 +5265,8 @@ def time_step(probe: Probe) -> Step:
 
 def some(names: Iterable[str]) -> str:
     """Return the first few names."""
-    first = sorted(names)
-    return ", ".join(first[:5]) + (", …" if len(first) > 5 else "")
+    first, few = sorted(names), 5
+    return ", ".join(first[:few]) + (", …" if len(first) > few else "")
 
 
 def told(noun: str, names: Iterable[str]) -> str:
@@ -5238,7 +5277,7 @@ def told(noun: str, names: Iterable[str]) -> str:
 
 def company_steps(probe: Probe) -> Iterator[Step]:
     """Listen for a moment, and tell who else is there."""
-    probe.hear({b"whoever speaks"}, LISTEN_TIME)
+    probe.hear(LISTEN_TIME)
     if probe.listens:
         streams = probe.others()
         yield Step(
@@ -5298,7 +5337,7 @@ def interfaces() -> Iterator[tuple[str, str, int, str]]:
 
 
 def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
-    """Yield a line for each interface that the URL does not use; whether it works only if it is to be tried."""
+    """Yield a line for each interface that the URL does not use; and, if `trying`, whether it works."""
     group = url.host if is_group(url.host) else parse_url(DEFAULT_URL).host
     for name, address, ttl, fault in interfaces():
         if is_group(url.host) and url.interface in (name, address):
@@ -5316,6 +5355,7 @@ def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
+    take_any_text()
     url, key = url_from(options.url), key_from(options.key)
     origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
     with Probe(url, key) as probe:
@@ -5333,9 +5373,8 @@ def check(options: Any) -> int:
 
 # Processes of our own, for the demo and the bench.
 
-HERE = "import sys; sys.path[0] = sys.argv[1]"  # code for another Python, deaf to what lies where it is run
-CHILD = """
-from importlib import machinery, util; import json, os, sys
+CHILD = """import sys; sys.path.pop(0)  # deaf to what lies where it is run
+from importlib import machinery, util; import json
 loader = machinery.SourceFileLoader("eventmon", sys.argv[1])
 module = util.module_from_spec(util.spec_from_loader("eventmon", loader))
 sys.modules["eventmon"] = module
@@ -5356,9 +5395,12 @@ def launch(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
     """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
     from subprocess import PIPE, Popen
 
-    words = [sys.executable, "-c", "import sys; sys.path.pop(0)" + CHILD, os.path.abspath(__file__), function.__name__]
+    words = [sys.executable, "-c", CHILD, os.path.abspath(__file__), function.__name__]
     process: Any = Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
-    print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
+    try:
+        print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
+    except BrokenPipeError:
+        pass  # it has failed, which answer() tells
     return process
 
 
@@ -5373,7 +5415,7 @@ def answer(process: Any) -> Any:
     if line:
         return json.loads(line)
     process.kill()
-    errors = process.stderr.read().splitlines() or [f"no answer in {ANSWER_TIME:.0f} s"]
+    errors = process.stderr.read().splitlines() or [f"it has ended, or gave no answer in {ANSWER_TIME:.0f} s"]
     raise Failure(f"a process of our own has failed: {errors[-1]}", 1)
 
 
@@ -5734,7 +5776,7 @@ def import_row(rounds: int) -> dict[str, Any]:
     from tempfile import TemporaryDirectory
 
     def milliseconds(names: str) -> float:
-        code = f"{HERE}; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
+        code = f"import sys; sys.path[0] = sys.argv[1]; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
         return float(run([sys.executable, "-S", "-c", code, folder], stdout=PIPE, check=False).stdout) * 1000
 
     with TemporaryDirectory() as folder:

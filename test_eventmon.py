@@ -28,6 +28,7 @@ import sys
 import termios
 import threading
 import time
+import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -1742,13 +1743,40 @@ def test_a_task_inside_another_has_it_as_parent_and_the_outermost_as_root():
         "a": (None, "a"),
         "gen": ("a", "a"),
         "b": ("gen", "a"),
-        "d": ("b", "a"),
+        "d": ("a", "a"),
         "c": ("gen", "a"),
         "e": (None, "e"),
         "async": ("e", "e"),
         "f": ("async", "e"),
         "g": (None, "g"),
     }
+
+
+def test_a_task_that_starts_its_successor_is_not_kept():
+    def step(n):
+        with Dispatcher(enabled=False).task("tick") as task:
+            alive.add(task)
+            context = contextvars.copy_context()  # as call_soon() does
+        return context
+
+    alive = weakref.WeakSet()
+    context = contextvars.copy_context()
+    for n in range(100):
+        context = context.run(step, n)
+    assert len(alive) < 5
+
+
+def test_a_task_goes_on_being_the_parent_whatever_ends_inside_it():
+    with telling() as (dispatcher, next_events):
+        with dispatcher.task("root", uuid="root"):
+            one, two = dispatcher.task("one"), dispatcher.task("two")
+            one.__enter__(), two.__enter__(), one.__exit__(None, None, None), two.__exit__(None, None, None)
+            with dispatcher.task("last"):
+                pass
+            with one, one, two, one:  # a task inside itself has no sense, but an end
+                pass
+        (last,) = (event for event in next_events(24) if event.get("name") == "last")
+    assert last["parent_id"] == "root"
 
 
 def test_tasks_that_end_in_another_order_or_context_leave_no_parent_behind():
@@ -4802,6 +4830,13 @@ def test_check_finds_a_watcher_at_a_unicast_url_or_says_that_there_is_none(check
         status, steps, _ = checked("--url", f"udp://127.0.0.1:{mute.getsockname()[1]}")
     assert (status, list(steps), steps["receive"][0]) == (1, ["open", "join", "send", "receive"], "wrong")
     assert "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:" in steps["receive"][1]
+
+
+def test_check_prints_any_name_in_any_encoding():
+    with Dispatcher(hostname="Müller@h", freq=0.05):
+        status, out, errors = run("check", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (status, errors) == (0, [])
+    assert b"events from M\\xfcller@h" in out
 
 
 def test_check_asks_for_no_history_and_survives_what_others_send(checked, url):
