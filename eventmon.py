@@ -158,6 +158,7 @@ MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
 MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
 MAX_LINES = 20  # of a failed command's standard error, the last ones
+MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
 MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 MAX_SHOWN = 1000  # characters of any value in a line on the screen
 MAX_DETAIL = 65536  # characters of any value that is shown whole
@@ -1242,7 +1243,8 @@ class Task:
             self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
         else:
             if self._dispatcher._sends_tasks():
-                outcome.update(exception=self._brief(problem), traceback=traceback_of(problem))
+                text = shortened(problem, self._dispatcher.max_repr)
+                outcome.update(exception=text, traceback=traceback_of(problem))
             self._dispatcher._end_task("task-failed", self.uuid, outcome)
 
     def _suspend(self) -> None:
@@ -4839,14 +4841,14 @@ class Copier:
             if self._source in ready:
                 self._copy()
             if self._stop in ready:
-                left = min(left, MAX_PIPE) - 65536 if self._source in ready else 0
+                left = min(left, MAX_PIPE) - MAX_COPIED if self._source in ready else 0
 
     def _copy(self) -> None:
         """Copy what is there."""
-        data = os.read(self._source, 65536)
+        data = os.read(self._source, MAX_COPIED)
         if not data:
             self._close()
-        self._tail = (self._tail + data)[-MAX_TRACEBACK:]
+        self._tail = (self._tail + data)[-MAX_COPIED:]
         while data:
             try:
                 data = data[os.write(2, data) :]
@@ -4904,7 +4906,7 @@ def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int
 
         path = which(words[0]) or words[0]
         with open(path, "rb") as file:
-            if b"\0" in file.readline(MAX_SHOWN):  # no script
+            if b"\0" in file.readline(80):  # no script; shells look at as much
                 raise
         return os.posix_spawn("/bin/sh", ["/bin/sh", path, *words[1:]], os.environ, **options)  # as shells do
 
@@ -4915,10 +4917,8 @@ def peak_memory() -> dict[str, int]:
         import resource
     except ImportError:  # Windows
         return {}
-    return {
-        "peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-    }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit}
 
 
 def ending(code: int, tail: str = "") -> dict[str, Any]:
@@ -4932,8 +4932,8 @@ def ending(code: int, tail: str = "") -> dict[str, Any]:
     return {**fields, "stderr": tail} if code and tail else fields
 
 
-def run_posix(words: list[str], begin: Callable[[], object], mask: Iterable[int]) -> dict[str, Any]:
-    """Run a command while signals_to_pass() are blocked, and return its ending(); begin() is called once it runs."""
+def start_posix(words: list[str], mask: Iterable[int]) -> Callable[[], dict[str, Any]]:
+    """Start a command while signals_to_pass() are blocked; return what waits for it, and returns its ending()."""
     streams, copier = copied_streams(), None
     try:
         copier = Copier() if streams else None
@@ -4944,61 +4944,58 @@ def run_posix(words: list[str], begin: Callable[[], object], mask: Iterable[int]
     finally:
         if copier:
             os.close(copier.inlet)
-    begin()
-    status = follow(pid, signals_to_pass())
-    return ending(os.waitstatus_to_exitcode(status), copier.finish() if copier else "")
+
+    def wait() -> dict[str, Any]:
+        code = os.waitstatus_to_exitcode(follow(pid, signals_to_pass()))
+        return ending(code, copier.finish() if copier else "")
+
+    return wait
 
 
-def run_simply(words: list[str], begin: Callable[[], object]) -> dict[str, Any]:
-    """Run a command where there are no signals to pass on: on Windows, whose console tells the command of ctrl-C."""
+def start_simply(words: list[str]) -> Callable[[], dict[str, Any]]:
+    """Do the same where there are no signals to pass on: on Windows, whose console tells the command of ctrl-C."""
     from subprocess import Popen
 
-    with Popen(words) as process:
-        begin()
+    process = Popen(words)
+
+    def wait() -> dict[str, Any]:
         while True:
             try:
                 return ending(process.wait())
             except KeyboardInterrupt:
                 pass
 
+    return wait
 
-def run_task(words: list[str], options: Any, work: Callable[..., dict[str, Any]]) -> int:
-    """Run a command with work(), send the events of a task for it, and return its exit status."""
+
+def run_task(words: list[str], options: Any, start: Callable[[list[str]], Callable[[], dict[str, Any]]]) -> int:
+    """Run a command that is started by start(), send the events of a task for it, and return its exit status."""
     from shlex import join
     from uuid import uuid4
 
     name = options.name or os.path.basename(words[0])
     fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
-    dispatcher, uuid, start = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
+    dispatcher, uuid, began = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
+    try:
+        wait = start(words)
+    except OSError as problem:
+        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
+        complain(f"{words[0]}: {reason}")
+        wait = partial(dict, exit_status=status, exception=reason)
     # In a thread, since a resolver may take long.
     teller = threading.Thread(target=dispatcher._begin_task, args=(uuid, fields), daemon=True)
-
-    begun = threading.Event()
-
-    def begin() -> None:
-        begun.set()
-        try:
-            teller.start()
-        except RuntimeError:  # no more threads
-            dispatcher._begin_task(uuid, fields)
-
     try:
-        outcome = work(words, begin)
-    except OSError as problem:
-        if begun.is_set():
-            raise
-        missing = isinstance(problem, FileNotFoundError)
-        reason = "not found" if missing else str(problem.strerror)
-        complain(f"{words[0]}: {reason}")
-        begin()
-        outcome = {"exit_status": 127 if missing else 126, "exception": reason}
+        teller.start()
+    except RuntimeError:  # no more threads
+        teller.run()
+    outcome = wait()
     if teller.ident:
         teller.join(CLOSE_WATCHED)
     if teller.is_alive():
         _dispatchers.discard(dispatcher)  # whose close() would wait for the resolver
     else:
         kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - start})
+        dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
         dispatcher.close()
     return int(outcome["exit_status"])
 
@@ -5011,12 +5008,12 @@ def run(options: Any) -> int:
     if not words:
         raise Failure("no command to run, expected run -- COMMAND", 2)
     if not hasattr(os, "posix_spawnp"):
-        return run_task(words, options, run_simply)
+        return run_task(words, options, start_simply)
     held = signals_to_pass()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     before = signal.signal(signal.SIGCHLD, lambda *_: None)  # or some systems would drop it, though it is blocked
     try:
-        return run_task(words, options, partial(run_posix, mask=mask))
+        return run_task(words, options, partial(start_posix, mask=mask))
     finally:
         while signal.sigpending() & held:
             signal.sigwait(held)  # too late for the command
