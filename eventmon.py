@@ -19,26 +19,22 @@ How the data flows:
 
     Dispatcher.send -> JSON -> transmit window -> UDP multicast -> receive window -> Receiver -> State -> capture_events
                                     ^                                    |
-                                    +-------- confirmations, NAKs -------+
+                                    +------------ acks, NAKs ------------+
 
 The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones, Celery the others):
 
     event     a dict with a "type" ("task-started": group "task", subject "started") and a "timestamp"
-    data      one datagram, bytes; source is the (host, port) that it came from
-    stream    all that one Dispatcher sends in one process, in order; named by 16 random hex digits
-    seq       sequence number: a stream's datagrams are numbered 1, 2, 3, ...
-    lead      the highest sequence number sent so far; trail, the lowest that can still be repaired
+    stream    everything that one Dispatcher sends in one process, in order; its name is 16 random hex digits
+    datagram  a stream's datagrams have the sequence numbers (seq) 1, 2, 3, ...
     frame     a datagram of our own: a header line and a body
-    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it; the
-              receive window puts it in order again, and knows what is missing
-    gap       sequence numbers that a receiver misses; it sends a NAK (negative acknowledgement) for them and
-              the sender repairs them: sends the same datagrams again
-    beat      heartbeat: lead and trail, sent every quarter second, to be confirmed at once; bye is the last. A poll
-              only asks for a confirmation, since it may overtake data
-    watcher   a Receiver as a Dispatcher knows it, by a random number; it confirms with an ack a position:
-              everything up to it has arrived. Its room is how much more fits its socket's buffer; what it has
-              taken, from all streams together, shows that it moves on
-    cost      what a datagram takes of that buffer, in bytes; room and taken are counted in it
+    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it;
+              the receive window restores the order and knows what is missing
+    lead      the highest sequence number sent; trail is the lowest that can still be repaired
+    beat      a heartbeat every quarter second: lead and trail; bye is the last one
+    watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (everything up to there has arrived
+              or is given up), its room (how many bytes more its buffer takes) and how many datagrams it lost
+    NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
+              to send the same datagrams again
     task, worker, state     as in Celery
     view      what the user of the monitor has chosen to see: a page, which is a table of tasks, workers or events, and
               the panels open above it, with everything about one of these
@@ -48,20 +44,21 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
-    EM1 data STREAM SEQ                              body: an event, or an array of events, as JSON
-    EM1 part STREAM SEQ EVENT INDEX COUNT            body: piece INDEX (from 0) of COUNT of an event too big for one
-    EM1 beat STREAM LEAD TRAIL                       also poll and bye; no body
-    EM1 ack STREAM POSITION WATCHER ROOM TAKEN       from a watcher, by unicast; no body
-    EM1 nak STREAM POSITION WATCHER ROOM TAKEN       body: the sequence numbers missing, as in "7 9-12"
+    EM2 data STREAM SEQ                              body: an event, or an array of events, as JSON
+    EM2 part STREAM SEQ EVENT INDEX COUNT            body: piece INDEX (from 0) of COUNT of an event too big for one
+    EM2 beat STREAM LEAD TRAIL                       also bye, the last; no body
+    EM2 ack STREAM POSITION WATCHER ROOM LOST        from a watcher, by unicast; also leave, its last; no body
+    EM2 nak STREAM POSITION WATCHER ROOM LOST        body: the sequence numbers missing, as in "7 9-12"
 
 Fields are separated by one space, the header ends with a newline, numbers are decimal and below 10**19. With a
-key, two more fields end the header: the time of sending in microseconds since the epoch, and 32 hex digits of the
-HMAC-SHA-256 of everything else.
+key, three more fields end the header: the time in seconds since the epoch, a serial number that rises with each frame
+of a process, and 32 hex digits of the HMAC-SHA-256 of everything else.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import re
@@ -73,11 +70,12 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
 from math import ceil, copysign, inf, isfinite
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
@@ -90,98 +88,41 @@ if TYPE_CHECKING:
     Line = list[Span]
     Row = tuple[Line, Any]
     Text = Callable[[Mapping[str, Any], float], str]
-    Known = tuple[bytes, bytes, bool, int]  # see Dispatcher._look_up()
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DEFAULT_URL = "udp://239.255.69.86:6986?interface=127.0.0.1&ttl=0"
 
-# Limits: sizes in bytes, times in seconds.
-MAX_EVENT = 16 << 20  # what anyone would still call an event; bounds what a receiver puts together
-MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
+# Limits that several parts share: sizes in bytes, times in seconds.
+MAX_EVENT = 16 << 20  # bounds what a receiver puts together
 MAX_DATAGRAM = 1400  # below Ethernet's MTU of 1,500, tunnels counted
 MAX_LOOPBACK = 61440 if sys.platform == "linux" else 8192  # UDP's own limit is 65,507; macOS refuses above 9,216
 MAX_HEADER = 160  # the longest header line, sealed
-MAX_DEPTH = 32  # containers inside containers that are sent as such when an event is no plain JSON
 HISTORY = 8 << 20  # what a Dispatcher keeps for repairs and late watchers: 30,000 usual events
 BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in while Python does something else
-DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
-MAX_WATCHERS = 64  # that one Dispatcher waits for; others get their repairs all the same
-MAX_STREAMS = 4096  # that one Receiver follows
-MAX_MENDED = 64  # streams with gaps looked after at a time
-MAX_HELD = 16 << 20  # held back by a Receiver, of all streams, while something before it is missing
-MAX_JOINED = 32 << 20  # of all the events that arrive in parts
-MIN_JOINED = 64  # datagrams of the history that are kept as one object: where they are larger, few go into a chunk
-MIN_PART = 1024  # each part of an event but the last has at least so much
-MAX_PARTS = MAX_EVENT // MIN_PART  # of an event
-MAX_GAPS = 256  # of a stream looked after at a time
-MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
-MAX_ASKED = 512  # sequence numbers looked at for one NAK, so that no send() waits long for the repairs
-MAX_READ = 32  # datagrams that a Receiver takes at a time
-BUSY = 16  # datagrams read without waiting for one: who receives more is busy, and lets them gather
-COALESCE = 0.0005  # for so long; to be woken for each would cost both sides as much as all the rest
-MAX_ASIDE = 16  # heartbeats that a watcher reads at a time beside the data
-MAX_AHEAD = 1 << 24  # a sequence number further ahead than this, minutes of sending, is believed when confirmed
-BEAT = 0.25  # between heartbeats: a late watcher hears of every stream in this time
-ALIVE = 1.0  # a watcher not heard for this long, four beats, is gone
-GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
-NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
-NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
-NAK_CREDIT = 6  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
-REPAIR_HOLD = 0.004  # a datagram is repaired once in this time, however many watchers ask, and so much longer
-REPAIR_TIME = 0.0001  # for each one that is asked for: before them all are read, other watchers ask for them as well
-REPAIR_RATE = 16 << 20  # bytes of repairs a second, so that no NAK makes a Dispatcher flood the network
-REPAIR_BURST = 2 << 20  # bytes of repairs at once
-MEND_PAUSE = 0.002  # between two looks at what is missing, whoever makes gaps
-ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 ROOM = 1 << 20  # of a watcher's buffer that all senders together may fill
-SHARE_TIME = 0.05  # streams that send within this time share the room
-ACK_PAUSE = 0.002  # between two acks for one stream, so that nobody can make a watcher flood anyone
-BUFFER_TIME = 0.05  # the longest that a buffered event waits
-MAX_SLEEP = 0.2  # between two looks at should_stop
-JUNK_TIME = 0.02  # what comes of no use is read so long at a time by who does not want to wait
-LISTEN_EVERY = 64  # datagrams
-POLL = 0.003  # between questions to a watcher that is waited for
-SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
-FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
-MAX_SKEW = 30  # between the clocks of two machines that share a key; an older datagram is a replay
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-MAX_COMMON = 1000  # names and the like that a State's tasks share
-MAX_REPR = 1024  # characters of a task's arguments, result or exception
-MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
-MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
-MAX_LINES = 20  # of a failed command's standard error, the last ones
-MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
-MAX_PIPE = 1 << 20  # bytes that a pipe may hold
-MAX_SHOWN = 1000  # characters of any value in a line on the screen
-MAX_DETAIL = 65536  # characters of any value that is shown whole
-MAX_ROWS = 2000  # of everything about a task, a worker or an event
-MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
-MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
-MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
-MAX_FILTER = 100  # characters
-MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
-MAX_RECENT = 1000  # events kept in State.recent
-WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
+DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
+BEAT = 0.25  # between two beats: a late watcher hears of every stream in this time
+SILENCE = 3.0  # nobody who is silent for this long is alive
+MAX_SLEEP = 0.2  # between two looks at what other threads have set
 
 
 class WireError(Exception):
-    """Bytes from the network that are not what they should be. Never raised to the user: counted."""
+    """Bytes from the network that are not what they should be. Never raised to the user: counted, under this name."""
 
     counted = "malformed"
 
 
 class Rejected(WireError):
-    """A datagram whose sender has not proved that it knows the key."""
+    """A datagram whose sender has not proved that it knows the key, or that is not from where its stream is."""
 
     counted = "rejected"
+
+
+class Skewed(Rejected):
+    """A datagram sealed with the key, at a time that is not now: a replay, or a clock that is wrong."""
 
 
 class Replay(WireError):
@@ -248,7 +189,7 @@ class Event(dict["str", "Any"]):
 new_event = Event.__new__  # makes an empty one, for what is known to be an event
 
 
-# --- the wire: what is parsed and what is formatted, side by side -------------------------------------------------
+# --- JSON and the wire: what is parsed and what is formatted, side by side ----------------------------------------
 
 
 def no_constant(name: str) -> NoReturn:
@@ -256,40 +197,44 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_scan = json.JSONDecoder(parse_constant=no_constant).scan_once  # type: ignore[attr-defined]
-
-
 def json_encoder() -> Callable[[Any, int], Iterable[str]]:
-    """Return what encodes a value in pieces: json's encoder in C, which json makes anew for every value."""
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=readable)
+    """Return json's encoder in C, which json makes anew for every value. It keeps nothing between two values."""
     try:
         make, quote = json.encoder.c_make_encoder, json.encoder.encode_basestring  # type: ignore[attr-defined]
-        return make({}, readable, quote, None, ":", ",", False, False, False)  # type: ignore[no-any-return]
+        return make(None, readable, quote, None, ":", ",", False, False, False)  # type: ignore[no-any-return]
     except (AttributeError, TypeError):  # a Python without it, or with another
-        return encoder.iterencode  # type: ignore[return-value]
+        options: Any = {"ensure_ascii": False, "check_circular": False, "allow_nan": False, "default": readable}
+        return json.JSONEncoder(separators=(",", ":"), **options).iterencode  # type: ignore[return-value]
 
 
+_scan = json.JSONDecoder(parse_constant=no_constant).scan_once  # type: ignore[attr-defined]
 _encode = json_encoder()
 
 
-def parse_json(body: bytes, start: int = 0) -> Any:
-    """Return the one JSON value in `body` from `start` on, or raise WireError."""
+def parse_json(body: bytes) -> Any:
+    """Return the one JSON value in `body`, or raise WireError."""
     try:
-        text = body.decode() if start else body.decode().strip()
-        value, end = _scan(text, start)
-        if end != len(text) and text[end:].strip():
-            raise ValueError(f"more than one value, the second at character {end}")
+        text = body.decode().strip()
+        value, end = _scan(text, 0)
     except StopIteration as stop:
-        if start:  # white space, perhaps
-            return parse_json(body[start:])
         raise WireError(f"not JSON: no value at character {stop.value}") from None
     except (ValueError, RecursionError) as problem:
         raise WireError(f"not JSON: {problem}") from None
+    if end != len(text):
+        raise WireError(f"not JSON: more than one value, the second at character {end}")
     return value
 
 
+def format_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
+    try:
+        return "".join(_encode(value, 0)).encode()
+    except Exception:  # noqa: BLE001 - a key, NaN, a lone surrogate, a container inside itself, a class of the user's
+        return "".join(_encode(plain(value), 0)).encode()
+
+
 def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Return `value` made of what JSON has; `above` names the containers that it stands in."""
+    """Return `value` made of what JSON has, at most 32 containers deep; `above` names those that it stands in."""
     try:
         if value is None or isinstance(value, bool) or isinstance(value, int) and value.bit_length() < 4096:
             return value
@@ -297,12 +242,11 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
             return value
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode()
-        if id(value) not in above and len(above) < MAX_DEPTH:
+        if id(value) not in above and len(above) < 32:
             above += (id(value),)
             if isinstance(value, dict):
-                return {
-                    plain(key) if isinstance(key, str) else readable(key): plain(value[key], above) for key in value
-                }
+                keys = [(key, plain(key) if isinstance(key, str) else readable(key)) for key in value]
+                return {text: plain(value[key], above) for key, text in keys}
             if isinstance(value, (list, tuple)):
                 return [plain(item, above) for item in value]
     except Exception:  # noqa: BLE001, S110 - of the user's own class, which may still have a repr
@@ -310,16 +254,1306 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
     return readable(value)
 
 
-def format_json(value: Any) -> bytes:
-    """Return `value` as JSON in UTF-8; what JSON has no form for is sent as its repr."""
-    global _encode
+def parse_event(value: Any) -> Event:
+    """Return a parsed JSON value as an Event, or raise WireError."""
+    if not isinstance(value, dict):
+        raise WireError(f"a {type(value).__name__}, expected an object")
+    kind = value.get("type")
+    if not isinstance(kind, str) or not kind:
+        raise WireError(f'"type" is {kind!r}, expected a non-empty string')
+    event = new_event(Event)
+    event.update(value)
+    if "timestamp" not in value:
+        event["timestamp"] = time.time()
+    return event
+
+
+def parse_events(body: bytes) -> list[Event]:
+    """Return the events of the JSON object or array in `body`, or raise WireError."""
+    value = parse_json(body)
+    return [*map(parse_event, value)] if isinstance(value, list) else [parse_event(value)]
+
+
+def format_events(bodies: list[bytes]) -> bytes:
+    """Return events, each formatted already, as one JSON array; one alone stays as it is."""
+    return bodies[0] if len(bodies) == 1 else b"[%b]" % b",".join(bodies)
+
+
+MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
+LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 4, b"nak": 4, b"leave": 4}  # kind -> numbers
+HEAD_SIZE = len(b"EM2 data 0123456789abcdef ")  # what the data of one stream begin with
+
+Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
+
+
+def parse_frame(data: bytes) -> Frame:
+    """Return the parts of a frame without a seal, or raise WireError."""
+    head, newline, body = data.partition(b"\n")
+    magic, *fields = head.split(b" ")
+    if magic != MAGIC or not newline or len(fields) < 2:
+        raise WireError(f"header is {head[:40]!r}, expected EM2 KIND STREAM NUMBER... and a newline")
+    kind, stream, *numbers = fields
+    expected = LAYOUT.get(kind)
+    if expected is None:
+        raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
+    if len(numbers) == expected + 3:
+        raise Rejected("the stream is sealed with a key, and there is none here")
+    if len(numbers) != expected or len(stream) != 16 or not stream.isalnum():
+        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
+    for digits in numbers:
+        if len(digits) > 19 or not digits.isdigit():
+            raise WireError(f"number is {digits[:40]!r}, expected up to 19 decimal digits")
+    return Frame(kind, stream, tuple(map(int, numbers)), body)
+
+
+def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
+    """Return a frame; the mirror of parse_frame."""
+    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join([b"%d" % n for n in numbers]), body)
+
+
+_serials = count(1)
+
+
+def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
+    """Return 128 bits of HMAC-SHA-256 (RFC 2104) in hex."""
+    import hmac
+
+    return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
+
+
+def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
+    """Return a frame without its seal, and its serial number; Rejected if the seal is not good.
+
+    Without a key there is no seal: the frame as it is, and 0.
+    """
+    if not key:
+        return data, 0
+    import hmac
+
+    head, _, body = data.partition(b"\n")
+    sealed, _, mac = head.rpartition(b" ")
+    if not hmac.compare_digest(mac, mac_of(sealed, body, key)):
+        raise Rejected("not sealed with this key")
+    head, sent, serial = sealed.rsplit(b" ", 2)
+    ahead = int(sent) - time.time()
+    if abs(ahead) > 30:
+        way = "ahead" if ahead > 0 else "behind"
+        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again", head)
+    return b"%b\n%b" % (head, body), int(serial)
+
+
+def seal(frame: bytes, key: bytes) -> bytes:
+    """Return a frame with the time, a serial number and its HMAC in the header; the mirror of unseal."""
+    if not key:
+        return frame
+    head, _, body = frame.partition(b"\n")
+    head = b"%b %d %d" % (head, time.time(), next(_serials))
+    return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
+
+
+MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
+
+
+def parse_ranges(body: bytes) -> Ranges:
+    """Return the (first, last) pairs of a NAK, or raise WireError."""
+    ranges = []
+    for word in body.split(b" ", MAX_RANGES)[:MAX_RANGES]:
+        first, _, last = word.partition(b"-")
+        last = last or first
+        if not (first.isdigit() and last.isdigit() and len(first) < 20 and len(last) < 20):
+            raise WireError(f"range is {word[:40]!r}, expected N or N-N")
+        ranges.append((int(first), int(last)))
+    return ranges
+
+
+def format_ranges(ranges: Ranges) -> bytes:
+    """Return the body of a NAK; the mirror of parse_ranges."""
+    return b" ".join(b"%d" % first if first == last else b"%d-%d" % (first, last) for first, last in ranges)
+
+
+# --- the windows: pure, no socket, no thread, no clock of their own -----------------------------------------------
+
+
+class Watcher:
+    """A Receiver as a TransmitWindow knows it."""
+
+    __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "waited")
+
+    def __init__(self, position: int) -> None:
+        self.position = position  # everything up to this sequence number has arrived there, or is given up
+        self.lost = 0  # datagrams that it gave up
+        self.limit = inf  # the cost up to which its buffer has room
+        self.heard = -inf
+        self.waited = 0.0  # seconds that send() has waited for it since it last advanced
+        self.serial = -1
+        self.address: Source | None = None
+
+
+class TransmitWindow:
+    """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
+
+    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes. The cost of a
+    datagram is what it takes of a watcher's buffer. send() waits while `cost`, that of all datagrams so far, is above
+    the `horizon`; `patient` is a sender that has nothing else to do. The half and the quarter of guarantee 4 are here.
+    """
+
+    FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # the cost that is sent before the first answer is waited for
+    FIRST_ANSWER = QUARTER = 0.25  # how long it is waited for, and for a watcher that does not advance
+    GRACE, LEAST_WAIT = 1.0, 0.01  # of waiting before it is counted against the program's own time; worth to begin
+
+    def __init__(self, limit: int = HISTORY, patient: float = 0.0) -> None:
+        self.limit = limit
+        self.trail = 1
+        self.next = 1
+        self.cost = 0
+        self.horizon: float = inf
+        self.watchers: dict[int, Watcher] = {}
+        self.opened_at = inf
+        self.advanced_at = -inf  # when a watcher last did
+        self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
+        self._patient = patient > 0
+        self._frames: dict[int, bytes] = {}  # from trail to lead
+        self._gone = 0  # the cost of everything before trail
+        self._credit = self.GRACE  # how much longer may be waited
+        self._waited_until = -inf
+        self._repaired: dict[int, float] = {}
+        self._allowance: float = 0.0
+        self._refilled = -inf
+
+    def add(self, frame: bytes) -> None:
+        """Keep the datagram that has the sequence number `next`."""
+        seq = self.next
+        self._frames[seq] = frame
+        self.next = seq + 1  # from here on it counts as sent, whatever a signal handler raises
+        self.cost += len(frame) + DATAGRAM_COST
+        if not seq % 64:
+            self._trim()
+
+    def _trim(self) -> None:
+        while self.cost - self._gone - DATAGRAM_COST * len(self._frames) > self.limit and self.trail < self.next - 1:
+            self._gone += len(self._frames.pop(self.trail, b"")) + DATAGRAM_COST
+            self.trail += 1
+
+    def open(self, now: float) -> None:
+        """Begin slowly: from now on the first answer is waited for."""
+        self.opened_at = self.advanced_at = now
+        self.look_ahead(now)
+
+    def on_ack(self, name: int, position: int, room: int, lost: int, now: float) -> bool:
+        """Take note of what a watcher has confirmed, unless there are too many of them; False if it cannot be true."""
+        if position >= self.next:
+            return False
+        watcher = self.watchers.get(name)
+        if watcher is None:
+            if len(self.watchers) >= 64:
+                self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
+                if len(self.watchers) >= 64:
+                    return True  # neither waited for nor counted, but helped
+            watcher = self.watchers[name] = Watcher(-1)
+        if position > watcher.position:
+            watcher.position = position
+            watcher.waited = 0.0
+            self.advanced_at = now
+        watcher.lost = lost
+        watcher.limit = self._cost_at(watcher.position) + room
+        watcher.heard = now
+        self.look_ahead(now)
+        return True
+
+    def leave(self, name: int) -> None:
+        """Forget a watcher."""
+        self.watchers.pop(name, None)
+
+    def live(self, now: float) -> list[Watcher]:
+        """Return the watchers heard lately."""
+        return [watcher for watcher in list(self.watchers.values()) if self._is_live(watcher, now)]
+
+    def unconfirmed(self, now: float) -> list[int]:
+        """Return for each live watcher how many datagrams it has not confirmed yet."""
+        return [self.next - 1 - watcher.position for watcher in self.live(now)]
+
+    def lacking(self, now: float) -> list[int]:
+        """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
+        return [self.next - 1 - watcher.position + watcher.lost for watcher in self.live(now)]
+
+    def waited(self, since: float, now: float) -> None:
+        """Take note that send() has waited, in one thread or in several at the same time."""
+        own = max(0.0, since - self._waited_until)
+        span = now - max(since, self._waited_until)
+        self._credit = min(self._credit + own, self.GRACE) - span
+        self._waited_until = now
+        for watcher in self.live(now):
+            if watcher.limit < self.cost:
+                watcher.waited += span
+        self.look_ahead(now)
+
+    def look_ahead(self, now: float) -> None:
+        """Set the horizon: the cost at which a watcher that is waited for has no more room."""
+        if not self.watchers and self.opened_at <= now < self.opened_at + self.FIRST_ANSWER:
+            self.horizon = self.FIRST_FLIGHT
+        elif self._patient:
+            self.horizon = min((watcher.limit for watcher in self.live(now)), default=inf)
+        elif self._credit + now - self._waited_until < self.LEAST_WAIT:
+            self.horizon = inf
+        else:
+            limits = (watcher.limit for watcher in self.live(now) if watcher.waited < self.QUARTER)
+            self.horizon = min(limits, default=inf)
+
+    def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
+        """Return the datagrams to send again for a NAK from a watcher that has `room`.
+
+        At most 512 are looked at, so that no send() waits long. Each is repaired once in 4 ms, however many watchers
+        ask, and in 0.1 ms more for each one that is asked for: before they are all read, other watchers ask for them
+        too. All together are at most 16 MiB a second, so that no NAK makes a Dispatcher flood the network.
+        """
+        burst, rate = 2 << 20, 16 << 20
+        self._allowance = min(self._allowance + (now - self._refilled) * rate, burst)
+        self._refilled = now
+        known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
+        asked = list(islice((seq for run in known for seq in run if seq in self._frames), 512))
+        hold = 0.004 + len(asked) * 0.0001
+        if len(self._repaired) > 8192:
+            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < 0.06}
+        frames: list[bytes] = []
+        for seq in asked:
+            if now - self._repaired.get(seq, -inf) < hold:
+                continue
+            frame = self._frames[seq]
+            if len(frame) > self._allowance or frames and len(frame) > room:  # one goes even where there is little room
+                break
+            room -= len(frame) + DATAGRAM_COST
+            self._allowance -= len(frame)
+            self._repaired[seq] = now
+            frames.append(frame)
+        return frames
+
+    def _is_live(self, watcher: Watcher, now: float) -> bool:
+        return now - watcher.heard < self._alive
+
+    def _cost_at(self, position: int) -> float:
+        """Return the cost of everything up to `position`; -inf where so much has come since that no room is left."""
+        since = range(max(position + 1, self.trail), self.next)
+        if len(since) > 4 * ROOM // DATAGRAM_COST:
+            return -inf
+        return self.cost - sum(len(self._frames.get(seq, b"")) + DATAGRAM_COST for seq in since)
+
+
+class ReceiveWindow:
+    """One stream as it arrives: puts it in order, once each, and knows what is missing (RFC 3208, section 2.1).
+
+    Pure: `now` is seconds of any clock that only goes forward, `jitter` returns a number from 0 to 1, an item may
+    be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. At most `reach`
+    missing datagrams are asked for at a time. Datagrams lost (given up), repaired and duplicate are added to `counts`,
+    and bytes held back to "held", which several windows may share. What the sender could not repair any more when it
+    was first heard is not lost.
+    """
+
+    MAX_HELD = 16 << 20  # bytes that all windows hold back while something before them is missing
+    GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
+    NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
+    NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
+    NAK_CREDIT = 6  # NAKs that each datagram of a stream earns it; without any it gets one a beat: forgers get no flood
+
+    def __init__(self, start: int, now: float, jitter: Callable[[], float], counts: dict[str, int]) -> None:
+        self.next = start  # everything before it is delivered, or given up
+        self.end = start  # nothing is known to be sent from here on
+        self.lost = 0
+        self.size = 0  # bytes held back
+        self.reach = 16
+        self.nak_at = inf  # when to ask for what is missing
+        self._held: dict[int, tuple[Any, int]] = {}
+        self._known: deque[tuple[float, int]] = deque()  # (time, end): at that time all before end was known to be sent
+        self._delivered_at = self._repaired_at = now
+        self._asked = start - 1  # everything missing up to here has been asked for
+        self._tries = 0
+        self._credit = 0
+        self._trail = 0  # of the sender: nothing before it can be had; 0 until it is heard
+        self._jitter = jitter
+        self._counts = counts
+
+    def in_order(self, seq: int) -> bool:
+        """Take `seq` if it is the next to be delivered and nothing is missing, as nearly always."""
+        if seq == self.next == self.end:
+            self.next = self.end = seq + 1
+            return True
+        return False
+
+    def receive(self, seq: int, item: Any, size: int, now: float) -> list[Any]:
+        """Take a datagram of `size` bytes; return the items that may now be delivered, in order."""
+        if seq < self.next or seq in self._held:
+            self._counts["duplicates"] += 1
+            return []
+        if seq < self.end:
+            self._repaired_at = now
+            self._counts["repaired"] += seq <= self._asked
+            self._tries = 0
+            self.nak_at = now if seq == self._asked else max(self.nak_at, now + self.NAK_RETRY[0])
+        self._expect(seq, now)
+        if seq == self.next or self._counts["held"] + size <= self.MAX_HELD:
+            self._held[seq] = item, size
+            self.size += size
+            self._counts["held"] += size
+        return self._deliver(now)  # what there is no room for will be asked for again
+
+    def announce(self, lead: int, trail: int, now: float) -> list[Any]:
+        """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
+        items = []
+        if not self._trail and self.next < trail <= lead + 1:  # it was gone before we came
+            self.next = trail
+            self.end = max(self.end, trail)
+            items = self._deliver(now)
+        self._trail = max(self._trail, trail)
+        self._expect(lead, now)
+        self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
+        return items
+
+    def missing(self, now: float) -> Ranges:
+        """Return what to send a NAK for now."""
+        if now < self.nak_at:
+            return []
+        ranges, reach = [], self.reach
+        for first, last in islice(self._gaps(), 256):
+            last = min(last, first + reach - 1)
+            ranges.append((first, last))
+            self._asked = max(self._asked, last)
+            reach -= last - first + 1
+            if not reach:
+                break
+        soonest, latest = self.NAK_RETRY if self._credit else (BEAT, BEAT)
+        pause = min(soonest * 2**self._tries, latest) * (0.75 + self._jitter() / 2)
+        self._credit = max(0, self._credit - 1)
+        self._tries = min(self._tries + 1, 10)
+        self.nak_at = now + pause if ranges else inf
+        return ranges
+
+    def overdue(self, now: float) -> list[Any]:
+        """Give up what cannot be had, or is missing for too long; return the items that may now be delivered."""
+        items = []
+        for first, last in list(self._gaps()) if now >= self.give_up_at() else ():
+            while first <= last and now >= self.give_up_at():
+                gone = min(last, self._trail - 1) if first < self._trail else last
+                self.lost += gone - first + 1
+                self._counts["lost"] += gone - first + 1
+                first = self.next = gone + 1
+                items += self._deliver(self._delivered_at)
+            if first <= last:
+                break
+        return items
+
+    def give_up_at(self) -> float:
+        """Return when the first gap is beyond repair, inf if there is none.
+
+        That is a second after it was known, and after it became the first or anything else was repaired.
+        """
+        if self.next == self.end:
+            return inf
+        if self.next < self._trail:
+            return -inf
+        return max(self._known[0][0], min(self._delivered_at, self._repaired_at)) + self.GIVE_UP
+
+    def _gaps(self) -> Iterator[tuple[int, int]]:
+        first = self.next
+        for seq in sorted(self._held):
+            if seq > first:
+                yield first, seq - 1
+            first = seq + 1
+        if first < self.end:
+            yield first, self.end - 1
+
+    def _expect(self, lead: int, now: float) -> None:
+        """Know that everything up to `lead` has been sent."""
+        self._credit = min(self._credit + self.NAK_CREDIT, 16 * self.NAK_CREDIT)
+        if lead < self.end:
+            return
+        self.end = lead + 1
+        if self._known and now < self._known[-1][0] + 0.05:  # some 20 times a second will do
+            self._known[-1] = self._known[-1][0], self.end
+        else:
+            self._known.append((now, self.end))
+        soonest, latest = self.NAK_DELAY
+        self.nak_at = min(self.nak_at, now + soonest + self._jitter() * (latest - soonest))
+
+    def _deliver(self, now: float) -> list[Any]:
+        items = []
+        while self.next in self._held:
+            item, size = self._held.pop(self.next)
+            self.size -= size
+            self._counts["held"] -= size
+            self.next += 1
+            items.append(item)
+        if items:
+            self._delivered_at = now
+        while self._known and self._known[0][1] <= self.next:
+            self._known.popleft()
+        if self.next == self.end:
+            self.nak_at = inf
+        return items
+
+
+# --- URL and sockets ----------------------------------------------------------------------------------------------
+
+Url = namedtuple("Url", ["host", "port", "interface", "ttl"])  # str, int, str or "", int
+
+
+def is_address(host: str) -> bool:
+    """Whether `host` is an IPv4 address in its usual form."""
     try:
-        return "".join(_encode(value, 0)).encode()
-    except BaseException as problem:  # a key, NaN, a lone surrogate, a container inside itself, a class of the user's
-        encode = _encode = json_encoder()  # the other one may take what it was busy with for a part of all that follows
-        if not isinstance(problem, Exception):
-            raise
-    return "".join(encode(plain(value), 0)).encode()
+        return len(socket.inet_pton(socket.AF_INET, host)) == 4
+    except (OSError, ValueError):
+        return False
+
+
+def is_group(host: str) -> bool:
+    """Whether `host` is the address of a multicast group (RFC 1112: 224.0.0.0 to 239.255.255.255)."""
+    return is_address(host) and 224 <= int(host.split(".")[0]) <= 239
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may be the name of a host or an interface (RFC 1123, section 2.1)."""
+    label = r"[A-Za-z0-9_]([A-Za-z0-9_@-]{0,61}[A-Za-z0-9_])?"
+    return bool(re.fullmatch(rf"{label}(\.{label})*\.?", text)) and not re.fullmatch(r"[0-9.]*", text)
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` is an IPv4 address, or a name that no system takes for another form of one, as 0xEF.1."""
+    return is_address(text) or is_name(text) and not re.search(r"(^|\.)(0[xX][0-9A-Fa-f]*|[0-9]+)\.?$", text)
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of "udp://HOST:PORT?interface=ADDRESS-OR-NAME&ttl=N", or raise ValueError naming the bad one.
+
+    A group without an interface is on the loopback interface; the ttl is 0 if it is not given.
+    """
+    from urllib.parse import parse_qsl, urlsplit
+
+    try:
+        parts = urlsplit(str(text))
+        host, port = parts.hostname or "", parts.port
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as problem:
+        raise ValueError(f"url {text!r}: {problem}") from None
+    known = dict(options)
+    interface, ttl = known.get("interface", "127.0.0.1" if is_group(host) else ""), known.get("ttl", "0")
+    for wrong, message in (
+        (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
+        ("@" in parts.netloc, "a user or password stands in it, expected none"),
+        (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
+        (not port, f"port is {port}, expected 1 to 65535"),
+        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
+        (len(known) < len(options), "an option stands twice"),
+        (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
+        (
+            "interface" in known and not (is_address(interface) or is_name(interface)),
+            f"interface is {interface!r}, expected an address or a name",
+        ),
+        (not re.fullmatch(r"[0-9]{1,3}", ttl) or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
+        (not str(text).isprintable(), "a character that cannot be printed stands in it"),
+    ):
+        if wrong:
+            raise ValueError(f"url {text!r}: {message}")
+    return Url(host, port, interface, int(ttl))
+
+
+def url_from(url: str | None) -> str:
+    """Return the URL to use: the one given, the environment's, or the default."""
+    return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
+
+
+def key_from(key: str | bytes | None) -> bytes:
+    """Return the key to use, the environment's where none is given, b"" for none."""
+    key = os.environ.get("EVENTMON_KEY", "") if key is None else key
+    if key:
+        import hmac  # noqa: F401 - not in a send(), beside which the program may fork while it is being imported
+    return key.encode() if isinstance(key, str) else bytes(key)
+
+
+def on_loopback(url: Url) -> bool:
+    """Whether datagrams to `url` stay on the loopback interface, which carries large ones."""
+    where = url.interface if is_group(url.host) else url.host
+    return where.startswith("127.") or where in ("localhost", "lo", "lo0")
+
+
+def membership(url: Url) -> bytes:
+    """Return the group and the interface of `url` as the kernel takes them (struct ip_mreq, or ip_mreqn for a name)."""
+    if is_address(url.interface):
+        return socket.inet_aton(url.host) + socket.inet_aton(url.interface)
+    return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
+
+
+def udp_socket(url: Url, bind: bool = True) -> socket.socket:
+    """Return a new socket that sends on the interface and with the ttl of `url`, and never blocks."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if is_group(url.host):
+            interface = membership(url)
+            sock.setsockopt(
+                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface
+            )
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+        elif url.ttl:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, url.ttl)
+        if bind:
+            sock.bind((url.interface if is_address(url.interface) else "", 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(url: Url) -> socket.socket:
+    """Return a socket that receives what is sent to `url`, beside others on this machine if it is a group."""
+    sock = udp_socket(url, bind=False)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        if not is_group(url.host):
+            sock.bind((url.host, url.port))
+            return sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT") and sys.platform != "linux":  # BSD wants it; Linux would share out
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if sys.platform == "linux":  # IP_MULTICAST_ALL: hear only what this socket has joined
+            sock.setsockopt(socket.IPPROTO_IP, 49, 0)
+        sock.bind(("" if sys.platform == "win32" else url.host, url.port))
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(url))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def inode(sock: socket.socket) -> int:
+    """Return what tells a socket from another file with its descriptor: its inode; -1 if the descriptor is closed."""
+    try:
+        return os.fstat(sock.fileno()).st_ino if sys.platform != "win32" else 0
+    except OSError:
+        return -1
+
+
+def wait_for(seconds: float, *files: Any) -> None:
+    """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
+    seconds = max(0.0, seconds)
+    try:
+        if not hasattr(select, "poll"):
+            select.select(files, [], [], seconds)
+            return
+        poll = select.poll()  # unlike select() not limited to the first 1,024 files
+        for file in files:
+            poll.register(file, select.POLLIN)
+        if not any(events & select.POLLNVAL for _, events in poll.poll(seconds * 1000)):
+            return
+    except (OSError, ValueError):
+        pass
+    time.sleep(min(seconds, 0.05))  # somebody has closed it, and whoever waits is to look why
+
+
+class Link:
+    """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
+
+    def __init__(self, url: Url) -> None:
+        host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
+        found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
+        self.target: Source = str(found[0][4][0]), url.port
+        self.socket = udp_socket(url)
+        self.broken = False  # an error says that another socket may do better
+        self._inode = inode(self.socket)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
+
+    def is_intact(self) -> bool:
+        """Whether the socket is open, no file of the program has its descriptor, and it takes datagrams."""
+        return not self.broken and inode(self.socket) == self._inode
+
+    def wake(self) -> None:
+        """End a wait for an answer: by an empty one."""
+        host, port = self.socket.getsockname()
+        with suppress(OSError):
+            self.socket.sendto(b"", ("127.0.0.1" if host == "0.0.0.0" else host, port))
+
+    def close(self) -> None:
+        """Close the socket, but never a file of the program that has got its descriptor."""
+        if inode(self.socket) == self._inode:
+            self.socket.close()
+        else:
+            self.socket.detach()
+
+
+# --- Dispatcher ---------------------------------------------------------------------------------------------------
+
+OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
+POLL = 0.0005  # seconds between two looks at what watchers have answered
+PATIENT = 1.0  # a max_wait from which on the program has nothing else to do than to wait
+PASSING = frozenset(  # errors that another socket would not mend
+    (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.EINTR)
+    + (errno.ECONNREFUSED, errno.ECONNRESET)
+)
+
+# Of the events of a type: their JSON and their frame, to be filled in; whether they are held; how long the rest may be.
+Known = namedtuple("Known", ["template", "frame", "buffered", "room"])
+
+
+class Part(bytes):
+    """A part of a large event: what stands behind SEQ in its frame."""
+
+
+_ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
+
+
+def witness(clock: Any) -> None:
+    """Set this process's Lamport clock past one that was received."""
+    global _ticks
+    if type(clock) is int and next(_ticks) <= clock < 1 << 62:
+        _ticks = count(clock + 1)
+
+
+def default_hostname() -> str:
+    """Return "PROGRAM.PID@HOST", which tells the processes of a machine apart."""
+    program = os.path.basename(sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else "python")
+    return f"{program.removesuffix('.py')}.{os.getpid()}@{socket.gethostname()}"
+
+
+class Dispatcher:
+    """Sends events to whoever watches `url`; safe in threads and forks, and never harmed by the network.
+
+    `hostname` names the sender ("PROGRAM.PID@HOST" if None). `groups` are the only ones sent, as in {"task"}, where
+    there are any; those in `buffer_group` are held and sent together at `buffer_limit` events, at flush(), or 50 ms
+    later. `freq` makes it a worker with a heartbeat every so many seconds. `key` (str or bytes, $EVENTMON_KEY if None)
+    authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. `max_repr` is how
+    many characters of a task's arguments, result or exception are sent. A bad url raises ValueError; the socket is
+    opened by the first event. Close it, or it lives as long as the process. `problem` is the last error of the network
+    or of a thread of ours, or why an answer was rejected; None if there was none.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        hostname: str | None = None,
+        *,
+        enabled: bool = True,
+        groups: Iterable[str] | None = None,
+        buffer_group: Iterable[str] = (),
+        buffer_limit: int = 24,
+        freq: float | None = None,
+        key: str | bytes | None = None,
+        max_wait: float = 0.01,
+        max_repr: int = 1024,
+    ) -> None:
+        import traceback  # noqa: F401 - here, since a task may need them where no file can be opened any more
+        import uuid  # noqa: F401
+
+        if freq is not None and not freq >= 0:
+            raise ValueError(f"freq is {freq!r}, expected seconds")
+        self.url = url_from(url)
+        self.enabled = False
+        self.on_enabled: set[Callable[[], object]] = set()
+        self.on_disabled: set[Callable[[], object]] = set()
+        self.max_repr = int(max_repr)
+        self._url = parse_url(self.url)
+        self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
+        self._name = hostname
+        self._groups = frozenset(groups or ())
+        self._buffered = frozenset(buffer_group)
+        self._buffer_limit = max(1, buffer_limit)
+        self._freq = freq
+        self._key = key_from(key)
+        self._max_wait = max_wait
+        self._closed = self._exits = False
+        self._begin()
+        _dispatchers.add(self)
+        if enabled:
+            self.enable()
+
+    def _begin(self) -> None:
+        """Start a stream, with nothing sent: at first, and in the child of a fork."""
+        self.pid = os.getpid()
+        self.problem: BaseException | None = None
+        self._hostname = self._name or default_hostname()
+        self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
+        self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
+        self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
+        self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= PATIENT else 0.0)
+        self._stream = os.urandom(8).hex().encode()
+        self._data_head, self._part_head = b"EM2 data %b " % self._stream, b"EM2 part %b " % self._stream
+        # events and datagrams beside the one of each that has a sequence number
+        self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
+        self._large = count(1)  # numbers the events in parts
+        self._link: Link | None = None
+        self._finalizer: Any = None
+        self._thread: threading.Thread | None = None
+        self._started = self._resolving = self._rung = self._close_soon = False
+        self._ended = self._closed
+        self._beaten_at = self._reopen_at = -inf
+        self._flush_at = self._work_at = inf
+        self._active = self._processed = 0
+        self._ours: dict[str, Any] = {}
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Note what every event says of its sender."""
+        ours = {"type": "", "timestamp": 0.0, "hostname": self._hostname, "pid": self.pid}
+        ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
+        if ours != self._ours:
+            self._ours = ours
+            self._known: dict[str, Known] = {}  # by type
+
+    @property
+    def hostname(self) -> str:
+        """What names the sender in its events."""
+        return self._hostname
+
+    @hostname.setter
+    def hostname(self, name: str) -> None:
+        self._hostname = self._name = name
+        self._introduce()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers.
+
+        `behind` is how many of these lack something: it is not confirmed yet, or they gave it up.
+        """
+        lacking, sent = self.lacking(), self._window.next - 1
+        counts = {**self._counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
+        counts["events"] += sent + len(self._outbox)
+        counts["datagrams"] += sent
+        return counts
+
+    def lacking(self) -> list[int]:
+        """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
+        return self._window.lacking(time.monotonic())
+
+    def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
+        """Send an event and return it, or None if disabled or not of `groups`.
+
+        Adds hostname, pid, utcoffset and, unless `blind`, clock, where `fields` does not have them. ValueError
+        for a type that is not a non-empty str, an event over 16 MiB as JSON, and a closed Dispatcher.
+        """
+        if not _fork_mark[0]:
+            after_fork()
+        try:
+            known = self._known.get(type) or self._look_up(type)
+        except TypeError:  # not even hashable
+            known = self._look_up(readable(checked_type(type)))
+        if known is None:
+            return None
+        template, frame, buffered, room = known
+        if blind or not OURS.isdisjoint(fields):
+            ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
+            if blind:
+                del ours["clock"]
+            event = Event(type, {**ours, **fields})
+            body = format_json(event)
+        else:  # the same in two thirds of the time: most of the JSON is known already
+            now, clock = time.time_ns() // 1000, next(_ticks)
+            event = new_event(Event)
+            event.update(self._ours)
+            event["type"] = type
+            event["timestamp"] = now / 1e6
+            event["clock"] = clock
+            event.update(fields)
+            rest = format_json(fields)[1:]
+            parts = now // 1000000, now % 1000000, clock, b"," if fields else b"", rest
+            if not (buffered or self._outbox or len(rest) > room or self._is_inside()):
+                window = self._window
+                if window.cost > window.horizon:
+                    self._wait_for_room(time.monotonic() + self._max_wait)
+                with self._lock:
+                    self._send_frame(frame % (window.next, *parts))
+                if self._outbox:  # of a signal handler meanwhile
+                    self._send_outbox()
+                return event
+            body = template % parts
+        self._post(body, buffered)
+        return event
+
+    def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Forward a ready event as it is, and return it, or None; errors as in send()."""
+        if not _fork_mark[0]:
+            after_fork()
+        known = self._look_up(event.get("type"))
+        if known is None:
+            return None
+        self._post(format_json(dict(event)), known.buffered)
+        return event
+
+    def flush(self, timeout: float = 1.0) -> int:
+        """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
+
+        Returns how many watchers have every event; one that gave an event up does not count. A Dispatcher that is new,
+        or knows of no watcher, gives them a fifth of a second to speak up.
+        """
+        self._send_outbox()
+        with self._lock:
+            self._start()
+        self._settle(0.2, inf, timeout, time.monotonic())
+        return 0 if self._is_inside() else self.lacking().count(0)
+
+    def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
+        """Return a context manager, and decorator, that sends the events of a task: see Task."""
+        if not isinstance(name, str):
+            raise TypeError(f"task name is {readable(name)}, expected a str, as in task('shop.resize')")
+        return Task(self, name, uuid, fields)
+
+    def enable(self) -> None:
+        """Start sending; calls each of `on_enabled`, and a worker comes online."""
+        if not self.enabled and not self._closed:
+            self.enabled = True
+            for callback in list(self.on_enabled):
+                callback()
+            if self._freq:
+                self._work_at = time.monotonic() + self._freq
+                self._send_worker("worker-online")
+
+    def disable(self) -> None:
+        """Stop sending, which then returns None; a worker goes offline; calls each of `on_disabled`."""
+        if self.enabled:
+            if self._freq:
+                self._send_worker("worker-offline")
+            self.enabled = False
+            self._known = {}
+            for callback in list(self.on_disabled):
+                callback()
+
+    def on_after_fork(self) -> None:
+        """Begin a stream of its own in the child of a fork; called by itself, and again does no harm.
+
+        What was buffered is the parent's to send, and so is a worker's heartbeat.
+        """
+        if self.pid != os.getpid():
+            if self._link:
+                self._link.close()
+            self._freq = None
+            self._begin()
+
+    def close(self) -> None:
+        """Send what is buffered and a goodbye; return once live watchers have everything.
+
+        Takes at most 50 ms with nobody watching, 250 ms while watchers do not advance, 3 s while they do. Never raises,
+        but for what a callback of `on_disabled` does. Also called at the exit of the interpreter.
+        """
+        self._close(2.9)
+
+    def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
+
+    # From here on: an event on its way to the kernel.
+
+    def _look_up(self, type: Any) -> Known | None:
+        """Return what is to be known of a type of events; None if they are not sent."""
+        group = checked_type(type).partition("-")[0]
+        if self._closed:
+            self._refuse()
+        if not self.enabled or self._groups and group not in self._groups:
+            return None
+        with self._lock:
+            self._start()
+        table, ours = self._known, {key: self._ours[key] for key in ("hostname", "pid", "utcoffset")}
+        words = [text.replace(b"%", b"%%") for text in (format_json(type), format_json(ours)[1:-1])]
+        template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
+        room = self._room - len(template) - MAX_HEADER
+        known = Known(template, self._data_head + b"%d\n" + template, group in self._buffered, room)
+        if len(table) < 200 and len(type) <= 100:
+            table[type] = known
+        return known
+
+    def _refuse(self) -> None:
+        """Say that nothing is sent any more: to the user who closed it, not to a thread that outlives the program."""
+        if not self._exits:
+            raise ValueError("the dispatcher is closed")
+
+    def _post(self, body: bytes, buffered: bool) -> None:
+        """Put an event into the outbox, and send it unless it is to be held."""
+        if len(body) <= self._room:
+            self._outbox.append(body)
+        elif len(body) <= MAX_EVENT:
+            parts = self._parts(body)
+            with self._lock:
+                self._counts["events"] -= len(parts) - 1
+            self._outbox.extend(parts)
+        else:
+            raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
+        if buffered and len(self._outbox) < self._buffer_limit and not self._closed and self._wake():
+            return
+        self._send_outbox()
+
+    def _parts(self, body: bytes) -> list[bytes]:
+        """Cut a large event into pieces. So that it can be repaired, the history grows to hold it and the one before."""
+        event, starts = next(self._large), range(0, len(body), self._room)
+        self._window.limit = HISTORY + 2 * len(body)
+        heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
+        return [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
+
+    def _wake(self) -> bool:
+        """Have the thread send the outbox in time; False if there is no thread."""
+        if self._thread and self._link and not self._rung:
+            self._rung = True
+            self._link.wake()
+        return self._thread is not None
+
+    def _send_outbox(self) -> None:
+        """Send what is in the outbox, in turn with other threads.
+
+        A signal handler, or a __del__, that has interrupted a send leaves this to the send.
+        """
+        window, deadline = self._window, 0.0
+        while not self._is_inside():
+            if window.cost > window.horizon:
+                deadline = deadline or time.monotonic() + self._max_wait
+                self._wait_for_room(deadline)
+            with self._lock:
+                if self._outbox:
+                    self._send_datagram()
+            if not self._outbox:
+                return
+
+    def _send_datagram(self) -> None:
+        """Number, keep and send as much of the outbox as a datagram takes."""
+        outbox, window = self._outbox, self._window
+        seq, item = window.next, outbox.popleft()
+        if type(item) is Part:
+            frame = self._part_head + b"%d" % seq + item
+        else:
+            frame = self._data_head + b"%d\n" % seq + (self._gather(item) if outbox else item)
+        self._send_frame(frame)
+
+    def _send_frame(self, frame: bytes) -> None:
+        """Keep and send the datagram that has the next sequence number."""
+        window, link = self._window, self._link
+        window.add(frame)
+        try:
+            link.socket.sendto(seal(frame, self._key) if self._key else frame, link.target)  # type: ignore[union-attr]
+        except (OSError, AttributeError) as problem:
+            self._counts["datagrams"] -= 1
+            self._on_failure(problem)
+        if not window.next % 64:  # the thread gets few chances while a loop sends
+            self._listen(time.monotonic())
+
+    def _gather(self, first: bytes) -> bytes:
+        """Return an event and as many that follow it in the outbox as a datagram takes."""
+        bodies, size = [first], len(first)
+        while self._outbox and type(self._outbox[0]) is not Part and len(bodies) < self._buffer_limit:
+            size += len(self._outbox[0]) + 2
+            if size > self._room:
+                break
+            bodies.append(self._outbox.popleft())
+        self._counts["events"] += len(bodies) - 1
+        return format_events(bodies)
+
+    def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
+        """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
+        link = self._link
+        try:
+            link.socket.sendto(seal(frame, self._key), to or link.target)  # type: ignore[union-attr]
+        except (OSError, AttributeError) as problem:
+            return self._on_failure(problem)
+        self._counts["datagrams"] += 1
+        return True
+
+    def _on_failure(self, problem: Any) -> bool:
+        link = self._link
+        if link is None:
+            if self._ended:
+                self._refuse()
+            self._counts["errors"] += not self._resolving
+            return False
+        if problem.errno is None:  # a TimeoutError, say, of a signal handler
+            raise problem
+        link.broken = problem.errno not in PASSING
+        self._count_error(problem)
+        return False
+
+    def _count_error(self, problem: BaseException) -> None:
+        self._counts["errors"] += 1
+        self.problem = problem
+
+    def _start(self) -> None:
+        """Start the thread, and open the link; where a name has to be resolved the thread does this."""
+        if self._started or self._closed:
+            return
+        self._started = True
+        self._resolving = not is_address(self._url.host)
+        if not self._resolving:
+            self._connect()
+        try:
+            thread = threading.Thread(target=self._serve, name="eventmon", daemon=True)
+            thread.start()
+            self._thread = thread
+        except RuntimeError:  # no more threads, as at the exit of the interpreter, or in a subinterpreter
+            if self._resolving:
+                self._connect()
+        util = sys.modules.get("multiprocessing.util")
+        if util:  # whose processes end without atexit
+            self._finalizer = util.Finalize(None, self.close, exitpriority=0)
+
+    def _connect(self) -> None:
+        """Open a link, in the place of one that is broken."""
+        now, stream = time.monotonic(), self._stream
+        self._reopen_at = now + 1.0
+        try:
+            link = Link(self._url)
+        except (OSError, UnicodeError) as problem:
+            self._resolving = False
+            return self._count_error(problem)
+        with self._lock:
+            if self._stream is not stream or self._ended:  # forked, or closed, in the meantime
+                return link.close()
+            old, self._link, self._resolving = self._link, link, False
+            if old:
+                old.close()
+            else:
+                now = time.monotonic()
+                self._window.open(now)
+                for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
+                    self._counts["datagrams"] += self._transmit(frame)
+            self._beat(b"beat", now)
+
+    def _beat(self, kind: bytes, now: float) -> None:
+        """Say what has been sent: to all, and to each watcher that is behind, whose buffer for all may be full."""
+        self._beaten_at = now
+        frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
+        behind = [watcher.address for watcher in self._window.live(now) if watcher.position < self._window.next - 1]
+        for address in (None, *behind):
+            self._counts["datagrams"] += self._transmit(frame, address)
+
+    # Listening to watchers.
+
+    def _listen(self, now: float) -> None:
+        """Take the answers that have arrived."""
+        for _ in range(16 if self._link else 0):
+            try:
+                data, source = self._link.socket.recvfrom(65536)  # type: ignore[union-attr]
+            except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
+                break
+            if data:  # else we have woken the thread
+                self._on_answer(data, source, now)
+        self._window.look_ahead(now)
+
+    def _on_answer(self, data: bytes, source: Source, now: float) -> None:
+        """Take note of a watcher's answer, and repair what it asks for."""
+        window = self._window
+        try:
+            data, serial = unseal(data, self._key)
+            frame = parse_frame(data)
+            if frame.kind not in (b"ack", b"nak", b"leave") or frame.stream != self._stream:
+                raise WireError(f"a {frame.kind.decode()}, expected an answer to this stream")
+            ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
+            position, name, room, lost = frame.numbers
+            watcher = window.watchers.get(name)
+            if serial and watcher and serial <= watcher.serial:
+                raise Replay("an answer seen before")
+            if not window.on_ack(name, position, room, lost, now):
+                raise WireError(f"confirms {position}, expected at most {window.next - 1}")
+        except WireError as problem:
+            self._counts["rejected"] += 1
+            self.problem = problem
+            return
+        watcher = window.watchers.get(name)
+        if watcher:
+            watcher.address, watcher.serial = source, serial
+        if frame.kind == b"leave":
+            window.leave(name)
+        if any(first < window.trail for first, _ in ranges):
+            self._beat(b"beat", now)  # tells what cannot be had any more
+        for repair in window.repairs(ranges, room, now):
+            sent = self._transmit(repair)
+            self._counts["repairs"] += sent
+            self._counts["datagrams"] += sent
+
+    def _wait_for_room(self, deadline: float) -> None:
+        """Wait until every watcher that advances has room again, or until the deadline."""
+        window = self._window
+        now = time.monotonic()
+        while window.cost > window.horizon and now < deadline:
+            time.sleep(min(POLL, deadline - now))
+            since, now = now, time.monotonic()
+            with self._lock:
+                self._listen(now)
+                window.waited(since, now)
+                self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        """Ask watchers where they are: the longer they do not advance, the less often."""
+        if now >= self._beaten_at + min(0.08, max(0.01, (now - self._window.advanced_at) / 2)):
+            self._beat(b"beat", now)
+
+    def _settle(self, patience: float, stall: float, timeout: float, asked_at: float) -> None:
+        """Wait until every live watcher has confirmed everything, none of them advances in `stall`, or `timeout`.
+
+        Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
+        """
+        start = now = time.monotonic()
+        window = self._window
+        while not self._is_inside() and (self._link or self._resolving):
+            with self._lock:
+                self._listen(now)
+                unconfirmed = window.unconfirmed(now)
+                if any(unconfirmed) or not self._link:
+                    enough = now >= max(start, window.advanced_at) + stall
+                else:
+                    enough = now >= max(window.opened_at, -inf if unconfirmed else asked_at) + patience
+                if enough or now >= start + timeout:
+                    return
+                self._ask(now)
+            time.sleep(2 * POLL)
+            now = time.monotonic()
+
+    def _close(self, timeout: float) -> None:
+        if self._is_inside():
+            self._close_soon = True  # by the thread, after the send that this interrupts
+            return
+        try:
+            self.disable()
+        finally:
+            with self._lock:
+                first, self._closed = not self._closed, True
+            if first:
+                try:
+                    self._send_outbox()
+                    self._settle(0.04, 0.2, timeout, -inf)
+                finally:
+                    self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        with self._lock:
+            link, self._ended = self._link, True
+            if self._finalizer:
+                self._finalizer.cancel()
+            if link:
+                self._beat(b"bye", time.monotonic())
+                link.wake()  # the thread ends
+                self._link = None
+                link.close()
+
+    # The thread.
+
+    def _serve(self) -> None:
+        """Answer watchers, beat, and send what is due, until the stream ends."""
+        stream = self._stream
+        while self._stream is stream and not self._ended:
+            try:
+                self._tend()
+            except Exception as problem:  # noqa: BLE001 - whatever it is, the Dispatcher is not to fall silent
+                self._count_error(problem)
+                time.sleep(BEAT)
+
+    def _tend(self) -> None:
+        """Wait until something is to be done, and do it."""
+        now, link = time.monotonic(), self._link
+        if now >= self._reopen_at and (link is None or not link.is_intact()):
+            self._connect()
+            link = self._link
+        due = min(self._beaten_at + BEAT, self._flush_at, self._work_at, now + BEAT)
+        if link:
+            wait_for(due - now, link.socket)
+        else:
+            time.sleep(max(0.0, due - now, 0.01))
+        if self._close_soon:
+            return self.close()
+        now = time.monotonic()
+        with self._lock:
+            self._listen(now)
+            if now >= self._beaten_at + BEAT and not self._ended:
+                self._introduce()  # the clock may have been put forward for the summer
+                self._beat(b"beat", now)
+        if self._outbox and self._flush_at == inf:
+            self._flush_at = now + 0.02
+        if now >= self._flush_at:
+            self._flush_at, self._rung = inf, False
+            self._send_outbox()
+        if self._freq and self.enabled and now >= self._work_at:
+            self._work_at = now + self._freq
+            self._send_worker("worker-heartbeat")
+
+    # The worker and its tasks.
+
+    def _sends_tasks(self) -> bool:
+        """Whether it is worth while to tell more of a task."""
+        return self.enabled and (not self._groups or "task" in self._groups)
+
+    def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
+        self.send("task-received", uuid=uuid, **fields)
+        self.send("task-started", uuid=uuid)
+        self._count_task(1, 0)
+
+    def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+        self._count_task(-1, 1)
+        self._send_quietly(type, {"uuid": uuid, **outcome})
+
+    def _count_task(self, active: int, processed: int) -> None:
+        with self._lock:
+            self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
+            self._processed += processed
+
+    def _send_worker(self, type: str) -> None:
+        fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
+        if hasattr(os, "getloadavg"):
+            fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
+        system = os.uname().sysname if hasattr(os, "uname") else sys.platform
+        self._send_quietly(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system})
+
+    def _send_quietly(self, type: str, fields: Mapping[str, Any]) -> None:
+        """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
+        try:
+            self.send(type, **fields)
+        except ValueError:
+            pass  # closed meanwhile, or too large
+
+
+_dispatchers: WeakSet[Dispatcher] = WeakSet()
+
+
+def fork_mark() -> Any:
+    """Return memory that holds a 1, and in the child of any fork a 0, also of one by C code that tells Python nothing."""
+    try:
+        import mmap
+
+        page: Any = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
+    except (ImportError, AttributeError, OSError, ValueError):
+        page = bytearray(1)  # os.fork() tells Python, here as well
+    page[0] = 1
+    return page
+
+
+_fork_mark = fork_mark()
+
+
+def after_fork() -> None:
+    """In the child of a fork: every Dispatcher begins a stream of its own."""
+    _fork_mark[0] = 1
+    for dispatcher in list(_dispatchers):
+        dispatcher.on_after_fork()
+
+
+def at_exit() -> None:
+    """When the interpreter exits: close what is open, all in the time of one."""
+    end = time.monotonic() + 2.9
+    for dispatcher in list(_dispatchers):
+        dispatcher._exits = True
+        try:
+            dispatcher._close(max(0.0, end - time.monotonic()))
+        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
+            sys.excepthook(*sys.exc_info())
+
+
+atexit.register(at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+
+
+# --- Task, LogHandler ---------------------------------------------------------------------------------------------
+
+_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
+MAX_DEPTH = 32  # containers inside containers that are sent as such when an event is no plain JSON
+MAX_REPR = 1024  # characters of a task's arguments, result or exception
+MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
+MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
 
 
 def weight(value: Any, most: int, depth: int = 0) -> int:
@@ -371,777 +1605,6 @@ def start_of(pieces: Iterable[str], limit: int) -> str:
         if size > limit:
             break
     return "".join(taken)[:limit]
-
-
-def parse_event(value: Any) -> Event:
-    """Return a parsed JSON value as an Event, or raise WireError."""
-    if not isinstance(value, dict):
-        raise WireError(f"a {type(value).__name__}, expected an object")
-    kind = value.get("type")
-    if not isinstance(kind, str) or not kind:
-        raise WireError(f'"type" is {kind!r}, expected a non-empty string')
-    event = new_event(Event)
-    event.update(value)
-    if "timestamp" not in value:
-        event["timestamp"] = time.time()
-    return event
-
-
-def parse_events(body: bytes, start: int = 0) -> list[Event]:
-    """Return the events of the JSON object or array in `body` from `start` on, or raise WireError."""
-    value = parse_json(body, start)
-    return [*map(parse_event, value)] if isinstance(value, list) else [parse_event(value)]
-
-
-def format_events(bodies: list[bytes]) -> bytes:
-    """Return events, each formatted already, as one JSON array; one alone stays as it is."""
-    return bodies[0] if len(bodies) == 1 else b"[%b]" % b",".join(bodies)
-
-
-MAGIC = b"EM1"  # a version that cannot be read with this one would be EM2
-LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"poll": 2, b"bye": 2, b"ack": 4, b"nak": 4}  # kind -> numbers
-
-Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
-
-
-def parse_frame(data: bytes) -> Frame:
-    """Return the parts of a frame without a seal, or raise WireError."""
-    head, newline, body = data.partition(b"\n")
-    magic, *fields = head.split(b" ")
-    if magic != MAGIC or not newline or len(fields) < 2:
-        raise WireError(f"header is {head[:40]!r}, expected EM1 KIND STREAM NUMBER... and a newline")
-    kind, stream, *numbers = fields
-    expected = LAYOUT.get(kind)
-    if expected is None:
-        raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
-    if len(numbers) == expected + 2:
-        raise Rejected("the stream is sealed with a key, and there is none here")
-    if len(numbers) != expected or len(stream) != 16 or not stream.isalnum():
-        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
-    for digits in numbers:
-        if len(digits) > 19 or not digits.isdigit():
-            raise WireError(f"number is {digits[:40]!r}, expected up to 19 decimal digits")
-    return Frame(kind, stream, tuple(map(int, numbers)), body)
-
-
-def head_of(kind: bytes, stream: bytes) -> bytes:
-    """Return how the frames of one kind begin in a stream: all that stands before the numbers."""
-    return b"%b %b %b " % (MAGIC, kind, stream)
-
-
-DATA_HEAD = len(head_of(b"data", b"0123456789abcdef"))
-
-
-def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
-    """Return a frame; the mirror of parse_frame."""
-    return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
-
-
-def mac_of(head: bytes, body: bytes, key: bytes) -> bytes:
-    """Return 128 bits of HMAC-SHA-256 (RFC 2104) in hex."""
-    import hmac
-
-    return hmac.digest(key, b"%b\n%b" % (head, body), "sha256")[:16].hex().encode()
-
-
-_last_stamp = 0
-
-
-def rising_time() -> int:
-    """Return microseconds since the epoch, more at each call, whatever the clock does."""
-    global _last_stamp
-    _last_stamp = max(_last_stamp + 1, int(time.time() * 1e6))
-    return _last_stamp
-
-
-def unseal(data: bytes, key: bytes, now: float | None = None) -> tuple[bytes, int]:
-    """Return a frame without its seal, and its time in microseconds; Rejected if the seal is not good at `now`.
-
-    Without a key there is no seal: the frame as it is, and 0.
-    """
-    if not key:
-        return data, 0
-    import hmac
-
-    head, _, body = data.partition(b"\n")
-    head, _, mac = head.rpartition(b" ")
-    if not hmac.compare_digest(mac, mac_of(head, body, key)):
-        raise Rejected("not sealed with this key")
-    head, _, stamp = head.rpartition(b" ")
-    if not stamp.isdigit() or abs(int(stamp) / 1e6 - (time.time() if now is None else now)) > MAX_SKEW:
-        raise Rejected(f"sealed more than {MAX_SKEW} s ago")
-    return b"%b\n%b" % (head, body), int(stamp)
-
-
-def seal(frame: bytes, key: bytes, stamp: int | None = None) -> bytes:
-    """Return a frame with its time in microseconds, now if None, and its HMAC in the header; the mirror of unseal."""
-    if not key:
-        return frame
-    head, _, body = frame.partition(b"\n")
-    head = b"%b %d" % (head, rising_time() if stamp is None else stamp)
-    return b"%b %b\n%b" % (head, mac_of(head, body, key), body)
-
-
-def parse_ranges(body: bytes) -> Ranges:
-    """Return the (first, last) pairs of a NAK, or raise WireError."""
-    ranges = []
-    for word in body.split(b" ", MAX_RANGES)[:MAX_RANGES]:
-        first, _, last = word.partition(b"-")
-        last = last or first
-        if not (first.isdigit() and last.isdigit() and len(first) < 20 and len(last) < 20):
-            raise WireError(f"range is {word[:40]!r}, expected N or N-N")
-        ranges.append((int(first), int(last)))
-    return ranges
-
-
-def format_ranges(ranges: Ranges) -> bytes:
-    """Return the body of a NAK; the mirror of parse_ranges."""
-    return b" ".join(b"%d" % first if first == last else b"%d-%d" % (first, last) for first, last in ranges)
-
-
-# --- the windows: pure, no socket, no thread, no clock of their own -----------------------------------------------
-
-
-class Watcher:
-    """A Receiver as a TransmitWindow knows it."""
-
-    __slots__ = ("address", "heard", "moved", "position", "room", "stamp", "taken")
-
-    def __init__(self, position: int) -> None:
-        self.position = position  # everything up to this sequence number has arrived there
-        self.room = 0
-        self.taken = -1  # of all streams
-        self.heard = -inf
-        self.moved = -inf  # when it was last seen to move on; -inf: not waited for until it does
-        self.stamp = -1
-        self.address: Source | None = None
-
-
-class Chunk:
-    """A part of a TransmitWindow's history: datagrams that become one object once they are many.
-
-    Thousands of objects that wait for their end cost more than all else: the oldest is always far from any cache.
-    """
-
-    __slots__ = ("before", "data", "ends", "first", "frames")
-
-    def __init__(self, first: int, before: int) -> None:
-        self.first = first  # the sequence number of the first
-        self.before = before  # the cost of everything before it
-        self.frames: list[bytes] = []
-        self.data = b""  # instead of them
-        self.ends: list[int] = []  # of each, in data
-
-    def __gt__(self, seq: int) -> bool:  # lets bisect find the chunk of a sequence number
-        return self.first > seq
-
-    def finish(self) -> int:
-        """Take no more datagrams; return the size of all in bytes."""
-        self.ends = list(accumulate(map(len, self.frames)))
-        if len(self.frames) >= MIN_JOINED:
-            self.data = b"".join(self.frames)
-            self.frames = []
-        return self.ends[-1]
-
-    def datagram(self, seq: int) -> bytes:
-        """Return the datagram that has this sequence number."""
-        index = seq - self.first
-        return self.frames[index] if self.frames else self.data[self.ends[index - 1] if index else 0 : self.ends[index]]
-
-    def cost_at(self, seq: int) -> int:
-        """Return the cost of everything up to and with this sequence number."""
-        count = seq - self.first + 1
-        size = self.ends[count - 1] if self.ends else sum(map(len, self.frames[:count]))
-        return self.before + DATAGRAM_COST * count + size
-
-
-class TransmitWindow:
-    """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
-
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes, beside the last
-    two large events: a receiver may be busy with one while the next is under way.
-    """
-
-    def __init__(self, limit: int = HISTORY) -> None:
-        self.trail = 1
-        self.next = 1
-        self.cost = 0  # of everything sent so far
-        self.horizon: float = inf  # the cost from which on a watcher has to be waited for
-        self.watchers: dict[int, Watcher] = {}
-        self._limit = self._most = limit
-        self._large = deque((0, 0), maxlen=2)  # the sizes of the last two large events
-        self._chunks = [Chunk(1, 0)]  # the datagrams from trail to lead
-        self._frames = self._chunks[-1].frames
-        self._chunk_cost = limit // 50  # the cost of a chunk
-        self._full = self._chunk_cost  # the cost of everything when the last one is full
-        self._size = 0  # of the full ones
-        self._repaired: dict[int, float] = {}
-        self._allowance: float = REPAIR_BURST
-        self._refilled = -inf
-
-    def add(self, frame: bytes) -> None:
-        """Keep the datagram that has the sequence number `next`."""
-        try:
-            self._frames.append(frame)
-            self.cost += len(frame) + DATAGRAM_COST
-            self.next += 1
-            if self.cost > self._full:
-                self._begin_chunk()
-        except BaseException:  # of a signal handler, between any two steps
-            self._heal()
-            raise
-
-    def _begin_chunk(self) -> None:
-        chunk = Chunk(self.next, self.cost)
-        self._size += self._chunks[-1].finish()
-        self._chunks.append(chunk)
-        self._frames, self._full = chunk.frames, self.cost + self._chunk_cost
-        while self._size > self._most:
-            self._size -= self._chunks.pop(0).ends[-1]
-            self.trail = self._chunks[0].first
-
-    def _heal(self) -> None:
-        """Make all of it agree again after an exception in the middle of add()."""
-        last = self._chunks[-1]
-        if last.ends:
-            last = Chunk(last.first + len(last.ends), last.cost_at(last.first + len(last.ends) - 1))
-            self._chunks.append(last)
-        self.trail = self._chunks[0].first
-        self.next = last.first + len(last.frames)
-        self.cost = self._cost_at(self.next - 1)
-        self._frames, self._full = last.frames, last.before + self._chunk_cost
-        self._size = sum(full.ends[-1] for full in self._chunks[:-1])
-
-    def expect(self, size: int) -> None:
-        """Keep an event of so many bytes that comes next whole, if it is large."""
-        if size > self._limit // 2:
-            self._large.append(size)
-            self._most = self._limit + sum(self._large)
-
-    def confirm(self, name: int, position: int, room: int, taken: int, stamp: int, now: float) -> bool:
-        """Take note of what a watcher has confirmed, unless there are too many; False if it cannot be true.
-
-        `stamp` is the time in its seal, 0 without a key: one that does not go up is a replay.
-        """
-        if position >= self.next:
-            return False
-        watcher = self.watchers.get(name)
-        if watcher is None:
-            if len(self.watchers) >= MAX_WATCHERS:
-                self.watchers = self.live(now)
-                if len(self.watchers) >= MAX_WATCHERS:
-                    return True  # neither waited for nor counted, but helped
-            watcher = self.watchers[name] = Watcher(position)
-        elif stamp and stamp <= watcher.stamp:
-            return False
-        if position > watcher.position or taken > watcher.taken:
-            watcher.position = max(position, watcher.position)
-            watcher.moved = now
-        watcher.stamp = stamp
-        watcher.room = room
-        watcher.taken = taken
-        watcher.heard = now
-        self.look_ahead(now)
-        return True
-
-    def live(self, now: float) -> dict[int, Watcher]:
-        """The watchers heard lately, by name."""
-        return {name: watcher for name, watcher in list(self.watchers.items()) if now - watcher.heard < ALIVE}
-
-    def confirmed(self, now: float) -> tuple[int, int]:
-        """Return how many live watchers have everything, and how many live watchers there are."""
-        live = self.live(now).values()
-        return sum(watcher.position == self.next - 1 for watcher in live), len(live)
-
-    def behind(self, now: float) -> list[Watcher]:
-        """Return the watchers to wait for: live ones that move on, with no room for more."""
-        return [watcher for watcher in self._waited_for(now) if self._limit_of(watcher) < self.cost]
-
-    def pass_over(self, since: float, now: float) -> None:
-        """Wait no more for the watchers that have not moved on since then, until they do."""
-        for watcher in self.behind(now):
-            if watcher.moved < since:
-                watcher.moved = -inf
-        self.look_ahead(now)
-
-    def look_ahead(self, now: float) -> None:
-        """Set the horizon by who is live and moves on."""
-        self.horizon = min(map(self._limit_of, self._waited_for(now)), default=inf)
-
-    def _waited_for(self, now: float) -> list[Watcher]:
-        return [watcher for watcher in self.live(now).values() if watcher.moved > -inf]
-
-    def _limit_of(self, watcher: Watcher) -> int:
-        return self._cost_at(watcher.position) + watcher.room
-
-    def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
-        """Return the datagrams to send again for a NAK from a watcher that has `room`.
-
-        Each at most once in a while that grows with what is asked for, all together within REPAIR_RATE.
-        """
-        self._allowance = min(self._allowance + (now - self._refilled) * REPAIR_RATE, REPAIR_BURST)
-        self._refilled = now
-        if len(self._repaired) > 16 * MAX_ASKED:
-            longest = REPAIR_HOLD + MAX_ASKED * REPAIR_TIME
-            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < longest}
-        frames: list[bytes] = []
-        known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
-        asked = list(islice((seq for run in known for seq in run), MAX_ASKED))
-        hold = REPAIR_HOLD + len(asked) * REPAIR_TIME
-        for seq in asked:
-            if now - self._repaired.get(seq, -inf) < hold:
-                continue
-            frame = self._chunk_of(seq).datagram(seq)
-            if len(frame) > self._allowance or frames and len(frame) > room:  # one goes even where there is little room
-                break
-            room -= len(frame) + DATAGRAM_COST
-            self._allowance -= len(frame)
-            self._repaired[seq] = now
-            frames.append(frame)
-        return frames
-
-    def _cost_at(self, position: int) -> int:
-        return self._chunk_of(position).cost_at(position) if position >= self.trail else self._chunks[0].before
-
-    def _chunk_of(self, seq: int) -> Chunk:
-        return self._chunks[bisect_right(self._chunks, seq) - 1]
-
-
-class Gap:
-    """A run of sequence numbers that a ReceiveWindow misses."""
-
-    __slots__ = ("due", "first", "known", "last", "since", "tries")
-
-    def __init__(self, first: int, last: int, known: float, due: float) -> None:
-        self.first = first
-        self.last = last
-        self.tries = 0
-        self.known = known
-        self.since = inf  # when it was first asked for, or last shrank
-        self.due = due  # when to ask for it, again
-
-    def __gt__(self, seq: int) -> bool:  # lets bisect find the gap of a sequence number
-        return self.first > seq
-
-    def cut(self, first: int) -> Gap:
-        """End before `first`; return a gap for the rest, which begins there."""
-        rest = Gap(first, self.last, self.known, self.due)
-        rest.tries, rest.since = self.tries, self.since
-        self.last = first - 1
-        return rest
-
-
-class ReceiveWindow:
-    """One stream as it arrives: puts it in order, once each, and knows what is missing (RFC 3208, section 2.1).
-
-    Pure: `now` is seconds of any clock that only goes forward, `jitter` returns a number from 0 to 1, an item may
-    be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. At most `reach`
-    missing datagrams are asked for at a time (16, until it is set). Datagrams lost (given up on), repaired and
-    duplicate are added to `counts`, and bytes held back to "held", which several windows may share. What the sender
-    did not have any more before the first item came is not lost.
-    """
-
-    def __init__(self, start: int, now: float, jitter: Callable[[], float], counts: dict[str, int]) -> None:
-        self.next = start  # everything before it is delivered, or given up
-        self.end = start  # nothing is known to be sent from here on
-        self.gaps: list[Gap] = []  # in order; the first begins at next
-        self.size = 0  # bytes held back
-        self.reach = 16
-        self._held: dict[int, tuple[Any, int]] = {}
-        self._credit = 0
-        self._repaired_at = now
-        self._origin = 1  # when next is there, nothing has come yet
-        self._trail = 0  # of the sender: nothing before it can be had
-        self._jump = -1
-        self._jitter = jitter
-        self._counts = counts
-
-    def in_order(self, seq: int, now: float) -> bool:
-        """Take `seq` if it is the next to be delivered, and alone, as it is nearly always."""
-        if seq != self.next:
-            return False
-        if seq == self.end:
-            self.next = self.end = seq + 1
-            return True
-        if seq + 1 in self._held:
-            return False
-        self._earn()
-        self._fill(seq, now)
-        self.next = seq + 1
-        return True
-
-    def receive(self, seq: int, item: Any, size: int, now: float) -> list[Any]:
-        """Take a datagram of `size` bytes; return the items that may now be delivered, in order."""
-        if seq < self.next or seq in self._held:
-            self._counts["duplicates"] += 1
-            return []
-        if not self._credible(seq, seq + 1):
-            return []
-        if seq != self.next and self._counts["held"] + size > MAX_HELD:
-            if seq < self.end:
-                self._gap_of(seq)[1].since = now
-            return []  # it will be asked for again when there is room
-        if seq < self.end:
-            self._fill(seq, now)
-        self._extend(seq - 1, now)
-        self.end = max(self.end, seq + 1)
-        self._held[seq] = item, size
-        self.size += size
-        self._counts["held"] += size
-        return self._deliver()
-
-    def announce(self, lead: int, trail: int, now: float) -> None:
-        """Take a heartbeat: there is data up to `lead`, and none can be had from before `trail`."""
-        if self._credible(lead, lead):
-            self._extend(lead, now)
-            self._trail = max(self._trail, trail)
-            if lead < self._origin:  # we are here before the first is sent
-                self._origin = 0
-            for gap in self._in_reach():  # the sender listens; when it closes, for a short while only
-                gap.due = min(gap.due, now + NAK_RETRY[0])
-
-    def missing(self, now: float) -> Ranges:
-        """Return what to send NAKs for now."""
-        ranges = []
-        soonest, latest = NAK_RETRY
-        if not self._credit:
-            soonest = latest = BEAT
-        for gap in self._in_reach():
-            if gap.due <= now:
-                ranges.append((gap.first, gap.last))
-                gap.since = min(gap.since, now)
-                gap.due = now + min(soonest * 2**gap.tries, latest) * (0.75 + self._jitter() / 2)
-                gap.tries = min(gap.tries + 1, 10)
-        if ranges and self._credit:
-            self._credit -= 1
-        return ranges
-
-    def overdue(self, now: float) -> list[Any]:
-        """Give up what cannot be had, or is missing for too long; return the items that may now be delivered."""
-        items = []
-        while self.gaps and now >= self._gives_up():
-            gap = self.gaps[0]
-            gone = gap.first < self._trail
-            last = min(gap.last, self._trail - 1) if gone else gap.last
-            if gone and gap.first == self._origin:  # it was gone before we came
-                self._origin = last + 1
-            else:
-                self._counts["lost"] += last - gap.first + 1
-            self.next = gap.first = last + 1
-            if gap.first > gap.last:
-                del self.gaps[0]
-            items += self._deliver()
-        return items
-
-    def due(self) -> float:
-        """Return the time at which missing() or overdue() has something to do, inf for never."""
-        if not self.gaps:
-            return inf
-        return min(self._gives_up(), min(gap.due for gap in self._in_reach()))
-
-    def _credible(self, lead: int, following: int) -> bool:
-        """Believe a long jump only when the next datagram confirms it (RFC 3550, appendix A.1); what is earns credit."""
-        if lead < self.end + MAX_AHEAD or lead == self._jump:
-            self._earn()
-            return True
-        self._jump = following
-        self._counts["malformed"] += 1
-        return False
-
-    def _earn(self) -> None:
-        self._credit = min(self._credit + NAK_CREDIT, 16 * NAK_CREDIT)
-
-    def _extend(self, lead: int, now: float) -> None:
-        if lead >= self.end:
-            soonest, latest = NAK_DELAY
-            if self.gaps and self.gaps[-1].last == self.end - 1 and not self.gaps[-1].tries:
-                self.gaps[-1].last = lead
-            else:
-                due = now + soonest + self._jitter() * (latest - soonest)
-                self.gaps.append(Gap(self.end, lead, now, due))
-            self.end = lead + 1
-
-    def _fill(self, seq: int, now: float) -> None:
-        """Take `seq`, which is missing, out of its gap."""
-        index, gap = self._gap_of(seq)
-        if gap.tries:
-            self._counts["repaired"] += 1
-        if seq > gap.first:
-            self.gaps.insert(index + 1, gap.cut(seq))
-            index, gap = index + 1, self.gaps[index + 1]
-        gap.first += 1
-        self._repaired_at = now
-        if gap.tries:  # the rest of it is on its way
-            gap.since = now
-            gap.due = max(gap.due, now + NAK_RETRY[0])
-        if gap.first > gap.last:
-            del self.gaps[index]
-
-    def _gap_of(self, seq: int) -> tuple[int, Gap]:
-        index = bisect_right(self.gaps, seq) - 1
-        return index, self.gaps[index]
-
-    def _in_reach(self) -> Iterator[Gap]:
-        """The gaps to ask for; a long one is cut where the reach ends, unless little of the reach is left."""
-        reach = self.reach
-        for index, gap in enumerate(islice(self.gaps, MAX_GAPS)):
-            if gap.last - gap.first >= reach:
-                if reach < self.reach // 2:
-                    return
-                self.gaps.insert(index + 1, gap.cut(gap.first + reach))
-            reach -= gap.last - gap.first + 1
-            yield gap
-            if not reach:
-                return
-
-    def _deliver(self) -> list[Any]:
-        items = []
-        while self.next in self._held:
-            item, size = self._held.pop(self.next)
-            self.size -= size
-            self._counts["held"] -= size
-            self.next += 1
-            items.append(item)
-        return items
-
-    def _gives_up(self) -> float:
-        """When the first gap is beyond repair, asked for long enough, or long known and nothing is being repaired."""
-        gap = self.gaps[0]
-        if gap.first < self._trail:
-            return -inf
-        return min(gap.since, max(gap.known, self._repaired_at)) + GIVE_UP
-
-
-# --- URL and sockets ----------------------------------------------------------------------------------------------
-
-Url = namedtuple("Url", ["host", "port", "interface", "ttl"])  # str, int, str or "", int
-
-
-def is_address(host: str) -> bool:
-    """Whether `host` is an IPv4 address in its usual form."""
-    try:
-        return len(socket.inet_pton(socket.AF_INET, host)) == 4
-    except OSError:
-        return False
-
-
-def is_group(host: str) -> bool:
-    """Whether `host` is the address of a multicast group (RFC 1112: 224.0.0.0 to 239.255.255.255)."""
-    return is_address(host) and 224 <= int(host.split(".")[0]) <= 239
-
-
-def is_host(name: str) -> bool:
-    """Whether `name` is an IPv4 address, or may be the name of a host or an interface (RFC 1123, section 2.1)."""
-    label = r"[A-Za-z0-9_]([A-Za-z0-9_@-]{0,61}[A-Za-z0-9_])?"
-    return is_address(name) if re.fullmatch(r"[0-9.]*", name) else bool(re.fullmatch(rf"{label}(\.{label})*\.?", name))
-
-
-def parse_url(text: str) -> Url:
-    """Return the parts of "udp://HOST:PORT?interface=ADDRESS-OR-NAME&ttl=N", or raise ValueError naming the bad one.
-
-    A group without an interface is on the loopback interface; the ttl is 0 if it is not given.
-    """
-    from urllib.parse import parse_qsl, urlsplit
-
-    try:
-        parts = urlsplit(str(text))
-        host, port = parts.hostname or "", parts.port
-        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-    except ValueError as problem:
-        raise ValueError(f"url {text!r}: {problem}") from None
-    known = dict(options)
-    interface, ttl = known.get("interface", "127.0.0.1" if is_group(host) else ""), known.get("ttl", "0")
-    for wrong, message in (
-        (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
-        ("@" in parts.netloc, "a user or password stands in it, expected none"),
-        (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
-        (not port, f"port is {port}, expected 1 to 65535"),
-        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
-        (len(known) < len(options), "an option stands twice"),
-        (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
-        ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
-        (not re.fullmatch(r"[0-9]{1,3}", ttl) or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
-    ):
-        if wrong:
-            raise ValueError(f"url {text!r}: {message}")
-    return Url(host, port, interface, int(ttl))
-
-
-def on_loopback(url: Url) -> bool:
-    """Whether datagrams to `url` stay on the loopback interface, which carries large ones."""
-    where = url.interface if is_group(url.host) else url.host
-    return where.startswith("127.") or where in ("localhost", "lo", "lo0")
-
-
-def membership(url: Url) -> bytes:
-    """Return the group and the interface of `url` as the kernel takes them (struct ip_mreq, or ip_mreqn for a name)."""
-    if is_address(url.interface):
-        return socket.inet_aton(url.host) + socket.inet_aton(url.interface)
-    return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
-
-
-def udp_socket(url: Url) -> socket.socket:
-    """Return a new socket that sends on the interface and with the ttl of `url` and never blocks."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        if is_group(url.host):
-            interface = membership(url)
-            sock.setsockopt(
-                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface
-            )
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
-        elif url.ttl:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, url.ttl)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen(url: Url) -> socket.socket:
-    """Return a socket that receives what is sent to `url`, beside others on this machine if it is a group."""
-    sock = udp_socket(url)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-        if not is_group(url.host):
-            sock.bind((url.host, url.port))
-            return sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT") and sys.platform != "linux":  # BSD wants it; Linux would share out
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if sys.platform == "linux":  # IP_MULTICAST_ALL: hear only what this socket has joined
-            sock.setsockopt(socket.IPPROTO_IP, 49, 0)
-        sock.bind(("" if sys.platform == "win32" else url.host, url.port))
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(url))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def wait_for(seconds: float, *socks: Any) -> None:
-    """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
-    try:
-        if not hasattr(select, "poll"):
-            select.select(socks, [], [], max(0.0, seconds))
-            return
-        poll = select.poll()  # unlike select() not limited to the first 1,024 files
-        for sock in socks:
-            poll.register(sock, select.POLLIN)
-        poll.poll(max(0.0, seconds * 1000))
-    except (OSError, ValueError):
-        pass  # closed meanwhile
-
-
-class Link:
-    """A Dispatcher's sockets: `send` sends a datagram to the URL, what watchers answer arrives at `socket`."""
-
-    def __init__(self, url: Url) -> None:
-        self.socket = udp_socket(url)
-        self._connected = self.socket
-        self._bell, self._ear = socket.socketpair()  # wakes sleep(): what arrives at the socket any thread may take
-        try:
-            self._bell.setblocking(False)
-            self._ear.setblocking(False)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
-            self.socket.bind((url.interface if is_address(url.interface) else "", 0))
-            host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
-            found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
-            target = str(found[0][4][0]), url.port
-            if is_group(url.host) and sys.platform != "win32":
-                self._connect(url, target)
-                self.send: Callable[[bytes], int] = self._connected.send
-            else:
-                self.send = lambda data: self.socket.sendto(data, target)
-        except BaseException:
-            self.close()
-            raise
-
-    def _connect(self, url: Url, target: Source) -> None:
-        """Give the same port a second socket, connected to the group.
-
-        A connected socket sends a fifth faster, but hears only whom it is connected to, and nobody answers from a
-        group's address; so answers go on arriving at the first one.
-        """
-        self._connected = udp_socket(url)
-        share = socket.SO_REUSEADDR if sys.platform == "linux" else socket.SO_REUSEPORT  # Linux's would share out
-        for sock in (self.socket, self._connected):
-            sock.setsockopt(socket.SOL_SOCKET, share, 1)
-        self._connected.bind(self.socket.getsockname())
-        self._connected.connect(target)
-        for sock in (self.socket, self._connected):
-            sock.setsockopt(socket.SOL_SOCKET, share, 0)  # with nobody else
-
-    def wait(self, seconds: float) -> None:
-        """Wait until an answer has arrived, or for `seconds`."""
-        wait_for(seconds, self.socket)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait likewise, or until wake(); for one thread only."""
-        wait_for(seconds, self.socket, self._ear)
-        try:
-            self._ear.recv(4096)
-        except OSError:
-            pass  # nobody has rung
-
-    def wake(self) -> None:
-        """End a sleep() in another thread, or the next one."""
-        try:
-            self._bell.send(b"!")
-        except OSError:
-            pass  # it has been rung often enough, or the link is closed
-
-    def receive(self) -> tuple[bytes, Source] | None:
-        """Return a datagram that has arrived and its source, or None."""
-        try:
-            return self.socket.recvfrom(65536)
-        except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
-            return None
-
-    def close(self) -> None:
-        """Close the sockets."""
-        for sock in (self.socket, self._connected, self._bell, self._ear):
-            sock.close()
-
-
-# --- Dispatcher ---------------------------------------------------------------------------------------------------
-
-OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
-_ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
-_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
-
-
-def witness(clock: Any) -> None:
-    """Set this process's Lamport clock past one that was received."""
-    global _ticks
-    if type(clock) is int and next(_ticks) <= clock < 1 << 62:
-        _ticks = count(clock + 1)
-
-
-def default_hostname() -> str:
-    """Return "PROGRAM.PID@HOST", which tells the processes of a machine apart."""
-    program = os.path.basename(sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else "python")
-    return f"{program.removesuffix('.py')}.{os.getpid()}@{socket.gethostname()}"
-
-
-def utc_offset() -> float:
-    """Return what local time is behind UTC, in hours, as Celery counts it (west is positive)."""
-    return (time.altzone if time.localtime().tm_isdst else time.timezone) / 3600
-
-
-def key_from(key: str | bytes | None) -> bytes:
-    """Return the key to use, the environment's where none is given, b"" for none."""
-    key = os.environ.get("EVENTMON_KEY", "") if key is None else key
-    if key:
-        import hmac  # noqa: F401 - not in a send(), beside which the program may fork while it is being imported
-    return key.encode() if isinstance(key, str) else bytes(key)
-
-
-def url_from(url: str | None) -> str:
-    """Return the URL to use: the one given, the environment's, or the default."""
-    return url if url is not None else os.environ.get("EVENTMON_URL") or DEFAULT_URL
 
 
 BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
@@ -1347,668 +1810,6 @@ class Task:
         return generate
 
 
-class Dispatcher:
-    """Sends events to whoever watches `url`; safe in threads and forks, and never harmed by the network.
-
-    `hostname` names the sender ("PROGRAM.PID@HOST" if None). `groups` are the only ones sent, as in {"task"}; those
-    in `buffer_group` are held and sent together at `buffer_limit` events, at flush(), or 50 ms later. `freq`
-    makes it a worker with a heartbeat every so many seconds. `key` (str or bytes, $EVENTMON_KEY if None)
-    authenticates. `max_wait` seconds is the longest that send() waits for a watcher that is behind. `max_repr` is how
-    many characters of a task's arguments, result or exception are sent. A bad url raises ValueError; the sockets are
-    opened by the first event. Close it, or it lives as long as the process.
-    """
-
-    def __init__(
-        self,
-        url: str | None = None,
-        hostname: str | None = None,
-        *,
-        enabled: bool = True,
-        groups: Iterable[str] | None = None,
-        buffer_group: Iterable[str] = (),
-        buffer_limit: int = 24,
-        freq: float | None = None,
-        key: str | bytes | None = None,
-        max_wait: float = 0.01,
-        max_repr: int = MAX_REPR,
-    ) -> None:
-        if freq is not None and not freq >= 0:
-            raise ValueError(f"freq is {freq!r}, expected seconds")
-        self.url = url_from(url)
-        self.enabled = False
-        self.on_enabled: set[Callable[[], object]] = set()
-        self.on_disabled: set[Callable[[], object]] = set()
-        self._url = parse_url(self.url)
-        self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
-        self._name = hostname
-        self._groups = None if groups is None else frozenset(groups)
-        self._buffered = frozenset(buffer_group)
-        self._buffer_limit = max(1, buffer_limit)
-        self._freq = freq
-        self._key = key_from(key)
-        self._max_wait = max_wait
-        self.max_repr = int(max_repr)
-        self._closed = self._exits = False
-        self._begin()
-        _dispatchers.add(self)
-        if enabled:
-            self.enable()
-
-    def _begin(self) -> None:
-        """Start a stream, with nothing sent: at first, and in the child of a fork."""
-        self.pid = os.getpid()
-        self._hostname = self._name or default_hostname()
-        self._lock = threading.RLock()  # see _in_turn()
-        self._has_turn: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
-        self._later: deque[Callable[[], object]] = deque()  # for the end of that turn
-        self._closing: float | None = None  # close() for so long, after that turn
-        self._window = TransmitWindow()
-        self._stream = os.urandom(8).hex().encode()
-        self._frame = head_of(b"data", self._stream) + b"%d\n%b"
-        # events and datagrams beside the one of each that has a sequence number
-        self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
-        self._buffer: list[bytes] = []
-        self._awake = False  # whether the thread looks after it
-        self._ending = self._closed
-        self._large = count(1)  # numbers the events in parts
-        self._link: Link | None = None
-        self._plain = False  # open, and nothing is sealed
-        self._finalizer: Any = None
-        self._problem: OSError | UnicodeError | None = None  # the last one of the network
-        self._opened = self._reopens = -inf
-        self._active = self._processed = 0
-        self._ours: dict[str, Any] = {}
-        self._introduce()
-
-    def _introduce(self) -> None:
-        """Note what every event says of its sender."""
-        ours = {"type": "", "timestamp": 0.0, "hostname": self._hostname, "pid": self.pid}
-        ours.update(utcoffset=utc_offset(), clock=0)
-        if ours != self._ours:
-            self._ours = ours
-            self._known: dict[str, Known] = {}  # by type
-
-    @property
-    def hostname(self) -> str:
-        """What names the sender in its events."""
-        return self._hostname
-
-    @hostname.setter
-    def hostname(self, name: str) -> None:
-        self._hostname = self._name = name
-        self._introduce()
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers."""
-        numbered = self._window.next - 1
-        counts = {**self._counts, "watchers": len(self._window.live(time.monotonic()))}
-        counts["events"] += numbered + len(self._buffer)
-        counts["datagrams"] += numbered
-        return counts
-
-    def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
-        """Send an event and return it, or None if disabled or not of `groups`.
-
-        Adds hostname, pid, utcoffset and, unless `blind`, clock, where `fields` does not have them. ValueError
-        for a type that is not a non-empty str, an event over 16 MiB as JSON, and a closed Dispatcher.
-        """
-        table = self._known
-        try:
-            known = table.get(type) if self.enabled else None
-        except TypeError:  # not even hashable
-            known = None
-        if known is None or blind or not OURS.isdisjoint(fields):
-            return self._send(type, fields, blind)
-        # What _send() does, in half the time: most of the JSON is known already, whole numbers are soon written, and
-        # calls are few.
-        template, frame, buffered, room = known
-        now, clock = time.time_ns() // 1000, next(_ticks)
-        event = new_event(Event)
-        event.update(self._ours)
-        event["type"] = type
-        event["timestamp"] = now / 1e6
-        event["clock"] = clock
-        event.update(fields)
-        rest = format_json(fields)[1:]
-        parts = now // 1000000, now % 1000000, clock, b"," if fields else b"", rest
-        if self._has_turn() or len(rest) > room or not buffered and self._window.cost > self._window.horizon:
-            return event if self._post(template % parts, buffered) else None
-        if buffered:
-            body = template % parts
-            self._buffer.append(body)
-            few = len(self._buffer) < self._buffer_limit
-            return event if few and self._awake and not self._ending or self._held(body) else None
-        try:
-            with self._lock:  # a turn, as _in_turn() has it
-                try:
-                    window, sent = self._window, True
-                    link = self._link if self._plain and self._known is table else None  # no signal handler has forked
-                    if link and not self._buffer and window.next % LISTEN_EVERY:
-                        data = frame % (window.next, *parts)
-                        window.add(data)
-                        try:
-                            link.send(data)
-                        except OSError as problem:
-                            self._counts["datagrams"] -= 1
-                            self._count_failure(problem)
-                    else:
-                        sent = self._put_data(template % parts)
-                finally:
-                    if self._later:
-                        self._catch_up()
-        finally:
-            if self._closing is not None:
-                self._close_late()
-        return event if sent else None
-
-    def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Forward a ready event as it is, and return it, or None; errors as in send()."""
-        known = self._wanted(event.get("type"))
-        return event if known and self._post(format_json(dict(event)), known[2]) else None
-
-    def flush(self, timeout: float = 1.0) -> int:
-        """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
-
-        Returns how many watchers confirmed. A Dispatcher that is new, or heard of no watcher yet, gives them a
-        fifth of a second to speak up.
-        """
-        self._in_turn(self._send_buffer)
-        return self._settle(SETTLE, timeout, fresh=True)
-
-    def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
-        """Return a context manager, and decorator, that sends the events of a task: see Task."""
-        if not isinstance(name, str):
-            raise TypeError(f"task name is {readable(name)}, expected a str, as in task('shop.resize')")
-        return Task(self, name, uuid, fields)
-
-    def enable(self) -> None:
-        """Start sending; calls each of `on_enabled`, and a worker comes online."""
-        if not self.enabled and not self._closed:
-            self.enabled = True
-            for callback in list(self.on_enabled):
-                callback()
-            if self._freq:
-                self._send_worker("worker-online")
-
-    def disable(self) -> None:
-        """Stop sending, which then returns None; a worker goes offline; calls each of `on_disabled`."""
-        if self.enabled:
-            if self._freq:
-                self._send_worker("worker-offline")
-            self.enabled = False
-            for callback in list(self.on_disabled):
-                callback()
-
-    def on_after_fork(self) -> None:
-        """Begin a stream of its own in the child of a fork; called by itself, and again does no harm.
-
-        What was buffered is the parent's to send, and so is a worker's heartbeat.
-        """
-        if self.pid != os.getpid():
-            if self._link:
-                self._link.close()
-            self._freq = None
-            self._begin()
-
-    def close(self) -> None:
-        """Send what is buffered and a goodbye, and give watchers a moment to ask for repairs.
-
-        Takes at most 50 ms with nobody watching, else 250 ms. Never raises, but for what a callback of `on_disabled`
-        does. Also called at the exit of the interpreter.
-        """
-        self._close(CLOSE_WATCHED)
-
-    def _close(self, timeout: float) -> None:
-        if self._has_turn():
-            self._closing = timeout
-            return
-        self._closing = None
-        if self._closed:
-            return
-        self._max_wait = 0.0  # no thread waits for a watcher any more
-        try:
-            self.disable()
-        finally:
-            if self._in_turn(self._end):
-                try:
-                    self._settle(CLOSE_ALONE, timeout, fresh=False)
-                finally:
-                    self._in_turn(self._say_goodbye)
-
-    def _end(self) -> bool:
-        """Send what is buffered and then nothing more; False if that is done."""
-        if self._closed:
-            return False
-        self._ending = True  # from here on who holds an event back looks whether it is still sent
-        self._send_buffer()
-        self._closed = True
-        self._plain = False
-        return True
-
-    def _say_goodbye(self) -> None:
-        self._put_everywhere(b"bye")
-        link, self._link = self._link, None
-        if self._finalizer:
-            self._finalizer.cancel()
-        if link and self._thread.is_alive():
-            link.wake()  # the thread closes it
-        elif link:
-            link.close()
-
-    def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
-
-    # From here on: an event on its way to the kernel.
-
-    def _send(self, type: str, fields: Mapping[str, Any], blind: bool) -> Event | None:
-        known = self._wanted(type)
-        if known is None:
-            return None
-        ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
-        if blind:
-            del ours["clock"]
-        event = Event(type, {**ours, **fields})
-        return event if self._post(format_json(event), known[2]) else None
-
-    def _wanted(self, type: Any) -> Known | None:
-        """Return what send() knows of a type, None if its events are not sent: see _look_up()."""
-        known = self._known.get(type) if self.enabled and isinstance(type, str) else None
-        return known or self._look_up(type)
-
-    def _look_up(self, type: Any) -> Known | None:
-        """Find out what _wanted() returns.
-
-        It is a template for such an event, to be filled in with seconds, microseconds, clock, comma and the rest; one
-        for its frame, beginning with the sequence number; whether it is buffered; and how long the rest may be.
-        """
-        group = checked_type(type).partition("-")[0]
-        if self._closed:
-            self._refuse()
-        if not self.enabled or self._groups is not None and group not in self._groups:
-            return None
-        table, ours = self._known, {key: self._ours[key] for key in ("hostname", "pid", "utcoffset")}
-        words = [text.replace(b"%", b"%%") for text in (format_json(type), format_json(ours)[1:-1])]
-        template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
-        frame = head_of(b"data", self._stream) + b"%d\n" + template
-        known = template, frame, group in self._buffered, self._room - len(template) - MAX_HEADER
-        if len(table) < MAX_TYPES and len(type) <= MAX_TYPE:
-            table[type] = known
-        return known
-
-    def _refuse(self) -> bool:
-        """Say that nothing is sent any more: to the user who closed it, not to a thread that outlives the program."""
-        if self._exits:
-            return False
-        raise ValueError("the dispatcher is closed")
-
-    def _post(self, body: bytes, buffered: bool) -> bool:
-        if len(body) > self._room:
-            return self._post_parts(body)
-        if buffered and not self._has_turn():  # in a turn it would overtake what was noted before
-            self._buffer.append(body)  # which needs no turn
-            return self._held(body)
-        if self._window.cost > self._window.horizon:
-            self._make_room()
-        return self._in_turn(self._put_data, body) is not False
-
-    def _held(self, body: bytes) -> bool:
-        """Send what is buffered if it is time; False if nothing is sent any more, also not this event."""
-        if not self._awake and not self._ending:
-            self._awake = True
-            link = self._link or self._in_turn(self._open)
-            if link:
-                link.wake()  # its thread sends it in time
-        if len(self._buffer) >= self._buffer_limit:
-            self._make_room()
-            self._in_turn(self._send_buffer)
-        return not self._ending or self._in_turn(self._take_back, body) is not False
-
-    def _take_back(self, body: bytes) -> bool:
-        """Take an event that came while the Dispatcher was being closed out of the buffer, if it is still there."""
-        if not self._closed or body not in self._buffer:
-            return True
-        self._buffer.remove(body)
-        return self._refuse()
-
-    def _in_turn(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Call work(*args), which alone numbers datagrams or hears watchers meanwhile, and return what it returns.
-
-        In a signal handler, or a __del__, that interrupts such work in the same thread: note it for later, return None.
-        """
-        if self._has_turn():
-            self._later.append(partial(work, *args))
-            return None
-        try:
-            with self._lock:
-                try:
-                    return work(*args)
-                finally:
-                    self._catch_up()
-        finally:
-            self._close_late()
-
-    def _catch_up(self) -> None:
-        """Do what was noted during this turn."""
-        while self._later:
-            self._later.popleft()()
-
-    def _close_late(self) -> None:
-        """Do what a close() in the middle of a turn asked for."""
-        closing = self._closing
-        if closing is not None and not self._has_turn():
-            self._close(closing)
-
-    def _post_parts(self, body: bytes) -> bool:
-        """Send an event in parts, between which other threads may send theirs."""
-        if len(body) > MAX_EVENT:
-            raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        event, starts = next(self._large), range(0, len(body), self._room)
-        for index, start in enumerate(starts):
-            self._make_room()
-            frame = head_of(b"part", self._stream) + b"%%d %d %d %d\n%%b" % (event, index, len(starts))
-            size = 0 if index else len(body) + len(starts) * MAX_HEADER
-            if self._in_turn(self._put_part, frame, body[start : start + self._room], size) is False:
-                return False
-        return True
-
-    def _put_part(self, frame: bytes, part: bytes, size: int) -> bool:
-        """Send a part; the first tells the size of all."""
-        if size and not self._closed:
-            self._send_buffer()
-            self._window.expect(size)
-        return self._put_data(part, 1 if size else 0, False, frame)
-
-    def _send_buffer(self) -> None:
-        """Send what is buffered, as many events to a datagram as fit."""
-        left = len(self._buffer)  # to which other threads may add
-        while left > 0 and self._buffer and not self._closed:  # it is a new one where a signal handler has forked
-            bodies = self._buffer[: self._buffer_limit]
-            ends, fitting = list(accumulate(map(len, bodies))), len(bodies)
-            while fitting > 1 and ends[fitting - 1] + fitting >= self._room:
-                fitting -= 1
-            left -= fitting
-            self._put_data(format_events(bodies[:fitting]), fitting, True)
-
-    def _put_data(self, body: bytes, events: int = 1, buffered: bool = False, frame: bytes | None = None) -> bool:
-        """Number, keep and send data that holds so many events, the first ones `buffered` or else the next one.
-
-        `frame` is how it is framed, if not as whole events. False if nothing is sent any more.
-        """
-        if self._closed:  # by another thread, since we looked
-            return self._refuse()
-        if self._buffer and not buffered:
-            self._send_buffer()  # what came first goes first
-        link, window = self._link or self._open(), self._window
-        seq = window.next
-        if not seq % LISTEN_EVERY:
-            self._hear(time.monotonic())  # the thread gets few chances while a loop sends
-        data = (frame or self._frame) % (seq, body)
-        try:
-            window.add(data)
-        finally:  # also after an exception of a signal handler
-            if buffered and window.next > seq:
-                del self._buffer[:events]
-        if events != 1:
-            self._counts["events"] += events - 1
-        try:
-            if link:
-                link.send(seal(data, self._key) if self._key else data)
-            else:
-                self._counts["datagrams"] -= 1
-        except OSError as problem:
-            self._counts["datagrams"] -= 1
-            self._count_failure(problem)
-        return True
-
-    def _count_failure(self, problem: OSError) -> None:
-        """Count a datagram that the kernel did not take: what matters is kept, and will be asked for."""
-        if problem.errno is None:  # a TimeoutError, say, of a signal handler
-            raise problem
-        self._count_error(problem)
-
-    def _put(self, frame: bytes, aside: Source | None = None) -> bool:
-        """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
-        link = self._link
-        if link is None:
-            return False
-        try:
-            if aside:
-                link.socket.sendto(seal(frame, self._key), aside)
-            else:
-                link.send(seal(frame, self._key))
-        except OSError as problem:
-            self._count_failure(problem)
-            return False
-        self._counts["datagrams"] += 1
-        return True
-
-    def _count_error(self, problem: OSError | UnicodeError) -> None:
-        self._counts["errors"] += 1
-        self._problem = problem
-
-    def _open(self) -> Link | None:
-        """Open the sockets and start the thread, unless that is done or has just failed."""
-        if self._link is not None or self._closed:
-            return self._link
-        now = time.monotonic()
-        if now < self._reopens:
-            self._counts["errors"] += 1
-            return None
-        try:
-            self._link = Link(self._url)
-            self._thread = threading.Thread(target=self._serve, args=(self._link,), name="eventmon", daemon=True)
-            self._thread.start()
-        except (OSError, UnicodeError) as problem:
-            self._count_error(problem)
-            self._reopens = now + 10 * (time.monotonic() - now)  # a slow resolver is asked rarely
-            return None
-        except RuntimeError:  # no more threads, as at the exit of the interpreter: send without
-            self._counts["errors"] += 1
-        self._opened = now
-        self._plain = not self._key
-        self._put(self._beat(b"beat"))  # whoever hears it confirms, so that a first flush() knows
-        util = sys.modules.get("multiprocessing.util")
-        if util:  # whose processes end without atexit
-            self._finalizer = util.Finalize(None, self.close, exitpriority=0)
-        return self._link
-
-    def _put_everywhere(self, kind: bytes) -> None:
-        """Send a heartbeat to everyone, and to each live watcher aside, where no data stands in the way."""
-        frame = self._beat(kind)
-        self._put(frame)
-        for watcher in self._window.live(time.monotonic()).values():
-            self._put(frame, watcher.address)
-
-    def _beat(self, kind: bytes) -> bytes:
-        return format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
-
-    # Listening to watchers.
-
-    def _hear(self, now: float) -> None:
-        """Take an answer of a watcher, if there is one, and repair what it asks for."""
-        answer = self._link and self._link.receive()
-        for frame in self._heed(*answer, now) if answer else ():
-            self._counts["repairs"] += self._put(frame)
-
-    def _heed(self, data: bytes, source: Source, now: float) -> list[bytes]:
-        """Take an answer from a watcher; return the datagrams to repair."""
-        try:
-            data, stamp = unseal(data, self._key)
-            frame = parse_frame(data)
-            if frame.kind not in (b"ack", b"nak") or frame.stream != self._stream:
-                raise WireError(f"a {frame.kind.decode()}, expected an ack or a nak of this stream")
-            ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
-            position, name, room, taken = frame.numbers
-            if not self._window.confirm(name, position, room, taken, stamp, now):
-                raise WireError("confirms what was not sent, or again")
-            if name in self._window.watchers:
-                self._window.watchers[name].address = source
-        except WireError:
-            self._counts["rejected"] += 1
-            return []
-        if any(first < self._window.trail for first, _ in ranges):
-            self._put(self._beat(b"beat"))  # tells what cannot be had any more
-        return self._window.repairs(ranges, room, now)
-
-    def _make_room(self) -> None:
-        """Wait until every watcher that moves on has room again, at most max_wait; then pass over those that do not."""
-        if self._window.cost <= self._window.horizon:
-            return
-        start = now = polled = time.monotonic()
-        while True:
-            poll = now >= polled + POLL
-            polled = now if poll else polled
-            link = self._in_turn(self._look_for_room, start, now, poll)
-            if link is None:
-                return
-            link.wait(min(POLL, start + self._max_wait - now))
-            now = time.monotonic()
-
-    def _look_for_room(self, start: float, now: float, poll: bool) -> Link | None:
-        """Return None if there is nothing more to wait for, else where the answers to a poll arrive."""
-        self._hear(now)
-        behind = self._window.behind(now)
-        if behind and now >= start + self._max_wait:
-            self._window.pass_over(start, now)
-        elif behind and self._link:
-            for watcher in behind if poll else ():
-                self._put(self._beat(b"poll"), watcher.address)
-            return self._link
-        else:
-            self._window.look_ahead(now)
-        return None
-
-    def _settle(self, patience: float, timeout: float, fresh: bool) -> int:
-        """Poll until all live watchers have confirmed everything, or `timeout`; return how many have.
-
-        Watchers not heard yet get `patience` seconds from the first datagram; where none is live and they are to
-        be asked afresh, from now.
-        """
-        if self._has_turn():
-            return 0  # nobody can be heard before the turn that this interrupts has ended
-        done: int
-        start = now = time.monotonic()
-        beaten = -inf
-        while True:
-            done, live = self._in_turn(self._look_for_confirmations, now)
-            link = self._link
-            if link is None or not self.stats["datagrams"]:  # nobody can have heard us
-                return done
-            asked = start if fresh and not live else self._opened
-            if now >= start + timeout or done == live and now >= asked + patience:
-                return done
-            if now >= beaten + POLL:
-                self._in_turn(self._put_everywhere, b"beat")
-                beaten = now
-            link.wait(POLL)
-            now = time.monotonic()
-
-    def _look_for_confirmations(self, now: float) -> tuple[int, int]:
-        self._hear(now)
-        return self._window.confirmed(now)
-
-    # The thread.
-
-    def _serve(self, link: Link) -> None:
-        """Answer watchers, beat, and send what is due, until the link is not ours any more."""
-        now = beat_at = work_at = time.monotonic()
-        buffer_at = inf
-        try:
-            while True:
-                if buffer_at == inf and self._buffered:
-                    self._awake = False  # the next event there wakes us
-                    if self._buffer:
-                        self._awake, buffer_at = True, now + BUFFER_TIME / 2
-                link.sleep(min(beat_at, buffer_at, work_at + self._freq if self._freq else inf) - time.monotonic())
-                now = time.monotonic()
-                if self._link is not link:
-                    return
-                self._in_turn(self._hear, now)
-                if now >= beat_at:
-                    beat_at = now + BEAT
-                    self._in_turn(self._keep_up, now)
-                if now >= buffer_at:
-                    buffer_at = inf
-                    self._in_turn(self._send_buffer)
-                if self._freq and now >= work_at + self._freq:
-                    work_at = now
-                    self._send_worker("worker-heartbeat")
-        finally:
-            link.close()
-
-    def _keep_up(self, now: float) -> None:
-        self._introduce()  # the clock may have been put forward for the summer
-        self._window.look_ahead(now)  # past watchers that are gone
-        self._put(self._beat(b"beat"))
-
-    # The worker and its tasks.
-
-    def _sends_tasks(self) -> bool:
-        """Whether it is worth while to tell more of a task."""
-        return self.enabled and (self._groups is None or "task" in self._groups)
-
-    def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
-        self._send("task-received", {"uuid": uuid, **fields}, False)
-        self._send("task-started", {"uuid": uuid}, False)
-        self._in_turn(self._count_task, 1, 0)
-
-    def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
-        self._in_turn(self._count_task, -1, 1)
-        self._send_quietly(type, {"uuid": uuid, **outcome})
-
-    def _count_task(self, active: int, processed: int) -> None:
-        self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
-        self._processed += processed
-
-    def _send_worker(self, type: str) -> None:
-        fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
-        if hasattr(os, "getloadavg"):
-            fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
-        system = os.uname().sysname if hasattr(os, "uname") else sys.platform
-        self._send_quietly(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system})
-
-    def _send_quietly(self, type: str, fields: Mapping[str, Any]) -> None:
-        """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
-        try:
-            self._send(type, fields, False)
-        except ValueError:
-            pass  # closed meanwhile, or too large
-
-
-_dispatchers: WeakSet[Dispatcher] = WeakSet()
-
-
-def after_fork() -> None:
-    """In the child of a fork: every Dispatcher begins a stream of its own."""
-    global _encode
-    _encode = json_encoder()  # another thread may have been using it
-    for dispatcher in list(_dispatchers):
-        dispatcher.on_after_fork()
-
-
-def at_exit() -> None:
-    """When the interpreter exits: close what is open, all in the time of one."""
-    end = time.monotonic() + CLOSE_WATCHED
-    for dispatcher in list(_dispatchers):
-        dispatcher._exits = True
-        try:
-            dispatcher._close(max(0.0, end - time.monotonic()))
-        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
-            sys.excepthook(*sys.exc_info())
-
-
-atexit.register(at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
-
-
 @lru_cache(None)
 def log_handler() -> type:
     """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
@@ -2078,23 +1879,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # for pydoc
 
 
+
 # --- Receiver -----------------------------------------------------------------------------------------------------
 
 
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "acked", "cost", "name", "source", "stamp", "start", "window")
+    __slots__ = ("ack_at", "acked_at", "cost", "heard", "name", "pieces", "serial", "source", "window")
 
-    def __init__(self, source: Source, name: bytes, window: ReceiveWindow) -> None:
-        self.source = source
+    def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
         self.name = name
+        self.source = source
         self.window = window
-        self.start = window.next
+        self.heard = now
+        self.serial = -1  # of the last beat, with a key
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
-        self.acked = -inf  # when we did
-        self.stamp = -1  # of the last heartbeat, with a key
+        self.acked_at = -inf  # when we did
+        self.pieces: dict[int, list[bytes]] = {}  # of events that arrive in parts
 
 
 class Receiver:
@@ -2102,8 +1905,15 @@ class Receiver:
 
     `handlers` maps event types to callables that take an Event; "*" gets what has no handler of its own. `key` is as
     in Dispatcher. ValueError for a bad url; OSError when the socket cannot be opened, at first use. Set
-    `should_stop` to end a capture, from a handler or another thread. One thread at a time may receive.
+    `should_stop` to end a capture, from a handler or another thread. One thread at a time may receive. `problem` says
+    why something was rejected last; None if nothing was.
     """
+
+    MAX_STREAMS = 4096
+    MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
+    MAX_QUEUED = 8 << 20  # bytes read and not delivered yet, from which on no more is read
+    MAX_READ = 32  # datagrams that are read at a time
+    ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
     def __init__(
         self,
@@ -2117,72 +1927,77 @@ class Receiver:
         self.url = url_from(url)
         self.handlers = dict(handlers or {})
         self.should_stop = False
+        self.problem: WireError | None = None
         self._url = parse_url(self.url)
         self._key = key_from(key)
         self._random = random.random
-        self._name = int.from_bytes(os.urandom(7), "big")
+        self.name = int.from_bytes(os.urandom(7), "big")
         self._channel: socket.socket | None = None
-        self._answers: socket.socket | None = None  # sends acks and NAKs
+        self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
+        self._inode = -1  # of the channel
+        self._checked_at = self._heard_at = -inf
         self._space = BUFFER  # what the channel's buffer holds
-        self._ack_cost = BUFFER // 16  # of a stream's data that is confirmed at once
-        self._batch = 1  # datagrams to read at a time
-        self._read_at = -inf  # when some were read
-        self._run = 0  # datagrams read since we waited for one
-        self._empty = True  # when we last looked
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
-        self._streams: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # silent longest first
-        self._strangers: OrderedDict[tuple[Source | None, bytes], Stream] = OrderedDict()  # nothing came of them yet
-        self._evicted: dict[tuple[Source | None, bytes], int] = {}  # streams not followed any more -> what comes next
-        self._usual: dict[bytes, Stream] = {}  # how the data of a stream begins -> the stream
+        self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
+        self._usual: dict[bytes, Stream] = {}  # how the data of a stream begin -> the stream
+        self._crowded_until = -inf
+        self._history = True
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when the first of them is to be confirmed
+        self._senders: OrderedDict[Stream, float] = OrderedDict()  # streams confirmed with data, lately -> when
         self._broken: dict[Stream, None] = {}  # streams with gaps
-        self._mend_due = inf  # when the first of them is to be looked at, by the windows' clock
         self._clock = 0.0  # the windows' clock: see _advance()
-        self._drained = inf  # up to this time, everything that arrived has been read
-        self._mark = inf  # when we began to count what is read
+        self._mend_due = inf  # when the first of them is to be looked at, by that clock
+        self._complete_at = inf  # everything that arrived before has been read
+        self._mark = inf  # since when we count what is read
         self._read_since = 0
-        self._taken = 0  # the cost of all data confirmed so far
-        self._busy: set[Stream] = set()  # streams confirmed with data since
-        self._busy_since = -inf
-        self._rivals = 0  # how many those were in the time before
-        self._joining: dict[tuple[Stream, int], list[bytes]] = {}  # events that arrive in parts, the oldest first
-        self._joined = 0  # bytes of all those parts
-        self._history = True
+        self._run = 0  # datagrams read since we waited for one
+        self._empty = True  # the channel, when we last looked
+        self._read_at = -inf
+        self._told_at = -inf
+        self._announced: dict[bytes, tuple[int, ...]] = {}  # in beats for us alone: stream -> lead, trail
+        self._joined = 0  # bytes of all pieces
+        self._queue: deque[bytes] = deque()  # bodies to be delivered
+        self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
 
     @property
     def stats(self) -> dict[str, int]:
         """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
-        return {
-            **{name: self._counts[name] for name in self._counts if name != "held"},
-            "streams": len(self._streams) + len(self._strangers),
-        }
+        counts = {name: self._counts[name] for name in self._counts if name != "held"}
+        return {**counts, "streams": len(self._streams)}
 
     @property
     def channel(self) -> socket.socket:
         """The socket that listens, not blocking; opened, and the group joined, when first asked for."""
-        if self._channel is None:
-            channel = listen(self._url)
-            self._answers = channel
-            if is_group(self._url.host):  # which nobody may answer from
-                self._answers = udp_socket(self._url)
-                self._answers.bind((self._url.interface if is_address(self._url.interface) else "", 0))
-            self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-            self._ack_cost = self._space // 16
-            self._channel = channel
-        return self._channel
+        return self._channel or self._open()
+
+    def _open(self) -> socket.socket:
+        channel = listen(self._url)
+        finalize(self, channel.close)
+        apart = is_group(self._url.host) or on_loopback(self._url)  # else a firewall lets answers pass from there alone
+        self._answers = udp_socket(self._url) if apart else channel
+        finalize(self, self._answers.close)
+        self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        self._channel, self._inode = channel, inode(channel)
+        return channel
+
+    def sources(self) -> list[tuple[str, Source]]:
+        """Return the name of each stream, and where it comes from."""
+        return [(name.decode(), stream.source) for name, stream in self._streams.items()]
 
     def fileno(self) -> int:
         """The channel's file descriptor, for a select() of your own."""
         return self.channel.fileno()
 
     def close(self) -> None:
-        """Confirm what has come and close the channel; the next capture opens it again."""
-        self._confirm(inf)
-        for sock in {self._channel, self._answers} - {None}:
-            sock.close()  # type: ignore[union-attr]
-        self._channel = self._answers = None
+        """Confirm what has come and close the channel, which ends a capture; the next one opens it again."""
+        channel, self._channel = self._channel, None
+        if channel:
+            for stream in list(self._streams.values()):
+                self._answer(stream, b"leave")
+            for sock in {channel, self._answers}:
+                sock.close()  # type: ignore[union-attr]
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -2201,30 +2016,33 @@ class Receiver:
     def itercapture(
         self, limit: int | None = None, timeout: float | None = None, wakeup: bool = True
     ) -> Iterator[Event]:
-        """Yield events until `limit` of them, or `timeout` seconds without one, or `should_stop`; no handler is called.
+        """Yield events until `limit` of them, `timeout` seconds without one, `should_stop` or close().
 
-        `wakeup` asks senders heard for the first time for their recent history; without it a stream begins with what
-        is sent from now on. With a timeout of 0 it yields what has arrived already.
+        No handler is called. `wakeup` asks senders heard for the first time for their recent history; without it a
+        stream begins with what is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
         self._run = 0
-        ready = self._ready
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
         last = time.monotonic()
+        self.fileno()
         try:
             while not self.should_stop and left > 0:
-                if ready:
-                    yield ready.popleft()
+                if self._ready:
+                    yield self._ready.popleft()
                     left -= 1
-                    if not ready:
-                        last = time.monotonic()
-                    elif time.monotonic() > self._read_at + ACK_DELAY / 2 and left > len(ready):
-                        self._read(0.0, 1)  # who is suddenly slow still moves on, for all to see
+                    last = time.monotonic()
+                    if last > self._read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
+                        self._read(0.0, 1)  # whoever takes its time still advances, for all to see
+                elif self._queue:
+                    self._parse_next()
+                elif self._channel is None:
+                    return
                 else:
-                    found = self._read(min(patience, last + patience - time.monotonic()), left)
-                    enough = max(patience, JUNK_TIME) if found else patience
-                    if not ready and time.monotonic() >= last + enough:
+                    found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
+                    # whoever does not want to wait reads what is no event for 20 ms at most
+                    if not self._queue and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
                         return
         finally:
             self._confirm(inf)  # the caller turns to other things
@@ -2242,299 +2060,345 @@ class Receiver:
         for: it is given up after a second, at the first call after that.
         """
         now = time.monotonic()
-        events = self._advance(now, inf)
-        events += self._accept(data, source, now)
-        if now >= self._ack_due:
-            self._confirm(now)
-        return self._stamp(events)
+        self._advance(now, inf)
+        self._accept(data, source, now)
+        self._confirm(now)
+        while self._queue:
+            self._parse_next()
+        events = list(self._ready)
+        self._ready.clear()
+        return events
 
-    def _pause(self, longest: float) -> float:
+    def pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        if self._ready:
+        if self._ready or self._queue:
             return 0.0
         return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
     # From here on: a datagram on its way to an event.
 
-    def _stamp(self, events: list[Event]) -> list[Event]:
-        if events:
-            now = time.time()
-            for event in events:
-                event["local_received"] = now
-            clocks = [event.get("clock") for event in events]
-            witness(max((clock for clock in clocks if type(clock) is int), default=None))
-            self._counts["events"] += len(events)
-        return events
+    def _parse_next(self) -> None:
+        """Make events of the next body in the queue."""
+        body = self._queue.popleft()
+        self._queued -= len(body)
+        try:
+            events = parse_events(body)
+        except WireError as problem:
+            return self._count(problem)
+        now = time.time()
+        for event in events:
+            event["local_received"] = now
+        clocks = [clock for event in events if type(clock := event.get("clock")) is int]
+        witness(max(clocks, default=None))
+        self._counts["events"] += len(events)
+        self._ready.extend(events)
 
-    def _read(self, patience: float, most: float) -> bool:
+    def _count(self, problem: WireError) -> None:
+        self._counts[problem.counted] += 1
+        if isinstance(problem, Rejected):
+            self.problem = problem
+
+    def _read(self, patience: float, most: int) -> bool:
         """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
         if patience > 0 and self._empty:
             self._wait(patience)
-        events: list[Event] = []
+        channel, now, size, before = self._channel, time.monotonic(), 0, self._run
+        self._empty = channel is None
         try:
-            found = self._drain(events, most, time.monotonic())
-        finally:  # also after an exception of a signal handler: they will not come again
-            self._ready.extend(self._stamp(events))
-            self._read_at = time.monotonic()
-        return found or bool(events)
-
-    def _wait(self, patience: float) -> None:
-        """Wait for a datagram, or let some gather."""
-        if self._run > BUSY:
-            time.sleep(min(patience, COALESCE))
-        else:
-            wait_for(max(0.0005, min(patience, self._pause(MAX_SLEEP))), self.channel)
-        self._run = 0
-
-    def _drain(self, events: list[Event], most: float, now: float) -> bool:
-        """Add the events of at most so many datagrams; False if there was none."""
-        channel = self.channel
-        if now >= self._ack_due:
-            events += self._read_aside(now)
-            self._confirm(now)
-        # More at a time as long as they are soon dealt with: what is read is confirmed, and counts as room again.
-        self._batch = min(2 * self._batch, MAX_READ) if now < self._read_at + ACK_DELAY / 2 else 1
-        before, size, self._empty = self._run, 0, False
-        try:
-            for _ in range(int(min(self._batch, most))):
-                data, source = channel.recvfrom(65536)
+            for _ in range(most if channel else 0):
+                data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._run += 1
                 size += len(data) + DATAGRAM_COST
-                events += self._accept(data, source, now)
+                self._accept(data, source, now)
         except BlockingIOError:
             self._empty = True
-            drained = time.monotonic()
-            events += self._read_aside(drained)
-            events += self._advance(drained, MAX_SLEEP)
-            return self._run > before
-        except ConnectionError:  # Windows: an answer of ours found nobody
-            return True
+        except OSError:  # closed; or, on Windows, an answer of ours found nobody
+            self._empty = True
+        self._read_at = now = time.monotonic()
+        found = self._run > before
+        if found:
+            self._heard_at = now
         self._read_since += size
-        if self._read_since > self._space:  # more than the buffer held at the mark
-            events += self._advance(self._mark, MAX_SLEEP)
+        if self._empty:
+            self._advance(now, MAX_SLEEP)
+            self._check(now)
+        elif self._read_since > self._space:  # more than the buffer held at the mark
+            self._advance(self._mark, MAX_SLEEP)
             self._mark = now
-        return True
+        self._confirm(now)
+        return found
 
-    def _read_aside(self, now: float) -> list[Event]:
-        """Take heartbeats sent to this watcher alone: the channel may be full, or have much to read before them."""
-        events: list[Event] = []
-        aside = None if self._answers is self._channel else self._answers
-        for _ in range(MAX_ASIDE if aside else 0):
-            try:
-                data, source = aside.recvfrom(MAX_DATAGRAM)  # type: ignore[union-attr]
-            except OSError:
-                break
-            events += self._accept(data, source, now)
-        return events
+    def _wait(self, patience: float) -> None:
+        """Wait for a datagram; or, when busy, let some gather: to be woken for each would cost more than all the rest."""
+        if self._run > 16:
+            time.sleep(min(patience, 0.0005))
+        elif self._channel:
+            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), self._channel)
+        self._run = 0
 
-    def _advance(self, drained: float, most: float) -> list[Event]:
-        """Note that all that arrived before `drained` has been read, and mend what that shows to be broken.
+    def _check(self, now: float) -> None:
+        """Once a second of silence: join the group again, and open what somebody else has closed."""
+        if now < max(self._checked_at, self._heard_at) + 1.0 or self._channel is None:
+            return
+        self._checked_at = now
+        with suppress(OSError):  # no network now; or all is as it should be
+            if inode(self._channel) != self._inode:
+                self._channel.detach()
+                self._open()
+            elif is_group(self._url.host):  # succeeds if the interface has gone and come again
+                self._channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))
+
+    def _advance(self, complete_at: float, most: float) -> None:
+        """Note that all that arrived before this time has been read, and mend what that shows to be broken.
 
         So the windows' clock stands still while datagrams wait unread, among which what a window misses may be. It
         goes at most `most` seconds further: in the rest the receiver stood still itself.
         """
-        self._clock += min(max(0.0, drained - self._drained), most)
-        self._drained = self._mark = drained
+        self._clock += min(max(0.0, complete_at - self._complete_at), most)
+        self._complete_at = self._mark = complete_at
         self._read_since = 0
-        return self._mend() if self._clock >= self._mend_due else []
+        announced, self._announced = self._announced, {}
+        for name, (lead, trail) in announced.items():
+            stream = self._streams.get(name)
+            if stream:
+                self._deliver(stream, stream.window.announce(lead, trail, self._clock))
+        self._read_aside()
+        if self._clock >= self._mend_due:
+            self._mend()
 
-    def _accept(self, data: bytes, source: Source, now: float) -> list[Event]:
-        """Return the events that a datagram makes deliverable; count it if it is bad."""
+    def _read_aside(self) -> None:
+        """Take beats sent to this watcher alone: they count once all data before them has been read."""
+        for _ in range(0 if self._answers in (None, self._channel) else 16):
+            try:
+                data, _ = self._answers.recvfrom(MAX_DATAGRAM)  # type: ignore[union-attr]
+                frame = parse_frame(unseal(data, self._key)[0])
+            except OSError:
+                break
+            except WireError as problem:
+                self._count(problem)
+                continue
+            if frame.kind in (b"beat", b"bye") and frame.stream in self._streams:
+                self._announced[frame.stream] = frame.numbers
+
+    def _accept(self, data: bytes, source: Source, now: float) -> None:
+        """Queue what a datagram makes deliverable; count it if it is bad."""
         try:
-            usual = self._usual.get(data[:DATA_HEAD])
-            if usual and usual.source == source:
-                window = usual.window
+            stream = self._usual.get(data[:HEAD_SIZE])
+            if stream and stream.source == source:
+                window = stream.window
                 digits = b"%d\n" % window.next
-                if data.startswith(digits, DATA_HEAD) and window.in_order(window.next, self._clock):
-                    usual.cost += len(data) + DATAGRAM_COST
-                    if usual.cost > self._ack_cost or usual.ack_at == inf:
-                        self._plan_data_ack(usual, now)
-                    if window.gaps:
-                        self._break(usual)
-                    return parse_events(data, DATA_HEAD + len(digits))
-            return self._receive(data, source, now)
+                if data.startswith(digits, HEAD_SIZE) and window.in_order(window.next):
+                    stream.heard = now
+                    stream.cost += len(data) + DATAGRAM_COST
+                    if stream.cost > self._space // 16 or stream.ack_at == inf:
+                        self._plan_data_ack(stream, now)
+                    return self._enqueue(data[HEAD_SIZE + len(digits) :])
+            self._receive(data, source, now)
         except WireError as problem:
-            self._counts[problem.counted] += 1
-            return []
+            self._count(problem)
+            if isinstance(problem, Skewed):
+                self._tell_time(data, source, now)
 
-    def _receive(self, data: bytes, source: Source, now: float) -> list[Event]:
-        if data[:4] != b"EM1 ":
+    def _enqueue(self, body: bytes) -> None:
+        self._queue.append(body)
+        self._queued += len(body)
+
+    def _receive(self, data: bytes, source: Source, now: float) -> None:
+        if data[:3] != b"EM2" and data[:2] != b"EM":
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
-            return parse_events(data)
-        data, stamp = unseal(data, self._key)
+            return self._enqueue(data)
+        data, serial = unseal(data, self._key)
         frame = parse_frame(data)
-        if frame.kind in (b"ack", b"nak"):
+        if frame.kind in (b"ack", b"nak", b"leave"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
-        # A name proves nothing without a key, so that a forger's stream is another one; with a key it may move.
-        identity = None if self._key else source, frame.stream
-        stream = self._streams.get(identity) or self._meet(identity, frame, source, now)
+        stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
+        if stream.source != source:
+            # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
+            if not self._key and now < stream.heard + 2 * BEAT:
+                raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
+            stream.source = source
+        stream.heard = now
         if frame.kind in (b"data", b"part"):
-            if frame.kind == b"data" and identity in self._streams and not self._key:
-                self._usual[data[:DATA_HEAD]] = stream
-            return self._take(stream, frame, len(data), now)
-        if stamp and stamp <= stream.stamp:
-            raise Replay("a heartbeat seen before")
-        stream.stamp, stream.source = stamp, source
-        if identity in self._streams:
-            self._streams.move_to_end(identity)
+            if frame.kind == b"data" and not self._key:
+                self._usual[data[:HEAD_SIZE]] = stream
+            stream.cost += len(data) + DATAGRAM_COST
+            self._plan_data_ack(stream, now)
+            size = len(data) + DATAGRAM_COST
+            return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
+        if serial and serial <= stream.serial:
+            raise Replay("a beat seen before")
+        stream.serial = serial
+        self._streams.move_to_end(frame.stream)
+        self._plan_ack(stream, now)
         lead, trail = frame.numbers
-        self._plan_ack(stream, now)
-        if frame.kind == b"poll":  # it may have overtaken the data
-            return []
-        stream.window.announce(lead, trail, self._clock)
-        return self._assemble(stream, [])
+        self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
-    def _meet(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
-        """Return a stream that is new, or of which nothing had come; forgers of such ones displace no other."""
-        stream = self._strangers.get(identity)
-        if stream is None:
-            return self._follow(identity, frame, source, now)
-        if stream.window.next > stream.start:
-            self._streams[identity] = self._strangers.pop(identity)
-        return stream
+    def _tell_time(self, data: bytes, source: Source, now: float) -> None:
+        """Answer a beat with our own time, so that its sender learns that the clocks differ."""
+        fields = data.split(b" ", 3)
+        if fields[1] == b"beat" and self._answers and now >= self._told_at + 1.0:
+            self._told_at = now
+            with suppress(OSError):
+                ack = format_frame(b"ack", fields[2], (0, self.name, 0, 0))
+                self._answers.sendto(seal(ack, self._key), source)
 
-    def _follow(self, identity: tuple[Source | None, bytes], frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now."""
+    def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
+        """Begin to follow a stream: from the start of what can be had, or from now.
+
+        From now also while live streams are displaced: this may be one, of which everything has been delivered.
+        """
+        while len(self._streams) >= self.MAX_STREAMS:
+            self._evict(now)
         first = frame.numbers[0]
-        start = 1 if self._history else first if frame.kind in (b"data", b"part") else first + 1
-        start = self._evicted.pop(identity, start)
-        while len(self._streams) + len(self._strangers) >= MAX_STREAMS:
-            self._evict()
+        start = first if frame.kind in (b"data", b"part") else first + 1
+        if self._history and now > self._crowded_until:
+            start = 1
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
-        stream = self._strangers[identity] = Stream(source, frame.stream, window)
+        stream = self._streams[frame.stream] = Stream(frame.stream, source, window, now)
         self._plan_ack(stream, now)
         return stream
 
-    def _evict(self) -> None:
-        """Follow a stream no more: the oldest stranger, or else the one that is silent longest."""
-        identity, stream = (self._strangers or self._streams).popitem(last=False)
-        self._unconfirmed.pop(stream, None)
-        self._broken.pop(stream, None)
-        head = head_of(b"data", stream.name)
-        if self._usual.get(head) is stream:
-            del self._usual[head]
-        window = stream.window
-        self._counts["held"] -= window.size
-        if window.next > stream.start:
-            self._evicted[identity] = window.next
-            if len(self._evicted) > MAX_STREAMS:
-                del self._evicted[next(iter(self._evicted))]
-        if window.next > stream.start or window.size:  # not for what a heartbeat alone claims
-            self._counts["lost"] += window.end - window.next
+    def _evict(self, now: float) -> None:
+        """Follow the stream no more that is silent longest."""
+        name, stream = self._streams.popitem(last=False)
+        if now < stream.heard + 60:
+            self._crowded_until = now + 60
+        for known in (self._unconfirmed, self._broken, self._senders):
+            known.pop(stream, None)  # type: ignore[attr-defined]
+        self._usual.pop(b"EM2 data %b " % name, None)
+        for event in list(stream.pieces):
+            self._drop_pieces(stream, event)
+        self._counts["held"] -= stream.window.size
+        self._counts["lost"] += stream.window.end - stream.window.next
 
-    def _take(self, stream: Stream, frame: Frame, size: int, now: float) -> list[Event]:
-        seq = frame.numbers[0]
-        stream.cost += size + DATAGRAM_COST
-        self._plan_data_ack(stream, now)
-        if stream.window.in_order(seq, self._clock):
-            return self._assemble(stream, [frame])
-        return self._assemble(stream, stream.window.receive(seq, frame, size + DATAGRAM_COST, self._clock))
+    # Answers.
 
     def _plan_data_ack(self, stream: Stream, now: float) -> None:
-        if stream.cost > self._ack_cost:
-            stream.acked = -inf  # with or without a pause: an answer to so much data is no flood
+        if stream.cost > self._space // 16:
+            stream.acked_at = -inf  # with or without a pause: an answer to so much data is no flood
             self._plan_ack(stream, now)
         elif stream.ack_at == inf:
-            self._plan_ack(stream, now + ACK_DELAY)
+            self._plan_ack(stream, now + self.ACK_DELAY)
 
     def _plan_ack(self, stream: Stream, when: float) -> None:
-        stream.ack_at = min(stream.ack_at, max(when, stream.acked + ACK_PAUSE))
+        """Confirm at this time, but 2 ms after the last ack, so that nobody can make a watcher flood anyone."""
+        stream.ack_at = min(stream.ack_at, max(when, stream.acked_at + 0.002))
         self._unconfirmed[stream] = None
         self._ack_due = min(self._ack_due, stream.ack_at)
 
     def _confirm(self, now: float) -> None:
         """Send the acks that are due."""
+        if now < self._ack_due:
+            return
         self._ack_due = inf
         for stream in list(self._unconfirmed):
             if now >= stream.ack_at:
-                self._answer(stream, b"ack", b"")
+                self._answer(stream, b"ack")
             else:
                 self._ack_due = min(self._ack_due, stream.ack_at)
 
-    def _break(self, stream: Stream) -> None:
-        """Look after a stream that has gaps, soon."""
-        self._broken[stream] = None
-        self._mend_due = min(self._mend_due, self._clock + NAK_DELAY[1])
-
-    def _mend(self) -> list[Event]:
-        """Ask for what is missing, and give up what is beyond repair; some streams at a time, in turns."""
-        events: list[Event] = []
-        self._mend_due = inf if len(self._broken) <= MAX_MENDED else self._clock + MEND_PAUSE
-        for stream in list(islice(self._broken, MAX_MENDED)):
+    def _mend(self) -> None:
+        """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
+        self._mend_due = inf if len(self._broken) <= 64 else self._clock + 0.002
+        reach = max(16, self._space // (4 * DATAGRAM_COST) // max(1, len(self._broken)))
+        for stream in list(islice(self._broken, 64)):
             window = stream.window
-            window.reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._broken))
+            window.reach = reach
             del self._broken[stream]
-            events += self._assemble(stream, window.overdue(self._clock))
+            items = window.overdue(self._clock)
             ranges = window.missing(self._clock)
             for start in range(0, len(ranges), MAX_RANGES):
                 self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
-            if window.gaps:
-                self._broken[stream] = None  # behind the others
-                self._mend_due = min(self._mend_due, max(window.due(), self._clock + MEND_PAUSE))
-        return events
+            self._deliver(stream, items)  # which sees to the rest
 
-    def _answer(self, stream: Stream, kind: bytes, body: bytes) -> None:
-        """Send an ack, or a NAK, which confirms as well, if there is a socket to send it with."""
+    def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
+        """Confirm what has come of a stream, also as part of a NAK, if there is a socket to send it with."""
         now = time.monotonic()
-        if now > self._busy_since + SHARE_TIME:
-            self._rivals, self._busy, self._busy_since = len(self._busy), set(), now
         if stream.cost:
-            self._busy.add(stream)
-        room = min(self._space // 2, ROOM) // max(1, self._rivals, len(self._busy))
-        room += min(stream.window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
+            self._senders[stream] = now
+            self._senders.move_to_end(stream)
+        while self._senders and next(iter(self._senders.values())) < now - 0.1:
+            self._senders.popitem(last=False)
+        window = stream.window
+        room = min(self._space // 2, ROOM) // max(1, len(self._senders))  # shared by who sends at the same time
+        room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
-        self._taken += stream.cost
-        stream.cost, stream.ack_at, stream.acked = 0, inf, now
-        if self._answers is None:
-            return
-        data = format_frame(kind, stream.name, (stream.window.next - 1, self._name, room, self._taken), body)
-        try:
-            self._answers.sendto(seal(data, self._key), stream.source)
-        except OSError:
-            pass  # as good as lost on the way: what matters is asked again
+        stream.cost, stream.ack_at, stream.acked_at = 0, inf, now
+        if self._answers:
+            answer = format_frame(kind, stream.name, (window.next - 1, self.name, room, window.lost), body)
+            with suppress(OSError):  # as good as lost on the way: what matters is asked again
+                self._answers.sendto(seal(answer, self._key), stream.source)
 
-    def _assemble(self, stream: Stream, frames: list[Frame]) -> list[Event]:
-        """Return the events of datagrams in order."""
-        if stream.window.gaps:
-            self._break(stream)
-        events = []
+    # Delivery.
+
+    def _deliver(self, stream: Stream, frames: list[Frame]) -> None:
+        """Queue the bodies of frames in order, and look after the stream if something is missing."""
         for frame in frames:
             try:
                 body = frame.body if frame.kind == b"data" else self._join(stream, frame)
-                events += parse_events(body) if body is not None else []
+                if body:
+                    self._enqueue(body)
             except WireError as problem:
-                self._counts[problem.counted] += 1
-        return events
+                self._count(problem)
+        due = min(stream.window.nak_at, stream.window.give_up_at())
+        if due < inf:
+            self._broken[stream] = None  # behind the others
+            self._mend_due = min(self._mend_due, max(due, self._clock + 0.002))
 
-    def _join(self, stream: Stream, frame: Frame) -> bytes | None:
-        """Add a piece to an event that arrives in parts; return the event with its last one."""
+    def _join(self, stream: Stream, frame: Frame) -> bytes:
+        """Add a piece to an event that arrives in parts; return the event with its last one, else nothing."""
         (_, event, index, total), piece = frame.numbers, frame.body
-        if not index < total <= MAX_PARTS or index + 1 < total and len(piece) < MIN_PART:
+        if not index < total <= MAX_EVENT // 1024 or index + 1 < total and len(piece) < 1024:
             raise WireError(f"part {index} of {total}, {len(piece)} bytes")
-        key = stream, event
-        pieces = self._joining.setdefault(key, []) if index == 0 else self._joining.get(key, [])
+        pieces = stream.pieces.setdefault(event, []) if index == 0 else stream.pieces.get(event, [])
         if len(pieces) != index:
-            self._drop_pieces(key)  # something was given up, or we came in the middle
-            return None
+            self._drop_pieces(stream, event)  # something was given up, or we came in the middle
+            return b""
         pieces.append(piece)
         self._joined += len(piece)
         if index + 1 == total:
-            body = b"".join(self._joining.pop(key))
+            body = b"".join(stream.pieces.pop(event))
             self._joined -= len(body)
             return body
-        while self._joined > MAX_JOINED:  # what dead senders began goes first
-            self._drop_pieces(next(iter(self._joining)))
-        return None
+        while self._joined > self.MAX_JOINED:  # what dead senders began goes first
+            oldest = next(known for known in self._streams.values() if known.pieces)
+            self._drop_pieces(oldest, next(iter(oldest.pieces)))
+        return b""
 
-    def _drop_pieces(self, key: tuple[Stream, int]) -> None:
+    def _drop_pieces(self, stream: Stream, event: int) -> None:
         """Give up an event of which parts have come."""
-        pieces = self._joining.pop(key, [])
+        pieces = stream.pieces.pop(event, [])
+        stream.window.lost += len(pieces)
         self._counts["lost"] += len(pieces)
         self._joined -= sum(map(len, pieces))
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
+
+MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
+SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
+FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
+CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_FIELDS = 200  # of a task or a worker from its events
+MAX_TYPE = 100  # characters of an event type that is counted apart
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_COMMON = 1000  # names and the like that a State's tasks share
+MAX_LINES = 20  # of a failed command's standard error, the last ones
+MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
+MAX_PIPE = 1 << 20  # bytes that a pipe may hold
+MAX_SHOWN = 1000  # characters of any value in a line on the screen
+MAX_DETAIL = 65536  # characters of any value that is shown whole
+MAX_ROWS = 2000  # of everything about a task, a worker or an event
+MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
+MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
+MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
+MAX_FILTER = 100  # characters
+MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
+MAX_RECENT = 1000  # events kept in State.recent
+WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -4354,7 +4218,7 @@ class Live:
     ) -> None:
         self.files = [receiver]
         self.now = time.time
-        self.pause = receiver._pause
+        self.pause = receiver.pause
         self._receiver = receiver
         self._tap = tap
         self._timeout = inf if timeout is None else timeout
@@ -4737,11 +4601,11 @@ def send(options: Any) -> int:
         if options.type == "-":
             failures = send_lines(dispatcher)
         else:
-            dispatcher._send(options.type, fields, False)
+            dispatcher.send(options.type, **fields)
         watchers = dispatcher.flush(FLUSH_ALL)
         sent = dispatcher.stats["events"]
         if sent and not dispatcher.stats["datagrams"]:
-            raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher._problem)}", 1)
+            raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
     if sys.stderr:
         report = f"sent {sent} {plural('event', sent)}, confirmed by {watchers} {plural('watcher', watchers)}"
         print(report, file=sys.stderr, flush=True)
@@ -4990,7 +4854,7 @@ def run_task(words: list[str], options: Any, start: Callable[[list[str]], Callab
         teller.run()
     outcome = wait()
     if teller.ident:
-        teller.join(CLOSE_WATCHED)
+        teller.join(0.2)
     if teller.is_alive():
         _dispatchers.discard(dispatcher)  # whose close() would wait for the resolver
     else:
@@ -5099,7 +4963,7 @@ class Probe:
         event = Event("eventmon-check", hostname=default_hostname(), pid=os.getpid(), stream=stream.decode(), fill="")
         short = len(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
         event["fill"] = "x" * (size - short)
-        self.link.send(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
+        self.link.socket.sendto(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key), self.link.target)
         return stream  # without a heartbeat, which would tell other watchers of what has been lost
 
     def hear(self, seconds: float, streams: set[bytes] | None = None) -> set[bytes]:
@@ -5111,9 +4975,10 @@ class Probe:
                 for event in self.receiver.itercapture(1, 0.01, wakeup=False):
                     self._take(event)
             else:
-                self.link.wait(end - now)
-            for answer in iter(self.link.receive, None):
-                self._heed(*answer)
+                wait_for(end - now, self.link.socket)
+            with suppress(OSError):
+                while True:
+                    self._heed(*self.link.socket.recvfrom(65536))
             now = time.monotonic()
         return self._heard & (streams or set())
 
@@ -5129,7 +4994,7 @@ class Probe:
             frame = parse_frame(unseal(data, self._key)[0])
         except WireError:
             return
-        if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver._name:
+        if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver.name:
             self.watchers[frame.numbers[1]] = source
             self.confirmed.setdefault(frame.numbers[1], set()).add(frame.stream)
             if not self.listens and frame.numbers[0]:
@@ -5137,8 +5002,7 @@ class Probe:
 
     def others(self) -> list[str]:
         """Return where other streams come from."""
-        streams = (*self.receiver._streams.values(), *self.receiver._strangers.values())
-        return [endpoint(stream.source) for stream in streams if stream.name not in self._sent]
+        return [endpoint(source) for name, source in self.receiver.sources() if name.encode() not in self._sent]
 
     def far(self) -> list[int]:
         """Return the watchers on other machines."""
@@ -5588,7 +5452,7 @@ def core_share(work: Callable[[], object]) -> float:
 
 def send_by_hand(url: Url, n: int) -> float:
     """Send `n` events with the fields of a Dispatcher's, one to a datagram; return events a second."""
-    who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": utc_offset()}
+    who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": 0.0}
     group = socket.gethostbyname(url.host), url.port
     with udp_socket(url) as sock:
         sock.setblocking(True)
