@@ -377,11 +377,11 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "waited")
+    __slots__ = ("address", "heard", "limit", "lost", "position", "room", "serial", "waited")
 
     def __init__(self, position: int) -> None:
         self.position = position  # everything up to this sequence number has arrived there, or is given up
-        self.lost = 0  # datagrams that it gave up
+        self.room = self.lost = 0
         self.limit = inf  # the cost up to which its buffer has room
         self.heard = -inf
         self.waited = 0.0  # seconds that send() has waited for it since it last advanced
@@ -450,10 +450,11 @@ class TransmitWindow:
                 if len(self.watchers) >= 64:
                     return True  # neither waited for nor counted, but helped
             watcher = self.watchers[name] = Watcher(-1)
-        if position > watcher.position:
-            watcher.position = position
+        if position > watcher.position or room > watcher.room:
+            watcher.position = max(position, watcher.position)
             watcher.waited = 0.0
             self.advanced_at = now
+        watcher.room = room
         watcher.lost = lost
         watcher.limit = self._cost_at(watcher.position) + room
         watcher.heard = now
@@ -602,10 +603,15 @@ class ReceiveWindow:
             self.next = trail
             self.end = max(self.end, trail)
             items = self._deliver(now)
-        self._trail = max(self._trail, trail)
+        self.forget(trail)
         self._expect(lead, now)
-        self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
+        if self.next < self.end:
+            self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
+
+    def forget(self, trail: int) -> None:
+        """Know that nothing can be had from before `trail`."""
+        self._trail = max(self._trail, trail)
 
     def missing(self, now: float) -> Ranges:
         """Return what to send a NAK for now."""
@@ -864,12 +870,6 @@ class Link:
         """Whether the socket is open, no file of the program has its descriptor, and it takes datagrams."""
         return not self.broken and inode(self.socket) == self._inode
 
-    def wake(self) -> None:
-        """End a wait for an answer: by an empty one."""
-        host, port = self.socket.getsockname()
-        with suppress(OSError):
-            self.socket.sendto(b"", ("127.0.0.1" if host == "0.0.0.0" else host, port))
-
     def close(self) -> None:
         """Close the socket, but never a file of the program that has got its descriptor."""
         if inode(self.socket) == self._inode:
@@ -881,7 +881,6 @@ class Link:
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
 
 OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
-POLL = 0.0005  # seconds between two looks at what watchers have answered
 PATIENT = 1.0  # a max_wait from which on the program has nothing else to do than to wait
 PASSING = frozenset(  # errors that another socket would not mend
     (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.EINTR)
@@ -967,7 +966,7 @@ class Dispatcher:
         """Start a stream, with nothing sent: at first, and in the child of a fork."""
         self.pid = os.getpid()
         self.problem: BaseException | None = None
-        self._hostname = self._name or default_hostname()
+        self.hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
         self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
         self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
@@ -980,31 +979,21 @@ class Dispatcher:
         self._link: Link | None = None
         self._finalizer: Any = None
         self._thread: threading.Thread | None = None
-        self._started = self._resolving = self._rung = self._close_soon = False
+        self._started = self._resolving = self._close_soon = False
         self._ended = self._closed
         self._beaten_at = self._reopen_at = -inf
-        self._flush_at = self._work_at = inf
+        self._work_at = inf
         self._active = self._processed = 0
         self._ours: dict[str, Any] = {}
         self._introduce()
 
     def _introduce(self) -> None:
         """Note what every event says of its sender."""
-        ours = {"type": "", "timestamp": 0.0, "hostname": self._hostname, "pid": self.pid}
+        ours = {"type": "", "timestamp": 0.0, "hostname": self.hostname, "pid": self.pid}
         ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
         if ours != self._ours:
             self._ours = ours
             self._known: dict[str, Known] = {}  # by type
-
-    @property
-    def hostname(self) -> str:
-        """What names the sender in its events."""
-        return self._hostname
-
-    @hostname.setter
-    def hostname(self, name: str) -> None:
-        self._hostname = self._name = name
-        self._introduce()
 
     @property
     def stats(self) -> dict[str, int]:
@@ -1178,7 +1167,7 @@ class Dispatcher:
             self._outbox.extend(parts)
         else:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        if buffered and len(self._outbox) < self._buffer_limit and not self._closed and self._wake():
+        if buffered and len(self._outbox) < self._buffer_limit and self._thread and not self._closed:
             return
         self._send_outbox()
 
@@ -1188,13 +1177,6 @@ class Dispatcher:
         self._window.limit = HISTORY + 2 * len(body)
         heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
         return [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
-
-    def _wake(self) -> bool:
-        """Have the thread send the outbox in time; False if there is no thread."""
-        if self._thread and self._link and not self._rung:
-            self._rung = True
-            self._link.wake()
-        return self._thread is not None
 
     def _send_outbox(self) -> None:
         """Send what is in the outbox, in turn with other threads.
@@ -1330,8 +1312,7 @@ class Dispatcher:
                 data, source = self._link.socket.recvfrom(65536)  # type: ignore[union-attr]
             except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
                 break
-            if data:  # else we have woken the thread
-                self._on_answer(data, source, now)
+            self._on_answer(data, source, now)
         self._window.look_ahead(now)
 
     def _on_answer(self, data: bytes, source: Source, now: float) -> None:
@@ -1370,16 +1351,21 @@ class Dispatcher:
         window = self._window
         now = time.monotonic()
         while window.cost > window.horizon and now < deadline:
-            time.sleep(min(POLL, deadline - now))
+            time.sleep(min(self._pause(now), deadline - now))
             since, now = now, time.monotonic()
             with self._lock:
                 self._listen(now)
                 window.waited(since, now)
                 self._ask(now)
 
+    def _pause(self, now: float) -> float:
+        """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
+        return min(0.005, max(0.001, (now - self._window.advanced_at) / 4))
+
     def _ask(self, now: float) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
-        if now >= self._beaten_at + min(0.08, max(0.01, (now - self._window.advanced_at) / 2)):
+        advanced_at = self._window.advanced_at
+        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
             self._beat(b"beat", now)
 
     def _settle(self, patience: float, stall: float, timeout: float, asked_at: float) -> None:
@@ -1400,7 +1386,7 @@ class Dispatcher:
                 if enough or now >= start + timeout:
                     return
                 self._ask(now)
-            time.sleep(2 * POLL)
+            time.sleep(self._pause(now))
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
@@ -1413,22 +1399,15 @@ class Dispatcher:
             with self._lock:
                 first, self._closed = not self._closed, True
             if first:
-                try:
-                    self._send_outbox()
-                    self._settle(0.04, 0.2, timeout, -inf)
-                finally:
-                    self._say_goodbye()
-
-    def _say_goodbye(self) -> None:
-        with self._lock:
-            link, self._ended = self._link, True
-            if self._finalizer:
-                self._finalizer.cancel()
-            if link:
-                self._beat(b"bye", time.monotonic())
-                link.wake()  # the thread ends
-                self._link = None
-                link.close()
+                self._send_outbox()
+                self._settle(0.04, 0.2, timeout, -inf)
+                with self._lock:
+                    if self._link:
+                        self._beat(b"bye", time.monotonic())
+                        self._link.close()
+                    self._link, self._ended = None, True
+                if self._finalizer:
+                    self._finalizer.cancel()
 
     # The thread.
 
@@ -1448,7 +1427,7 @@ class Dispatcher:
         if now >= self._reopen_at and (link is None or not link.is_intact()):
             self._connect()
             link = self._link
-        due = min(self._beaten_at + BEAT, self._flush_at, self._work_at, now + BEAT)
+        due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
         if link:
             wait_for(due - now, link.socket)
         else:
@@ -1461,10 +1440,7 @@ class Dispatcher:
             if now >= self._beaten_at + BEAT and not self._ended:
                 self._introduce()  # the clock may have been put forward for the summer
                 self._beat(b"beat", now)
-        if self._outbox and self._flush_at == inf:
-            self._flush_at = now + 0.02
-        if now >= self._flush_at:
-            self._flush_at, self._rung = inf, False
+        if self._outbox:
             self._send_outbox()
         if self._freq and self.enabled and now >= self._work_at:
             self._work_at = now + self._freq
@@ -1508,20 +1484,14 @@ class Dispatcher:
 _dispatchers: WeakSet[Dispatcher] = WeakSet()
 
 
-def fork_mark() -> Any:
-    """Return memory that holds a 1, and in the child of any fork a 0, also of one by C code that tells Python nothing."""
-    try:
-        import mmap
+_fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
+with suppress(ImportError, AttributeError, OSError, ValueError):
+    import mmap
 
-        page: Any = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
-    except (ImportError, AttributeError, OSError, ValueError):
-        page = bytearray(1)  # os.fork() tells Python, here as well
-    page[0] = 1
-    return page
-
-
-_fork_mark = fork_mark()
+    _page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
+    _fork_mark = _page
+_fork_mark[0] = 1
 
 
 def after_fork() -> None:
@@ -1886,18 +1856,17 @@ def __dir__() -> list[str]:
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "acked_at", "cost", "heard", "name", "pieces", "serial", "source", "window")
+    __slots__ = ("ack_at", "cost", "head", "heard", "name", "serial", "source", "window")
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
         self.name = name
+        self.head = b"EM2 data %b " % name  # what its data begin with
         self.source = source
         self.window = window
         self.heard = now
-        self.serial = -1  # of the last beat, with a key
+        self.serial = 0  # of the last beat, with a key
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
-        self.acked_at = -inf  # when we did
-        self.pieces: dict[int, list[bytes]] = {}  # of events that arrive in parts
 
 
 class Receiver:
@@ -1935,31 +1904,27 @@ class Receiver:
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
         self._inode = -1  # of the channel
-        self._checked_at = self._heard_at = -inf
         self._space = BUFFER  # what the channel's buffer holds
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
-        self._usual: dict[bytes, Stream] = {}  # how the data of a stream begin -> the stream
-        self._crowded_until = -inf
-        self._history = True
+        self._senders: OrderedDict[Stream, float] = OrderedDict()  # of these, who has sent data lately -> when
         self._unconfirmed: dict[Stream, None] = {}
-        self._ack_due = inf  # when the first of them is to be confirmed
-        self._senders: OrderedDict[Stream, float] = OrderedDict()  # streams confirmed with data, lately -> when
         self._broken: dict[Stream, None] = {}  # streams with gaps
-        self._clock = 0.0  # the windows' clock: see _advance()
-        self._mend_due = inf  # when the first of them is to be looked at, by that clock
-        self._complete_at = inf  # everything that arrived before has been read
-        self._mark = inf  # since when we count what is read
-        self._read_since = 0
-        self._run = 0  # datagrams read since we waited for one
-        self._empty = True  # the channel, when we last looked
-        self._read_at = -inf
-        self._told_at = -inf
-        self._announced: dict[bytes, tuple[int, ...]] = {}  # in beats for us alone: stream -> lead, trail
+        self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
         self._queue: deque[bytes] = deque()  # bodies to be delivered
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
+        self._history = True
+        self._crowded_until = self._checked_at = self._told_at = self._read_at = -inf
+        self._ack_due = inf  # when the first stream is to be confirmed
+        self._mend_due = inf  # when the first one is to be mended, by the windows' clock
+        self._announced: dict[bytes, tuple[int, ...]] = {}  # in beats for us alone: stream -> lead, trail
+        self._clock = 0.0  # the windows' clock: see _advance()
+        self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
+        self._read_since = 0
+        self._run = 0  # datagrams read since we waited for one
+        self._empty = True  # the channel, when we last looked
 
     @property
     def stats(self) -> dict[str, int]:
@@ -2062,7 +2027,10 @@ class Receiver:
         now = time.monotonic()
         self._advance(now, inf)
         self._accept(data, source, now)
-        self._confirm(now)
+        if now >= self._ack_due:
+            self._confirm(now)
+        if self._clock >= self._mend_due:
+            self._mend()
         while self._queue:
             self._parse_next()
         events = list(self._ready)
@@ -2102,30 +2070,28 @@ class Receiver:
         """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
         if patience > 0 and self._empty:
             self._wait(patience)
-        channel, now, size, before = self._channel, time.monotonic(), 0, self._run
-        self._empty = channel is None
-        try:
+        channel, now, run = self._channel, time.monotonic(), self._run
+        self._empty = True
+        with suppress(OSError):  # nothing more; closed; or, on Windows, an answer of ours found nobody
             for _ in range(most if channel else 0):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._run += 1
-                size += len(data) + DATAGRAM_COST
+                self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
-        except BlockingIOError:
-            self._empty = True
-        except OSError:  # closed; or, on Windows, an answer of ours found nobody
-            self._empty = True
-        self._read_at = now = time.monotonic()
-        found = self._run > before
-        if found:
-            self._heard_at = now
-        self._read_since += size
+            self._empty = channel is None
+        found, now = self._run > run, time.monotonic()
         if self._empty:
             self._advance(now, MAX_SLEEP)
-            self._check(now)
+            self._check(now, found)
         elif self._read_since > self._space:  # more than the buffer held at the mark
             self._advance(self._mark, MAX_SLEEP)
             self._mark = now
-        self._confirm(now)
+        if now >= self._ack_due:
+            self._read_aside()
+            self._confirm(now)
+        if self._clock >= self._mend_due:
+            self._mend()
+        self._read_at = now
         return found
 
     def _wait(self, patience: float) -> None:
@@ -2136,9 +2102,10 @@ class Receiver:
             wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), self._channel)
         self._run = 0
 
-    def _check(self, now: float) -> None:
-        """Once a second of silence: join the group again, and open what somebody else has closed."""
-        if now < max(self._checked_at, self._heard_at) + 1.0 or self._channel is None:
+    def _check(self, now: float, found: bool) -> None:
+        """After a second of silence: join the group again, and open what somebody else has closed."""
+        if found or now < self._checked_at + 1.0 or self._channel is None:
+            self._checked_at = now if found else self._checked_at
             return
         self._checked_at = now
         with suppress(OSError):  # no network now; or all is as it should be
@@ -2149,7 +2116,7 @@ class Receiver:
                 self._channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))
 
     def _advance(self, complete_at: float, most: float) -> None:
-        """Note that all that arrived before this time has been read, and mend what that shows to be broken.
+        """Note that all that arrived before this time has been read.
 
         So the windows' clock stands still while datagrams wait unread, among which what a window misses may be. It
         goes at most `most` seconds further: in the rest the receiver stood still itself.
@@ -2157,42 +2124,37 @@ class Receiver:
         self._clock += min(max(0.0, complete_at - self._complete_at), most)
         self._complete_at = self._mark = complete_at
         self._read_since = 0
-        announced, self._announced = self._announced, {}
-        for name, (lead, trail) in announced.items():
-            stream = self._streams.get(name)
-            if stream:
-                self._deliver(stream, stream.window.announce(lead, trail, self._clock))
-        self._read_aside()
-        if self._clock >= self._mend_due:
-            self._mend()
+        for name in self._announced.keys() & self._streams.keys():
+            stream, (lead, trail) = self._streams[name], self._announced[name]
+            self._deliver(stream, stream.window.announce(lead, trail, self._clock))
+        self._announced.clear()
 
     def _read_aside(self) -> None:
-        """Take beats sent to this watcher alone: they count once all data before them has been read."""
+        """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
         for _ in range(0 if self._answers in (None, self._channel) else 16):
             try:
-                data, _ = self._answers.recvfrom(MAX_DATAGRAM)  # type: ignore[union-attr]
-                frame = parse_frame(unseal(data, self._key)[0])
+                frame = parse_frame(unseal(self._answers.recvfrom(65536)[0], self._key)[0])  # type: ignore[union-attr]
             except OSError:
                 break
             except WireError as problem:
                 self._count(problem)
                 continue
-            if frame.kind in (b"beat", b"bye") and frame.stream in self._streams:
-                self._announced[frame.stream] = frame.numbers
+            stream = self._streams.get(frame.stream)
+            if stream and frame.kind in (b"beat", b"bye"):
+                self._announced[frame.stream] = _, trail = frame.numbers
+                stream.window.forget(trail)
+                self._deliver(stream, stream.window.overdue(self._clock))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
+        stream = None if self._key else self._streams.get(data[9:25])
+        if stream and stream.source == source:
+            window, head = stream.window, stream.head + b"%d\n" % stream.window.next
+            if data.startswith(head) and window.in_order(window.next):  # as nearly always
+                stream.heard = now
+                self._plan_data_ack(stream, len(data), now)
+                return self._enqueue(data[len(head) :])
         try:
-            stream = self._usual.get(data[:HEAD_SIZE])
-            if stream and stream.source == source:
-                window = stream.window
-                digits = b"%d\n" % window.next
-                if data.startswith(digits, HEAD_SIZE) and window.in_order(window.next):
-                    stream.heard = now
-                    stream.cost += len(data) + DATAGRAM_COST
-                    if stream.cost > self._space // 16 or stream.ack_at == inf:
-                        self._plan_data_ack(stream, now)
-                    return self._enqueue(data[HEAD_SIZE + len(digits) :])
             self._receive(data, source, now)
         except WireError as problem:
             self._count(problem)
@@ -2220,13 +2182,10 @@ class Receiver:
             stream.source = source
         stream.heard = now
         if frame.kind in (b"data", b"part"):
-            if frame.kind == b"data" and not self._key:
-                self._usual[data[:HEAD_SIZE]] = stream
-            stream.cost += len(data) + DATAGRAM_COST
-            self._plan_data_ack(stream, now)
+            self._plan_data_ack(stream, len(data), now)
             size = len(data) + DATAGRAM_COST
             return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
-        if serial and serial <= stream.serial:
+        if self._key and serial <= stream.serial:
             raise Replay("a beat seen before")
         stream.serial = serial
         self._streams.move_to_end(frame.stream)
@@ -2256,47 +2215,39 @@ class Receiver:
             start = 1
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, now)
+        self._senders[stream] = now
         self._plan_ack(stream, now)
         return stream
 
     def _evict(self, now: float) -> None:
         """Follow the stream no more that is silent longest."""
-        name, stream = self._streams.popitem(last=False)
+        _, stream = self._streams.popitem(last=False)
         if now < stream.heard + 60:
             self._crowded_until = now + 60
         for known in (self._unconfirmed, self._broken, self._senders):
             known.pop(stream, None)  # type: ignore[attr-defined]
-        self._usual.pop(b"EM2 data %b " % name, None)
-        for event in list(stream.pieces):
-            self._drop_pieces(stream, event)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
 
     # Answers.
 
-    def _plan_data_ack(self, stream: Stream, now: float) -> None:
+    def _plan_data_ack(self, stream: Stream, size: int, now: float) -> None:
+        stream.cost += size + DATAGRAM_COST
         if stream.cost > self._space // 16:
-            stream.acked_at = -inf  # with or without a pause: an answer to so much data is no flood
             self._plan_ack(stream, now)
         elif stream.ack_at == inf:
             self._plan_ack(stream, now + self.ACK_DELAY)
 
     def _plan_ack(self, stream: Stream, when: float) -> None:
-        """Confirm at this time, but 2 ms after the last ack, so that nobody can make a watcher flood anyone."""
-        stream.ack_at = min(stream.ack_at, max(when, stream.acked_at + 0.002))
+        stream.ack_at = min(stream.ack_at, when)
         self._unconfirmed[stream] = None
-        self._ack_due = min(self._ack_due, stream.ack_at)
+        self._ack_due = min(self._ack_due, when)
 
     def _confirm(self, now: float) -> None:
         """Send the acks that are due."""
-        if now < self._ack_due:
-            return
-        self._ack_due = inf
-        for stream in list(self._unconfirmed):
-            if now >= stream.ack_at:
-                self._answer(stream, b"ack")
-            else:
-                self._ack_due = min(self._ack_due, stream.ack_at)
+        for stream in [stream for stream in self._unconfirmed if now >= stream.ack_at]:
+            self._answer(stream, b"ack")
+        self._ack_due = min((stream.ack_at for stream in self._unconfirmed), default=inf)
 
     def _mend(self) -> None:
         """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
@@ -2318,13 +2269,13 @@ class Receiver:
         if stream.cost:
             self._senders[stream] = now
             self._senders.move_to_end(stream)
-        while self._senders and next(iter(self._senders.values())) < now - 0.1:
+        while self._senders and next(iter(self._senders.values())) < now - 0.5:
             self._senders.popitem(last=False)
         window = stream.window
         room = min(self._space // 2, ROOM) // max(1, len(self._senders))  # shared by who sends at the same time
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
-        stream.cost, stream.ack_at, stream.acked_at = 0, inf, now
+        stream.cost, stream.ack_at = 0, inf
         if self._answers:
             answer = format_frame(kind, stream.name, (window.next - 1, self.name, room, window.lost), body)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
@@ -2351,25 +2302,25 @@ class Receiver:
         (_, event, index, total), piece = frame.numbers, frame.body
         if not index < total <= MAX_EVENT // 1024 or index + 1 < total and len(piece) < 1024:
             raise WireError(f"part {index} of {total}, {len(piece)} bytes")
-        pieces = stream.pieces.setdefault(event, []) if index == 0 else stream.pieces.get(event, [])
+        key = stream, event
+        pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
         if len(pieces) != index:
-            self._drop_pieces(stream, event)  # something was given up, or we came in the middle
+            self._drop_pieces(key)  # something was given up, or we came in the middle
             return b""
         pieces.append(piece)
         self._joined += len(piece)
         if index + 1 == total:
-            body = b"".join(stream.pieces.pop(event))
+            body = b"".join(self._pieces.pop(key))
             self._joined -= len(body)
             return body
         while self._joined > self.MAX_JOINED:  # what dead senders began goes first
-            oldest = next(known for known in self._streams.values() if known.pieces)
-            self._drop_pieces(oldest, next(iter(oldest.pieces)))
+            self._drop_pieces(next(iter(self._pieces)))
         return b""
 
-    def _drop_pieces(self, stream: Stream, event: int) -> None:
+    def _drop_pieces(self, key: tuple[Stream, int]) -> None:
         """Give up an event of which parts have come."""
-        pieces = stream.pieces.pop(event, [])
-        stream.window.lost += len(pieces)
+        pieces = self._pieces.pop(key, [])
+        key[0].window.lost += len(pieces)
         self._counts["lost"] += len(pieces)
         self._joined -= sum(map(len, pieces))
 
