@@ -1905,6 +1905,7 @@ class Receiver:
         self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
         self._inode = -1  # of the channel
         self._space = BUFFER  # what the channel's buffer holds
+        self._ack_cost = BUFFER // 16  # of a stream's data that are confirmed at once
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
         self._senders: OrderedDict[Stream, float] = OrderedDict()  # of these, who has sent data lately -> when
@@ -1919,7 +1920,7 @@ class Receiver:
         self._crowded_until = self._checked_at = self._told_at = self._read_at = -inf
         self._ack_due = inf  # when the first stream is to be confirmed
         self._mend_due = inf  # when the first one is to be mended, by the windows' clock
-        self._announced: dict[bytes, tuple[int, ...]] = {}  # in beats for us alone: stream -> lead, trail
+        self._announced: dict[Stream, tuple[int, ...]] = {}  # in beats for us alone: lead, trail
         self._clock = 0.0  # the windows' clock: see _advance()
         self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
         self._read_since = 0
@@ -1944,6 +1945,7 @@ class Receiver:
         self._answers = udp_socket(self._url) if apart else channel
         finalize(self, self._answers.close)
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        self._ack_cost = self._space // 16
         self._channel, self._inode = channel, inode(channel)
         return channel
 
@@ -2001,7 +2003,7 @@ class Receiver:
                     if last > self._read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
                         self._read(0.0, 1)  # whoever takes its time still advances, for all to see
                 elif self._queue:
-                    self._parse_next()
+                    self._parse()
                 elif self._channel is None:
                     return
                 else:
@@ -2032,7 +2034,7 @@ class Receiver:
         if self._clock >= self._mend_due:
             self._mend()
         while self._queue:
-            self._parse_next()
+            self._parse()
         events = list(self._ready)
         self._ready.clear()
         return events
@@ -2045,21 +2047,26 @@ class Receiver:
 
     # From here on: a datagram on its way to an event.
 
-    def _parse_next(self) -> None:
-        """Make events of the next body in the queue."""
-        body = self._queue.popleft()
-        self._queued -= len(body)
-        try:
-            events = parse_events(body)
-        except WireError as problem:
-            return self._count(problem)
-        now = time.time()
+    def _parse(self) -> None:
+        """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
+        events: list[Event] = []
+        size = 0
+        while self._queue and size < 65536:
+            body = self._queue.popleft()
+            size += len(body)
+            try:
+                events += parse_events(body)
+            except WireError as problem:
+                self._count(problem)
+        self._queued -= size
+        now, clock = time.time(), 0
         for event in events:
             event["local_received"] = now
-        clocks = [clock for event in events if type(clock := event.get("clock")) is int]
-        witness(max(clocks, default=None))
+            if type(tick := event.get("clock")) is int and tick > clock:
+                clock = tick
+        witness(clock)
         self._counts["events"] += len(events)
-        self._ready.extend(events)
+        self._ready += events
 
     def _count(self, problem: WireError) -> None:
         self._counts[problem.counted] += 1
@@ -2124,10 +2131,9 @@ class Receiver:
         self._clock += min(max(0.0, complete_at - self._complete_at), most)
         self._complete_at = self._mark = complete_at
         self._read_since = 0
-        for name in self._announced.keys() & self._streams.keys():
-            stream, (lead, trail) = self._streams[name], self._announced[name]
+        while self._announced:
+            stream, (lead, trail) = self._announced.popitem()
             self._deliver(stream, stream.window.announce(lead, trail, self._clock))
-        self._announced.clear()
 
     def _read_aside(self) -> None:
         """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
@@ -2141,7 +2147,7 @@ class Receiver:
                 continue
             stream = self._streams.get(frame.stream)
             if stream and frame.kind in (b"beat", b"bye"):
-                self._announced[frame.stream] = _, trail = frame.numbers
+                self._announced[stream] = _, trail = frame.numbers
                 stream.window.forget(trail)
                 self._deliver(stream, stream.window.overdue(self._clock))
 
@@ -2152,7 +2158,9 @@ class Receiver:
             window, head = stream.window, stream.head + b"%d\n" % stream.window.next
             if data.startswith(head) and window.in_order(window.next):  # as nearly always
                 stream.heard = now
-                self._plan_data_ack(stream, len(data), now)
+                stream.cost += len(data) + DATAGRAM_COST
+                if stream.ack_at == inf or stream.cost > self._ack_cost:
+                    self._plan_data_ack(stream, now)
                 return self._enqueue(data[len(head) :])
         try:
             self._receive(data, source, now)
@@ -2182,8 +2190,9 @@ class Receiver:
             stream.source = source
         stream.heard = now
         if frame.kind in (b"data", b"part"):
-            self._plan_data_ack(stream, len(data), now)
             size = len(data) + DATAGRAM_COST
+            stream.cost += size
+            self._plan_data_ack(stream, now)
             return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
         if self._key and serial <= stream.serial:
             raise Replay("a beat seen before")
@@ -2224,16 +2233,15 @@ class Receiver:
         _, stream = self._streams.popitem(last=False)
         if now < stream.heard + 60:
             self._crowded_until = now + 60
-        for known in (self._unconfirmed, self._broken, self._senders):
+        for known in (self._unconfirmed, self._broken, self._senders, self._announced):
             known.pop(stream, None)  # type: ignore[attr-defined]
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
 
     # Answers.
 
-    def _plan_data_ack(self, stream: Stream, size: int, now: float) -> None:
-        stream.cost += size + DATAGRAM_COST
-        if stream.cost > self._space // 16:
+    def _plan_data_ack(self, stream: Stream, now: float) -> None:
+        if stream.cost > self._ack_cost:
             self._plan_ack(stream, now)
         elif stream.ack_at == inf:
             self._plan_ack(stream, now + self.ACK_DELAY)

@@ -107,6 +107,91 @@ def lose(share, *sockets):
         sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
+class Ear:
+    """A plain socket as a Dispatcher's only hearer: the test is the watcher, and answers what it likes."""
+
+    def __init__(self):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self.socket.bind(("127.0.0.1", 0))
+        self.socket.settimeout(20)
+        self.address = self.socket.getsockname()
+        self.url = "udp://127.0.0.1:%d" % self.address[1]
+        self.sender = self.stream = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.socket.close()
+
+    def hear(self, *kinds, key=b""):
+        """Return the next datagram whose frame is of one of these kinds."""
+        while True:
+            data, self.sender = self.socket.recvfrom(65536)
+            frame = eventmon.parse_frame(eventmon.unseal(data, key)[0])
+            self.stream = frame.stream
+            if frame.kind in kinds:
+                return data
+
+    def data(self, number, **options):
+        """Return the next datagrams that carry events."""
+        return [self.hear(b"data", b"part", **options) for _ in range(number)]
+
+    def answer(self, kind, *numbers, body=b"", key=b""):
+        """Send POSITION WATCHER ROOM LOST."""
+        frame = eventmon.format_frame(kind, self.stream, numbers, body)
+        self.socket.sendto(eventmon.seal(frame, key), self.sender)
+
+
+def captured(*types, **options):
+    """The datagrams that a Dispatcher sends for events of these types."""
+    with Ear() as ear, Dispatcher(ear.url, **options) as dispatcher:
+        for type in types:
+            dispatcher.send(type)
+        return ear.data(len(types), key=str(options.get("key", "")).encode())
+
+
+@pytest.fixture
+def sockets(monkeypatch):
+    """The sockets opened from now on; each calls its `before_send(data)`, which a test may set."""
+    opened = []
+
+    class Socket(socket.socket):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.before_send = lambda data: None
+            opened.append(self)
+
+        def sendto(self, data, target):
+            self.before_send(data)
+            return super().sendto(data, target)
+
+    monkeypatch.setattr(eventmon.socket, "socket", Socket)
+    return opened
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Virtual time in eventmon: `monotonic`, and `offset` of the clock on the wall; `naps` are those of this thread.
+
+    Sleep takes no time, but calls `during_nap`.
+    """
+    me = threading.current_thread()
+    it = SimpleNamespace(monotonic=1000.0, offset=0.0, naps=[], during_nap=lambda: None)
+
+    def sleep(seconds):
+        if threading.current_thread() is not me:
+            return time.sleep(seconds)
+        it.naps.append(seconds)
+        it.monotonic += seconds
+        it.during_nap()
+
+    fake = {"monotonic": lambda: it.monotonic, "time": lambda: time.time() + it.offset, "sleep": sleep}
+    monkeypatch.setattr(eventmon, "time", SimpleNamespace(**{**vars(time), **fake}))
+    return it
+
+
 def run(*words, input=None, timeout=30, **options):
     """Run eventmon.py as a process; return (status, standard output, lines of standard error)."""
     done = subprocess.run(
@@ -141,7 +226,7 @@ def test_an_event_is_a_dict_with_a_type_and_a_timestamp():
     event = Event("task-started", {"uuid": "1"}, pid=7)
     assert dict(event, timestamp=0) == {"type": "task-started", "timestamp": 0, "uuid": "1", "pid": 7}
     assert before <= event["timestamp"] <= time.time()
-    assert Event("x", timestamp=5)["timestamp"] == 5
+    assert Event("x", timestamp=5).timestamp == 5
 
 
 @pytest.mark.parametrize(
@@ -149,7 +234,7 @@ def test_an_event_is_a_dict_with_a_type_and_a_timestamp():
     [("task-started", "task", "started"), ("hello", "hello", ""), ("deploy-all-done", "deploy", "all-done")],
 )
 def test_a_type_has_a_group_and_a_subject(type, group, subject):
-    event = Event(type)
+    event = pickle.loads(pickle.dumps(Event(type)))
     assert (event.type, event.group, event.subject) == (type, group, subject)
 
 
@@ -159,24 +244,17 @@ def test_a_type_that_is_not_a_non_empty_str_is_refused(type):
         Event(type)
 
 
-def test_an_event_can_be_pickled():
-    event = Event("x", a=1)
-    again = pickle.loads(pickle.dumps(event))
-    assert again == event
-    assert again.type == "x"
-
-
 # --- the wire ---
 
 FRAMES = [
-    ((b"data", STREAM, (1,), b'{"type":"hi"}'), b'EM1 data 0123456789abcdef 1\n{"type":"hi"}'),
-    ((b"data", STREAM, (10**19 - 1,), b"\n"), b"EM1 data 0123456789abcdef 9999999999999999999\n\n"),
-    ((b"part", STREAM, (7, 1, 0, 3), b'{"ty'), b'EM1 part 0123456789abcdef 7 1 0 3\n{"ty'),
-    ((b"beat", STREAM, (9, 2), b""), b"EM1 beat 0123456789abcdef 9 2\n"),
-    ((b"poll", STREAM, (0, 1), b""), b"EM1 poll 0123456789abcdef 0 1\n"),
-    ((b"bye", STREAM, (9, 2), b""), b"EM1 bye 0123456789abcdef 9 2\n"),
-    ((b"ack", STREAM, (9, 5, 4096, 777), b""), b"EM1 ack 0123456789abcdef 9 5 4096 777\n"),
-    ((b"nak", STREAM, (9, 5, 4096, 777), b"10 12-14"), b"EM1 nak 0123456789abcdef 9 5 4096 777\n10 12-14"),
+    ((b"data", STREAM, (1,), b'{"type":"hi"}'), b'EM2 data 0123456789abcdef 1\n{"type":"hi"}'),
+    ((b"data", STREAM, (10**19 - 1,), b"\n"), b"EM2 data 0123456789abcdef 9999999999999999999\n\n"),
+    ((b"part", STREAM, (7, 1, 0, 3), b'{"ty'), b'EM2 part 0123456789abcdef 7 1 0 3\n{"ty'),
+    ((b"beat", STREAM, (9, 2), b""), b"EM2 beat 0123456789abcdef 9 2\n"),
+    ((b"bye", STREAM, (9, 2), b""), b"EM2 bye 0123456789abcdef 9 2\n"),
+    ((b"ack", STREAM, (9, 5, 4096, 0), b""), b"EM2 ack 0123456789abcdef 9 5 4096 0\n"),
+    ((b"leave", STREAM, (9, 5, 4096, 0), b""), b"EM2 leave 0123456789abcdef 9 5 4096 0\n"),
+    ((b"nak", STREAM, (9, 5, 4096, 2), b"10 12-14"), b"EM2 nak 0123456789abcdef 9 5 4096 2\n10 12-14"),
 ]
 
 
@@ -184,6 +262,7 @@ FRAMES = [
 def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
     assert eventmon.format_frame(*fields) == data
     assert eventmon.parse_frame(data) == fields
+    assert f"    {data.split()[0].decode()} {fields[0].decode()} STREAM " in eventmon.__doc__ or fields[0] in (b"bye", b"leave")
 
 
 @pytest.mark.parametrize(
@@ -191,18 +270,18 @@ def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
     [
         b"",
         b"\n",
-        b"EM1",
-        b"EM1 data 0123456789abcdef 1",
-        b"EM2 data 0123456789abcdef 1\n",
-        b"EM1 data 0123456789abcdef\n",
-        b"EM1 data 0123456789abcdef -1\n",
-        b"EM1 data 0123456789abcdef 1_0\n",
-        b"EM1 data 0123456789abcdef 10000000000000000000\n",
-        b"EM1 data 0123456789abcdef \xb2\n",
-        b"EM1 data short 1\n",
-        b"EM1 data  0123456789abcdef 1\n",
-        b"EM1 nope 0123456789abcdef 1\n",
-        b"EM1 part 0123456789abcdef 1 2\n",
+        b"EM2",
+        b"EM2 data 0123456789abcdef 1",
+        b"EM1 data 0123456789abcdef 1\n",
+        b"EM2 data 0123456789abcdef\n",
+        b"EM2 data 0123456789abcdef -1\n",
+        b"EM2 data 0123456789abcdef 1_0\n",
+        b"EM2 data 0123456789abcdef 10000000000000000000\n",
+        b"EM2 data 0123456789abcdef \xb2\n",
+        b"EM2 data short 1\n",
+        b"EM2 data  0123456789abcdef 1\n",
+        b"EM2 nope 0123456789abcdef 1\n",
+        b"EM2 part 0123456789abcdef 1 2\n",
     ],
 )
 def test_a_frame_that_is_none_is_a_wire_error(data):
@@ -210,43 +289,35 @@ def test_a_frame_that_is_none_is_a_wire_error(data):
         eventmon.parse_frame(data)
 
 
-RANGES = [([(1, 1)], b"1"), ([(1, 2), (5, 5), (7, 900)], b"1-2 5 7-900")]
-
-
-@pytest.mark.parametrize("ranges, body", RANGES)
+@pytest.mark.parametrize("ranges, body", [([(1, 1)], b"1"), ([(1, 2), (5, 5), (7, 900)], b"1-2 5 7-900")])
 def test_the_ranges_of_a_nak_are_formatted_and_parsed_as_documented(ranges, body):
     assert eventmon.format_ranges(ranges) == body
     assert eventmon.parse_ranges(body) == ranges
 
 
-@pytest.mark.parametrize("body", [b"", b"-", b"1-", b"a", b"1,2", b"1-2-3", b"-5", b"1" * 20])
+@pytest.mark.parametrize("body", [b"", b"-", b"a", b"1,2", b"1-2-3", b"-5", b"1" * 20])
 def test_ranges_that_are_none_are_a_wire_error(body):
-    if body == b"1-":
-        assert eventmon.parse_ranges(body) == [(1, 1)]
-        return
     with pytest.raises(eventmon.WireError):
         eventmon.parse_ranges(body)
 
 
-VALUES = [
-    ({"type": "hi"}, b'{"type":"hi"}'),
-    ({"a": [1, 2.5, None, True, "\u65e5\u672c \U0001f600"]}, '{"a":[1,2.5,null,true,"日本 😀"]}'.encode()),
-    ({"a": {"b": "\x1b[2J\n"}}, b'{"a":{"b":"\\u001b[2J\\n"}}'),
-]
-
-
-@pytest.mark.parametrize("value, body", VALUES)
+@pytest.mark.parametrize(
+    "value, body",
+    [
+        ({"type": "hi"}, b'{"type":"hi"}'),
+        ({"a": [1, 2.5, None, True, "\u65e5\u672c \U0001f600"]}, '{"a":[1,2.5,null,true,"日本 😀"]}'.encode()),
+        ({"a": {"b": "\x1b[2J\n"}}, b'{"a":{"b":"\\u001b[2J\\n"}}'),
+    ],
+)
 def test_json_is_compact_utf8_in_both_directions(value, body):
     assert eventmon.format_json(value) == body
     assert eventmon.parse_json(body) == value
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"{}{}", b"NaN", b'{"a":Infinity}', b"\xff", b"[" * 100000, b"1" * 5000, b"'a'", b"{} x"]
+    "body", [b"", b"{", b"{}{}", b"NaN", b'{"a":Infinity}', b"\xff", b"[" * 100000, b"'a'", b"{} x"]
 )
 def test_bytes_that_are_no_json_are_a_wire_error(body):
-    if body == b"1" * 5000 and not hasattr(sys, "get_int_max_str_digits"):
-        return
     with pytest.raises(eventmon.WireError):
         eventmon.parse_json(body)
 
@@ -269,8 +340,7 @@ class Fickle(dict):
     def items(self):
         raise RuntimeError("no")
 
-    def __iter__(self):
-        raise RuntimeError("no")
+    __iter__ = items
 
 
 def circular():
@@ -323,490 +393,25 @@ def test_json_that_is_no_event_is_a_wire_error(body):
         eventmon.parse_events(body)
 
 
-def test_a_sealed_frame_opens_with_its_key_alone_and_for_a_while():
+def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(clock):
     frame = eventmon.format_frame(b"data", STREAM, (1,), b"{}")
-    data = eventmon.seal(frame, b"key", 1000 * 10**6)
-    assert eventmon.unseal(data, b"key", 1029.0) == (frame, 1000 * 10**6)
-    for changed in (
-        data.replace(b" 1 ", b" 2 "),
-        data + b" ",
-        data[:-3],
-        frame,
-        b"",
-        b"EM1\n",
-        data.replace(b"1000", b"1001"),
-    ):
+    first, data = eventmon.seal(frame, b"key"), eventmon.seal(frame, b"key")
+    opened, serial = eventmon.unseal(data, b"key")
+    assert opened == frame
+    assert serial > eventmon.unseal(first, b"key")[1]  # so that a datagram sent again is known
+    for changed in (data.replace(b" 1 ", b" 2 ", 1), data + b" ", data[:-3], frame, b"", b"EM2\n"):
         with pytest.raises(eventmon.Rejected):
-            eventmon.unseal(changed, b"key", 1000.0)
-    for key, now in ((b"kez", 1000.0), (b"key", 1031.0), (b"key", 969.0)):
-        with pytest.raises(eventmon.Rejected):
-            eventmon.unseal(data, key, now)
+            eventmon.unseal(changed, b"key")
+    with pytest.raises(eventmon.Rejected, match="not sealed with this key"):
+        eventmon.unseal(data, b"kez")
+    for offset, way in ((32, "behind"), (-32, "ahead")):
+        clock.offset = offset
+        with pytest.raises(eventmon.Skewed, match=f"sealed by a clock 3. s {way} of this one"):
+            eventmon.unseal(data, b"key")
+    assert eventmon.seal(frame, b"") == frame == eventmon.unseal(frame, b"")[0]
 
 
 # --- the windows, on a virtual network in virtual time ---
-
-
-def frames_in(window, lead):
-    for seq in range(window.next, lead + 1):
-        window.add(b"%d" % seq)
-
-
-def kept(window):
-    return [window._chunk_of(seq).datagram(seq) for seq in range(window.trail, window.next)]
-
-
-def test_the_history_is_bounded_and_keeps_the_newest():
-    window = eventmon.TransmitWindow(limit=10)
-    for _ in range(100):
-        window.add(b"xxx")
-    assert (window.trail, window.next) == (98, 101)
-    assert len(window.repairs([(1, 1000)], 10**6, 0.0)) == 3
-
-
-def test_a_datagram_is_repaired_whichever_chunk_of_the_history_it_lies_in():
-    window, frames = eventmon.TransmitWindow(limit=50 * 20000), [b"%d" % seq * (seq % 7) for seq in range(1, 500)]
-    for frame in frames:
-        window.add(frame)
-    assert len(window._chunks) > 10
-    assert kept(window) == frames
-    costs = [window._cost_at(seq) for seq in range(500)]
-    assert costs == [seq * eventmon.DATAGRAM_COST + sum(map(len, frames[:seq])) for seq in range(500)]
-
-
-def test_the_last_two_large_events_are_kept_whole_beside_the_history():
-    window = eventmon.TransmitWindow(limit=10)
-    for _ in range(3):
-        window.add(b"xxx")
-        window.expect(80)
-        for _ in range(20):
-            window.add(b"part")
-    window.expect(5)  # not large
-    window.add(b"xxx")
-    assert window.trail == 22
-    for _ in range(100):
-        window.add(b"xxx")
-    assert sum(map(len, kept(window))) <= 10 + 80 + 80
-
-
-def test_an_exception_of_a_signal_handler_leaves_the_numbers_right():
-    window = eventmon.TransmitWindow(limit=100)  # each datagram has a chunk of its own
-    frames_in(window, 5)
-    window._frames.append(b"6")  # and no further
-    window._heal()
-    window._chunks[-1].finish()
-    window._heal()
-    frames_in(window, 7)
-    assert kept(window) == [b"1", b"2", b"3", b"4", b"5", b"6", b"7"]
-    window._chunks.pop(0)
-    window._heal()
-    frames_in(window, 8)
-    assert kept(window) == [b"2", b"3", b"4", b"5", b"6", b"7", b"8"]
-    assert window.cost == 8 * (1 + eventmon.DATAGRAM_COST)
-
-
-def test_one_datagram_is_repaired_even_where_there_is_no_room_for_it():
-    window = eventmon.TransmitWindow()
-    frames_in(window, 5)
-    assert window.repairs([(1, 5)], 0, 0.0) == [b"1"]
-
-
-def test_a_repair_asked_for_by_several_watchers_goes_out_once():
-    window = eventmon.TransmitWindow()
-    frames_in(window, 5)
-    assert window.repairs([(2, 3), (5, 9)], 10**6, 1.0) == [b"2", b"3", b"5"]
-    assert window.repairs([(2, 5)], 10**6, 1.001) == [b"4"]
-    assert window.repairs([(2, 2)], 10**6, 1.1) == [b"2"]
-
-
-def test_the_more_is_asked_for_the_longer_it_is_not_repaired_again():
-    window = eventmon.TransmitWindow()
-    frames_in(window, 500)
-    assert len(window.repairs([(1, 500)], 10**9, 1.0)) == 500
-    assert window.repairs([(1, 500)], 10**9, 1.02) == []
-    assert len(window.repairs([(1, 5)], 10**9, 1.02)) == 5
-
-
-def test_repairs_are_bounded_whatever_is_asked():
-    window = eventmon.TransmitWindow()
-    for _ in range(8000):
-        window.add(bytes(1000))
-    sent = sum(len(window.repairs([(1, 10**18)] * 100, 10**9, step / 1000)) for step in range(1000))
-    assert sent * 1000 <= eventmon.REPAIR_BURST + eventmon.REPAIR_RATE
-
-
-def names_behind(window, now):
-    return [name for name, watcher in window.watchers.items() if watcher in window.behind(now)]
-
-
-def test_a_sender_waits_for_a_live_watcher_without_room_that_moves_on():
-    window = eventmon.TransmitWindow()
-    room = 10 * eventmon.DATAGRAM_COST
-    frames_in(window, 5)
-    assert window.horizon == math.inf  # nobody watches
-    window.confirm(1, 5, room, 0, 0, now=0.0)
-    frames_in(window, 14)
-    assert names_behind(window, 0.1) == []
-    frames_in(window, 15)
-    assert names_behind(window, 0.1) == [1]
-    assert names_behind(window, eventmon.ALIVE) == []
-
-
-def test_a_watcher_that_stands_still_is_passed_over_until_it_moves_on():
-    window = eventmon.TransmitWindow()
-    frames_in(window, 9)
-    window.confirm(1, 5, 0, 700, 0, now=0.0)
-    window.pass_over(since=0.0, now=0.01)  # it has just moved
-    assert names_behind(window, 0.01) == [1]
-    window.confirm(1, 5, 0, 700, 0, now=0.02)
-    window.pass_over(since=0.01, now=0.02)
-    assert names_behind(window, 0.02) == []
-    assert window.horizon == math.inf
-    window.confirm(1, 5, 0, 701, 0, now=0.03)  # busy with another stream
-    assert names_behind(window, 0.03) == [1]
-    window.pass_over(since=0.04, now=0.05)
-    window.confirm(1, 6, 0, 701, 0, now=0.06)
-    assert names_behind(window, 0.06) == [1]
-
-
-def test_a_confirmation_of_what_was_not_sent_is_refused():
-    window = eventmon.TransmitWindow()
-    frames_in(window, 5)
-    assert not window.confirm(1, 6, 0, 0, 0, 0.0)
-    assert window.confirm(1, 5, 0, 0, 0, 0.0)
-    assert window.confirmed(0.0) == (1, 1)
-    assert window.confirmed(5.0) == (0, 0)
-
-
-def test_a_sender_listens_to_a_bounded_number_of_watchers():
-    window = eventmon.TransmitWindow()
-    for name in range(100):
-        assert window.confirm(name, 0, 0, 0, 0, 0.0)
-    assert len(window.watchers) == eventmon.MAX_WATCHERS
-    window.confirm(1000, 0, 0, 0, 0, 2.0)
-    assert list(window.watchers) == [1000]  # the others are gone
-
-
-def receive_window(start=1):
-    counts = dict.fromkeys(("lost", "repaired", "duplicates", "malformed", "held"), 0)
-    return eventmon.ReceiveWindow(start, 0.0, lambda: 0.5, counts), counts
-
-
-def arrive(window, *numbers, now=0.0):
-    return [item for seq in numbers for item in window.receive(seq, seq, 1, now)]
-
-
-def test_what_arrives_in_order_is_delivered_at_once():
-    window, counts = receive_window()
-    assert arrive(window, 1, 2, 3) == [1, 2, 3]
-    assert window.in_order(4, 0.0)
-    assert not window.in_order(4, 0.0)
-    assert window.due() == math.inf
-    assert set(counts.values()) == {0}
-
-
-def test_a_repair_that_lets_nothing_else_be_delivered_is_in_order():
-    window, counts = receive_window()
-    arrive(window, 5, 8)
-    assert window.missing(1.0) == [(1, 4), (6, 7)]
-    assert [window.in_order(seq, 1.0) for seq in (2, 1, 2, 3)] == [False, True, True, True]
-    assert not window.in_order(4, 1.0)  # 5 follows
-    assert arrive(window, 4) == [4, 5]
-    assert window.in_order(6, 1.0)
-    assert [(gap.first, gap.last) for gap in window.gaps] == [(7, 7)]
-    assert arrive(window, 7) == [7, 8]
-    assert counts["repaired"] == 6
-    assert not window.gaps
-
-
-def test_what_arrives_out_of_order_is_put_in_order():
-    for seed in range(200):
-        window, counts = receive_window()
-        numbers = list(range(1, 20))
-        random.Random(seed).shuffle(numbers)
-        assert arrive(window, *numbers) == list(range(1, 20)), seed
-        assert counts["lost"] == 0
-        assert not window.gaps
-
-
-def test_what_arrives_twice_is_delivered_once_and_counted():
-    window, counts = receive_window()
-    assert arrive(window, 1, 1, 3, 3, 2, 2, 3) == [1, 2, 3]
-    assert counts["duplicates"] == 4
-
-
-def test_a_gap_is_asked_for_after_a_moment_and_again():
-    window, _ = receive_window()
-    arrive(window, 1, 4, 7)
-    assert window.missing(0.0) == []
-    assert window.missing(0.004) == [(2, 3), (5, 6)]
-    assert window.missing(0.005) == []
-    arrive(window, 5, now=0.006)
-    assert window.missing(0.1) == [(2, 3), (6, 6)]
-
-
-def test_the_loss_of_the_last_is_noticed_by_a_heartbeat():
-    window, _ = receive_window()
-    arrive(window, 1)
-    window.announce(3, 1, 0.0)
-    assert window.missing(1.0) == [(2, 3)]
-
-
-def test_a_gap_is_given_up_after_a_second_and_counted():
-    window, counts = receive_window()
-    assert arrive(window, 1, 4, 6) == [1]
-    assert window.overdue(0.89) == []
-    assert window.overdue(0.91) == [4, 6]
-    assert counts["lost"] == 3
-
-
-def test_what_a_silent_sender_leaves_missing_is_given_up_after_a_second():
-    window, counts = receive_window()
-    arrive(window, *range(2, 4000, 2))
-    assert len(window.overdue(1.0)) == 1999
-    assert counts["lost"] == 1999
-
-
-def test_what_is_older_than_the_history_is_lost_at_once_but_not_to_who_came_late():
-    window, counts = receive_window()
-    assert arrive(window, 1, 8) == [1]
-    window.announce(9, 7, 0.0)
-    assert window.due() == -math.inf
-    assert window.overdue(0.0) == []
-    assert counts["lost"] == 5
-    assert arrive(window, 7) == [7, 8]
-    late, counts = receive_window()
-    assert arrive(late, 100) == []
-    late.missing(0.0)  # which looks at the gap piece by piece
-    late.announce(100, 98, 0.0)
-    assert late.overdue(0.0) == []
-    assert late.missing(1.0) == [(98, 99)]
-    assert counts["lost"] == 0
-
-
-def test_what_was_sent_after_we_came_is_lost_even_before_the_first_came():
-    window, counts = receive_window()
-    window.announce(0, 1, 0.0)
-    arrive(window, *range(2, 200))
-    window.announce(200, 50, 0.1)
-    assert window.overdue(0.1)
-    assert counts["lost"] == 1
-
-
-def test_only_what_was_gone_before_the_first_came_is_not_lost():
-    window, counts = receive_window()
-    arrive(window, 50)
-    window.announce(100, 90, 0.0)
-    assert window.overdue(0.0) == [50]
-    assert counts["lost"] == 39
-
-
-def test_a_gap_beyond_the_reach_is_given_up_after_a_second_as_well():
-    window, counts = receive_window()
-    arrive(window, 1, 20001)
-    for tenth in range(9):
-        window.missing(tenth / 10)
-        window.announce(20001, 1, tenth / 10)
-    assert window.overdue(0.95) == [20001]
-    assert counts["lost"] == 19999
-
-
-def test_a_heartbeat_hurries_what_is_asked_for_again():
-    window, _ = receive_window()
-    arrive(window, 1, 3)
-    times = [now for now in range(100) if window.missing(now / 1000)]
-    assert times[-1] - times[-2] > 1000 * eventmon.NAK_RETRY[0] * 2
-    window.announce(3, 1, 0.1)  # as a sender that closes does
-    assert window.missing(0.1 + eventmon.NAK_RETRY[0]) == [(2, 2)]
-
-
-def test_a_stream_that_sends_one_heartbeat_draws_few_naks():
-    window, _ = receive_window()
-    window.announce(100, 1, 0.0)
-    asked = [now for now in range(900) if window.missing(now / 1000)]
-    assert len(asked) <= eventmon.NAK_CREDIT + 1 / eventmon.BEAT
-
-
-def test_a_long_history_is_asked_for_piece_by_piece():
-    window, _ = receive_window()
-    window.reach = 100
-    arrive(window, 1001)
-    asked, now = [], 0.0
-    while window.gaps:
-        now += 0.01
-        for first, last in window.missing(now):
-            assert last - first < 100
-            asked += range(first, last + 1)
-            arrive(window, *range(first, last + 1), now=now)
-    assert asked == list(range(1, 1001))
-
-
-def test_a_sequence_number_far_ahead_is_believed_when_the_next_one_confirms_it():
-    window, counts = receive_window()
-    arrive(window, 1)
-    assert arrive(window, 2**62, 2, 2**61, 3) == [2, 3]
-    assert counts["malformed"] == 2
-    far = 10 + eventmon.MAX_AHEAD
-    assert arrive(window, far, far + 1) == []
-    assert window.overdue(1.0) == [far + 1]
-
-
-def test_heartbeats_alone_make_few_gaps():
-    window, _ = receive_window()
-    for lead in range(1000):
-        window.announce(lead, 1, 0.0)
-    assert len(window.gaps) <= 2  # one is cut where the reach ends
-    assert window.missing(1.0) == [(1, 16)]
-    window.announce(1000, 1, 1.0)  # what is known only now is not asked for with the rest
-    assert window.gaps[-1].last == 1000
-
-
-def test_what_is_held_back_is_bounded():
-    window, _ = receive_window()
-    for seq in range(2, 100):
-        window.receive(seq, seq, eventmon.MAX_HELD // 10, 0.0)
-    assert window.size <= eventmon.MAX_HELD
-    assert arrive(window, 1)[:3] == [1, 2, 3]
-
-
-class VirtualNetwork:
-    """Senders' and watchers' windows in virtual time, on a network that loses, repeats, delays and cuts off."""
-
-    def __init__(self, seed):
-        self.random = random.Random(seed)
-        self.now = 0.0
-        self.agenda = []
-        self.order = count()
-        self.loss = self.random.choice((0, 0, 0.05, 0.3))
-        self.repeat = self.random.choice((0, 0.1))
-        self.delay = self.random.choice((0.0001, 0.001, 0.02))
-        self.cut = self.random.choice((None, None, (0.05, 0.05 + self.random.random() * 0.3)))
-
-    def at(self, when, action, *arguments):
-        heapq.heappush(self.agenda, (when, next(self.order), action, arguments))
-
-    def carry(self, action, *arguments):
-        """Bring a datagram to `action`: perhaps not, perhaps twice, after a while."""
-        cut = self.cut and self.cut[0] <= self.now < self.cut[1]
-        for _ in range(1 + (self.random.random() < self.repeat)):
-            if not cut and self.random.random() >= self.loss:
-                self.at(self.now + self.random.random() * self.delay, action, *arguments)
-
-    def run(self, until):
-        while self.agenda and self.agenda[0][0] <= until:
-            self.now, _, action, arguments = heapq.heappop(self.agenda)
-            action(*arguments)
-
-
-class VirtualSender:
-    def __init__(self, network, total, dies):
-        self.network, self.total, self.dies, self.dead = network, total, dies, False
-        self.window = eventmon.TransmitWindow(limit=network.random.choice((100, 10**6)))
-        self.watchers = []
-        network.at(network.random.random() * 0.1, self.send)
-        network.at(0.0, self.beat)
-
-    def everyone(self, method, *arguments):
-        for watcher in self.watchers:
-            self.network.carry(getattr(watcher, method), self, *arguments)
-
-    def send(self):
-        self.window.add(b"%d" % self.window.next)
-        self.everyone("hear", self.window.next - 1)
-        if self.window.next <= self.total:
-            self.network.at(self.network.now + self.network.random.random() * 0.002, self.send)
-        elif self.dies:
-            self.dead = True
-
-    def beat(self):
-        if not self.dead:
-            self.everyone("hear_beat", self.window.next - 1, self.window.trail)
-            self.network.at(self.network.now + eventmon.BEAT, self.beat)
-
-    def asked(self, watcher, position, ranges):
-        if self.dead:
-            return
-        assert self.window.confirm(id(watcher), position, 10**6, 0, 0, self.network.now)
-        if ranges and ranges[0][0] < self.window.trail:
-            self.everyone("hear_beat", self.window.next - 1, self.window.trail)
-        for frame in self.window.repairs(ranges, 10**6, self.network.now):
-            self.everyone("hear", int(frame))
-
-
-class VirtualWatcher:
-    def __init__(self, network, joins):
-        self.network, self.joins = network, joins
-        self.windows, self.got, self.counts, self.planned = {}, {}, {}, set()
-
-    def window(self, sender):
-        if sender not in self.windows:
-            self.counts[sender] = dict.fromkeys(("lost", "repaired", "duplicates", "malformed", "held"), 0)
-            self.got[sender] = []
-            jitter = self.network.random.random
-            self.windows[sender] = eventmon.ReceiveWindow(1, self.network.now, jitter, self.counts[sender])
-        return self.windows[sender]
-
-    def hear(self, sender, seq):
-        if self.network.now >= self.joins:
-            window = self.window(sender)
-            now = self.network.now
-            self.got[sender] += [seq] if window.in_order(seq, now) else window.receive(seq, seq, 1, now)
-            self.plan(sender)
-
-    def hear_beat(self, sender, lead, trail):
-        if self.network.now >= self.joins:
-            window = self.window(sender)
-            window.announce(lead, trail, self.network.now)
-            self.network.carry(sender.asked, self, window.next - 1, [])
-            self.plan(sender)
-
-    def plan(self, sender):
-        due = self.windows[sender].due()
-        if due < math.inf and sender not in self.planned:
-            self.planned.add(sender)
-            self.network.at(max(due, self.network.now), self.look, sender)
-
-    def look(self, sender):
-        self.planned.remove(sender)
-        window = self.windows[sender]
-        self.got[sender] += window.overdue(self.network.now)
-        ranges = window.missing(self.network.now)
-        if ranges:
-            self.network.carry(sender.asked, self, window.next - 1, ranges)
-        self.plan(sender)
-
-
-def simulate(seed):
-    network = VirtualNetwork(seed)
-    senders = [VirtualSender(network, network.random.randrange(1, 60), network.random.random() < 0.2) for _ in range(2)]
-    watchers = [VirtualWatcher(network, network.random.choice((0.0, 0.0, 0.08, 0.3))) for _ in range(2)]
-    for sender in senders:
-        sender.watchers = watchers
-    network.run(until=3.5)
-    for sender in senders:
-        for watcher in watchers:
-            got = watcher.got.get(sender, [])
-            assert got == sorted(set(got)), f"seed {seed}: {got} is not in order, once each"
-            if sender not in watcher.windows:
-                assert sender.dead, f"seed {seed}: a live sender was not heard"
-                continue
-            window, lost = watcher.windows[sender], watcher.counts[sender]["lost"]
-            assert not window.gaps, f"seed {seed}: still waits for {[(gap.first, gap.last) for gap in window.gaps]}"
-            assert window.end - 1 == sender.window.next - 1 or sender.dead, f"seed {seed}: the last was not noticed"
-            missed = window.next - 1 - len(got)
-            assert lost <= missed, f"seed {seed}: {lost} lost, but only {missed} missed"
-            if sender.window.trail == 1 and not sender.dead:
-                assert (missed, lost) == (0, 0), f"seed {seed}: {missed} missed though all could be repaired"
-            elif got and got[0] == 1:
-                assert lost == missed, f"seed {seed}: {missed} missed, {lost} counted as lost"
-
-
-@pytest.mark.parametrize("thousand", range(3))
-def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(thousand):
-    for seed in range(thousand * 1000, thousand * 1000 + 1000):
-        try:
-            simulate(seed)
-        except Exception as problem:
-            raise AssertionError(f"simulate({seed}) fails") from problem
 
 
 # --- URL and sockets ---
@@ -839,6 +444,10 @@ def test_a_url_names_host_port_interface_and_ttl(text, parts):
         ("udp://:7000", "host"),
         ("udp://239.1.2:7000", "host"),
         ("udp://239.1.2.300:7000", "host"),
+        ("udp://0xEF.0xFF.77.99:7000", "host"),  # a group that leaves the machine, in another form
+        ("udp://0xEFFF4D63:7000", "host"),
+        ("udp://0357.1.2.3:7000", "host"),
+        ("udp://239.1.2.3\0:7000", "host|character"),
         ("udp://[ff02::1]:7000", "host"),
         ("udp://user:secret@239.1.2.3:7000", "user"),
         ("udp://239.1.2.3:7000/path", "path"),
@@ -860,10 +469,9 @@ def test_a_url_names_host_port_interface_and_ttl(text, parts):
 def test_a_bad_url_is_a_value_error_that_says_which_part(text, part):
     with pytest.raises(ValueError, match=part):
         eventmon.parse_url(text)
-    with pytest.raises(ValueError):
-        Dispatcher(text or "udp://")
-    with pytest.raises(ValueError):
-        Receiver(text or "udp://")
+    for user in (Dispatcher, Receiver):
+        with pytest.raises(ValueError, match="url 'udp://"):
+            user(text if str(text).startswith("udp://") else "udp://")
 
 
 def test_the_environment_overrides_the_default_url_and_an_argument_overrides_both(monkeypatch):
@@ -874,21 +482,19 @@ def test_the_environment_overrides_the_default_url_and_an_argument_overrides_bot
     assert Dispatcher().url == DEFAULT_URL
 
 
-def test_nothing_leaves_the_machine_unless_the_url_says_so(url):
-    parts = eventmon.parse_url(url)
-    link = eventmon.Link(parts)
-    try:
-        sent_from = link._connected.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)
-        assert socket.inet_ntoa(sent_from) == "127.0.0.1"
-        assert link._connected.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL) == 0
-        assert link.socket.getsockname()[0] == "127.0.0.1"
-    finally:
-        link.close()
+def test_nothing_leaves_the_machine_unless_the_url_says_so(url, sockets):
+    with Dispatcher() as dispatcher, Receiver() as receiver:
+        dispatcher.send("hello")
+        receiver.fileno()
+        for sock in sockets:
+            assert socket.inet_ntoa(sock.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)) == "127.0.0.1"
+            assert sock.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL) == 0
+            assert sock.getsockname()[0] in ("127.0.0.1", eventmon.parse_url(url).host)
+    assert len(sockets) == 3
 
 
 def test_a_receiver_hears_its_own_group_alone(url):
-    other = url.replace("239.255", "239.254")
-    with Receiver() as receiver, Dispatcher(other) as foreign, Dispatcher() as dispatcher:
+    with Receiver() as receiver, Dispatcher(url.replace("239.255", "239.254")) as foreign, Dispatcher() as dispatcher:
         receiver.fileno()
         foreign.send("foreign")
         dispatcher.send("ours")
@@ -896,8 +502,8 @@ def test_a_receiver_hears_its_own_group_alone(url):
 
 
 def test_an_interface_can_be_named(url):
-    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    where = url.replace("127.0.0.1", names[0])
+    (name,) = (name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
+    where = url.replace("127.0.0.1", name)
     with Receiver(where) as receiver, Dispatcher(where) as dispatcher:
         receiver.fileno()
         dispatcher.send("hello")
@@ -905,647 +511,14 @@ def test_an_interface_can_be_named(url):
 
 
 def test_a_host_that_is_no_group_is_reached_by_unicast():
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"udp://127.0.0.1:{free.getsockname()[1]}"
+    with Ear() as free:
+        where = free.url
     with Dispatcher(where) as dispatcher:
         dispatcher.send("before")
         with watching(url=where) as (_, events):
             dispatcher.send("after")
-            assert dispatcher.flush(20) == 1
-            wait_until(lambda: len(events) == 2)
+            wait_until(lambda: len(events) == 2 and dispatcher.flush() == 1)
     assert [event.type for event in events] == ["before", "after"]
-
-
-# --- Dispatcher ---
-
-
-def test_an_event_says_who_sent_it_and_when():
-    with Receiver() as receiver, Dispatcher(hostname="me") as dispatcher:
-        receiver.fileno()
-        sent = dispatcher.send("hello", n=1)
-        blind = dispatcher.send("hello", blind=True)
-        assert isinstance(sent, Event)
-        assert {"type": "hello", "hostname": "me", "pid": os.getpid(), "n": 1}.items() <= sent.items()
-        assert sent.keys() - {"n"} == {"type", "timestamp", "hostname", "pid", "utcoffset", "clock"}
-        assert "clock" not in blind
-        first, _second = receiver.itercapture(limit=2, timeout=20)
-    assert first.pop("local_received") >= sent["timestamp"]
-    assert first == sent
-
-
-def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
-    with Receiver() as receiver, Dispatcher() as one, Dispatcher() as two:
-        receiver.fileno()
-        assert one.send("a")["clock"] < two.send("b")["clock"] < one.send("c")["clock"]
-        receiver.handle_message(b'{"type":"far","clock":1000000}', SOURCE)
-        assert one.send("d")["clock"] > 1000000
-        receiver.handle_message(b'{"type":"bad","clock":"x"}', SOURCE)
-        receiver.handle_message(b'{"type":"mad","clock":1e300}', SOURCE)
-        assert one.send("e")["clock"] < 2000000
-
-
-def test_a_field_may_have_any_name():
-    with Dispatcher() as dispatcher:
-        assert dispatcher.send("hello", self=1, event=2, hostname="other")["hostname"] == "other"
-
-
-def test_what_send_returns_is_in_the_kernel_even_if_the_process_dies_at_once():
-    with Receiver() as receiver:
-        receiver.fileno()
-        code = "import os, eventmon; eventmon.Dispatcher().send('last-words'); os._exit(1)"
-        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=False)
-        assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["last-words"]
-
-
-def test_misuse_is_a_value_error():
-    dispatcher = Dispatcher()
-    with pytest.raises(ValueError, match="expected a non-empty str"):
-        dispatcher.send("")
-    with pytest.raises(ValueError, match=r"17,825,\d\d\d bytes .* 16,777,216"):
-        dispatcher.send("big", x="x" * (17 << 20))
-    with pytest.raises(ValueError, match="expected a non-empty str"):
-        dispatcher.publish({"type": 5})
-    dispatcher.close()
-    with pytest.raises(ValueError, match="closed"):
-        dispatcher.send("late")
-
-
-def test_a_disabled_dispatcher_sends_nothing_and_tells_when_it_changes():
-    calls = []
-    with Dispatcher(enabled=False) as dispatcher:
-        dispatcher.on_enabled.add(lambda: calls.append("on"))
-        dispatcher.on_disabled.add(lambda: calls.append("off"))
-        assert dispatcher.send("x") is None
-        dispatcher.enable()
-        dispatcher.enable()
-        assert dispatcher.send("x")
-        dispatcher.disable()
-        assert dispatcher.send("x") is None
-        assert calls == ["on", "off"]
-        assert dispatcher.stats["events"] == 1
-
-
-def test_only_the_groups_asked_for_are_sent():
-    with Dispatcher(groups={"task"}) as dispatcher:
-        assert dispatcher.send("worker-online") is None
-        assert dispatcher.publish({"type": "hello"}) is None
-        assert dispatcher.send("task-sent")
-
-
-def test_a_ready_event_is_forwarded_as_it_is():
-    ready = {"type": "task-sent", "hostname": "far@away", "clock": 5, "timestamp": 1.5, "x": None}
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        assert dispatcher.publish(ready) == ready
-        (event,) = receiver.itercapture(limit=1, timeout=20)
-    event.pop("local_received")
-    assert event == ready
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"text": 'ü "quoted" \n', "deep": {"list": [1, None, True]}, "number": 1.5},
-        {"odd": float("nan"), "object": object, "surrogate": "\ud800"},
-        {"hostname": "other", "clock": 7},
-        {"timestamp": 5},
-        {"blind": True},
-    ],
-)
-@pytest.mark.parametrize("type", ["task-progress", 'a "type" of ours: ü', "x" * 200])
-def test_what_send_returns_is_what_arrives(type, fields):
-    frames, receiver = [], Receiver()
-    dispatcher = Dispatcher()
-    dispatcher._open = lambda: SimpleNamespace(send=frames.append)
-    for _ in range(2):  # the second time the type is known
-        sent = dispatcher.send(type, **fields)
-        (event,) = receiver.handle_message(frames.pop(), SOURCE)
-        assert abs(event.pop("local_received") - time.time()) < 60
-        if "odd" not in fields:
-            assert event == sent
-        assert list(event) == list(sent)
-        assert {"type", "timestamp", "hostname", "pid", "utcoffset"} <= event.keys()
-        assert ("clock" in event) == ("blind" not in fields)
-
-
-def test_a_value_that_contains_itself_leaves_nothing_behind_in_the_encoder():
-    endless = []
-    endless.append(endless)
-    assert b"[[...]]" in eventmon.format_json({"endless": endless})
-    encode = eventmon._encode
-    assert eventmon.format_json({"fine": [[]], "large": 2**70}) == b'{"fine":[[]],"large":%d}' % 2**70
-    assert eventmon._encode is encode
-
-    class Interrupts:
-        def __repr__(self):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        eventmon.format_json([Interrupts()])
-    assert eventmon._encode is not encode
-    assert eventmon.format_json([2**70, float("nan")]) == b'[%d,"nan"]' % 2**70
-
-
-def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
-    with Receiver() as receiver, Dispatcher(buffer_group={"task"}, buffer_limit=3) as dispatcher:
-        receiver.fileno()
-        for n in range(8):
-            dispatcher.send("task-progress", n=n)
-        dispatcher.send("hello", n=8)
-        assert dispatcher.stats["events"] == 9
-        assert [event["n"] for event in receiver.itercapture(limit=9, timeout=20)] == list(range(9))
-        data = kept(dispatcher._window)
-    assert len(data) < 9
-
-
-def test_a_buffered_event_does_not_wait_for_another():
-    with Receiver() as receiver, Dispatcher(buffer_group={"task"}) as dispatcher:
-        receiver.fileno()
-        dispatcher.send("task-progress")
-        assert len(list(receiver.itercapture(limit=1, timeout=20))) == 1
-
-
-def test_flush_tells_how_many_watchers_have_everything():
-    with Dispatcher(buffer_group={"task"}) as dispatcher:
-        assert dispatcher.flush() == 0
-        with watching() as (_, one), watching() as (_, two):
-            for n in range(100):
-                dispatcher.send("task-progress", n=n)
-            assert dispatcher.flush(20) == 2
-            assert dispatcher.stats["watchers"] == 2
-            wait_until(lambda: len(one) == len(two) == 100)
-
-
-def test_an_event_of_any_size_arrives():
-    big = "x\u65e5" * (1 << 20)
-    with watching() as (receiver, events), Dispatcher() as dispatcher:
-        dispatcher.send("big", x=big)
-        dispatcher.send("small")
-        assert dispatcher.flush(20) == 1
-        wait_until(lambda: len(events) == 2)
-        assert events[0]["x"] == big
-        assert all(len(frame) <= eventmon.MAX_LOOPBACK for frame in kept(dispatcher._window))
-        assert receiver.stats["lost"] == 0
-
-
-def test_large_and_small_events_arrive_over_sockets_that_lose_a_tenth():
-    sizes = [10, 5 << 20, 10, 9 << 20, 100000, 10]  # two of them together larger than the history
-    with watching() as (receiver, events), Dispatcher() as dispatcher:
-        dispatcher.send("size", x="")
-        lose(0.1, receiver.channel, receiver._answers, dispatcher._link.socket)
-        for size in sizes:
-            dispatcher.send("size", x="x" * size)
-        assert sum(len(frame) for frame in kept(dispatcher._window)) > 14 << 20  # both, whole, to repair them
-        assert dispatcher.flush(30) == 1
-        wait_until(lambda: len(events) == 1 + len(sizes))
-        assert receiver.stats["lost"] == 0
-    assert [len(event["x"]) for event in events] == [0, *sizes]
-
-
-def test_on_a_network_a_datagram_fits_ethernet(url):
-    dispatcher = Dispatcher(url.replace("127.0.0.1", "192.0.2.1"), buffer_group={"task"})
-    dispatcher._open = lambda: None  # nothing is sent
-    dispatcher.send("hello", x="x" * 10000)
-    for _ in range(24):
-        dispatcher.send("task-progress", x="x" * 100)
-    assert len(kept(dispatcher._window)) > 12
-    assert all(len(frame) + 60 <= eventmon.MAX_DATAGRAM for frame in kept(dispatcher._window))
-
-
-def test_the_network_never_raises(monkeypatch):
-    with Dispatcher("udp://no.such.host.invalid:7000") as dispatcher:
-        dispatcher.send("hello")
-        assert dispatcher.stats["errors"] == 1
-        assert dispatcher.flush() == 0
-
-
-def refuse(number):
-    def fail(*args):
-        raise OSError(number, "refused by the test")
-
-    return fail
-
-
-def test_without_a_network_sending_goes_on_and_what_failed_is_repaired(monkeypatch):
-    with Dispatcher() as dispatcher, watching() as (_, events):
-        with monkeypatch.context() as broken:
-            broken.setattr(eventmon, "Link", refuse(errno.ENETUNREACH))
-            dispatcher.send("first")
-            assert dispatcher.stats["errors"]
-            assert dispatcher.flush() == 0
-        wait_until(lambda: time.monotonic() > dispatcher._reopens)
-        dispatcher.send("second")
-        wait_until(lambda: len(events) == 2)
-    assert [event.type for event in events] == ["first", "second"]
-
-
-def test_a_watcher_beyond_those_listened_to_is_helped_as_well():
-    dispatcher = Dispatcher()
-    dispatcher._open = lambda: None
-    dispatcher.send("x")
-    for name in range(eventmon.MAX_WATCHERS + 1):
-        nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, name, 4096, 0), b"1")
-        assert len(dispatcher._heed(nak, SOURCE, name * 0.005)) == 1
-
-
-@pytest.mark.parametrize("name", ["ENOBUFS", "EPERM", "ENETUNREACH", "EHOSTUNREACH", "EMSGSIZE", "ECONNREFUSED"])
-def test_what_the_network_refuses_is_counted_and_repaired(name):
-    with Dispatcher() as dispatcher, watching() as (receiver, events):
-        dispatcher.send("step", n=0)
-        works, dispatcher._link.send = dispatcher._link.send, refuse(getattr(errno, name))
-        for n in range(1, 20):
-            dispatcher.send("step", n=n)
-        assert dispatcher.stats["errors"] >= 19
-        dispatcher._link.send = works
-        dispatcher.send("step", n=20)
-        wait_until(lambda: len(events) == 21)
-        assert receiver.stats["lost"] == 0
-    assert [event["n"] for event in events] == list(range(21))
-
-
-def test_threads_share_a_dispatcher():
-    with watching() as (_receiver, events), Dispatcher() as dispatcher:
-
-        def work(name):
-            for n in range(200):
-                dispatcher.send("step", name=name, n=n)
-
-        in_threads(work, range(20))
-        assert dispatcher.flush(20) == 1
-        wait_until(lambda: len(events) == 4000)
-    for name in range(20):
-        assert [event["n"] for event in events if event["name"] == name] == list(range(200))
-
-
-def test_a_send_that_interrupts_another_in_the_same_thread_comes_after_it():
-    with watching() as (receiver, events), Dispatcher() as dispatcher:
-        dispatcher.send("first")
-        works, nested, me = dispatcher._link.send, [], threading.get_ident()
-
-        def interrupted(data):
-            if not nested and threading.get_ident() == me:
-                nested.append(dispatcher.send("nested", x="x" * 100000))  # as a signal handler may, anywhere
-                assert dispatcher.stats["events"] == 2
-            return works(data)
-
-        dispatcher._link.send = interrupted
-        dispatcher.send("outer")
-        assert dispatcher.flush(20) == 1
-        wait_until(lambda: len(events) == 3)
-        assert receiver.stats["lost"] == 0
-    assert [event.type for event in events] == ["first", "outer", "nested"]
-
-
-def test_a_turn_ends_even_if_what_interrupted_it_raises():
-    with watching() as (_, events), Dispatcher() as dispatcher:
-        dispatcher.send("first")
-
-        def interrupted():
-            dispatcher._in_turn(lambda: 1 / 0)
-            dispatcher.send("nested")
-
-        with pytest.raises(ZeroDivisionError):
-            dispatcher._in_turn(interrupted)
-        dispatcher.send("last")
-        assert dispatcher.flush(20) == 1
-        wait_until(lambda: len(events) == 3)
-    assert sorted(event.type for event in events) == ["first", "last", "nested"]
-
-
-def test_a_flush_that_interrupts_a_send_confirms_nothing():
-    with watching(), Dispatcher() as dispatcher:
-        dispatcher.send("first")
-        assert dispatcher.flush(20) == 1
-        assert dispatcher._in_turn(dispatcher.flush) == 0
-        assert not dispatcher._later
-
-
-def test_a_batch_that_an_exception_interrupts_is_sent_with_the_next(monkeypatch):
-    dispatcher = Dispatcher(buffer_group={"task"})
-    dispatcher._open = lambda: None
-    dispatcher.send("task-progress", n=0)
-    with monkeypatch.context() as broken:
-        broken.setattr(dispatcher._window, "add", lambda frame: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            dispatcher.flush()
-    dispatcher.send("task-progress", n=1)
-    dispatcher.flush()
-    (frame,) = kept(dispatcher._window)
-    assert [event["n"] for event in eventmon.parse_events(eventmon.parse_frame(frame).body)] == [0, 1]
-
-
-def test_a_close_that_interrupts_a_send_comes_after_it():
-    with watching() as (_, events):
-        dispatcher = Dispatcher()
-        dispatcher.send("first")
-        works, me = dispatcher._link.send, threading.get_ident()
-
-        def interrupted(data):
-            if threading.get_ident() == me:
-                dispatcher.close()
-            return works(data)
-
-        dispatcher._link.send = interrupted
-        dispatcher.send("last")
-        with pytest.raises(ValueError, match="closed"):
-            dispatcher.send("late")
-        wait_until(lambda: len(events) == 2)
-
-
-def test_a_thread_that_outlives_the_program_is_not_told_that_a_dispatcher_is_closed():
-    code = (
-        "import eventmon, threading, time\nd = eventmon.Dispatcher()\n"
-        "def work():\n    while True: d.send('x'); time.sleep(0.001)\n"
-        "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.01)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, capture_output=True, check=True)
-    assert done.stderr == b""
-
-
-def test_while_one_thread_waits_for_a_watcher_others_go_on():
-    with Dispatcher(max_wait=60) as dispatcher:
-        dispatcher.send("step")
-        dispatcher._heed(eventmon.format_frame(b"ack", dispatcher._stream, (1, 7, 0, 0)), SOURCE, time.monotonic())
-        dispatcher.send("step")  # the watcher has no room for another
-        waiting, go_on, wait, went_on = threading.Event(), threading.Event(), dispatcher._link.wait, []
-        thread = threading.Thread(target=dispatcher.send, args=("step",))
-
-        def stand_still(seconds):
-            if threading.current_thread() is thread:
-                waiting.set()
-                went_on.append(go_on.wait(10))
-            wait(seconds)
-
-        dispatcher._link.wait = stand_still
-        thread.start()
-        assert waiting.wait(20)
-        assert dispatcher.stats["events"] == 2  # the lock is free
-        go_on.set()
-        thread.join()
-        assert all(went_on)
-        assert dispatcher.stats["events"] == 3
-
-
-def test_a_send_imports_nothing_so_that_a_fork_beside_it_finds_no_import_under_way():
-    code = (
-        "import eventmon, sys\nd = eventmon.Dispatcher(key='secret')\nbefore = set(sys.modules)\n"
-        "d.send('hello', x={1}, y='x' * 100000)\nd.flush()\nprint(sorted(set(sys.modules) - before))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, capture_output=True, check=True)
-    assert done.stdout.strip() == b"[]"
-
-
-def test_threads_do_not_tear_each_others_large_events():
-    with watching() as (_, events), Dispatcher(max_wait=0.2) as dispatcher:
-
-        def work(name):
-            for _ in range(5):
-                dispatcher.send("big", text=name * 300000)
-
-        in_threads(work, "abcd")
-        assert dispatcher.flush(20) == 1
-        wait_until(lambda: len(events) == 20)
-    assert sorted(event["text"] for event in events) == sorted(name * 300000 for name in "abcd" for _ in range(5))
-
-
-def test_an_event_that_is_buffered_while_another_thread_closes_is_sent_or_refused():
-    dispatcher = Dispatcher(buffer_group={"task"})
-    dispatcher.send("task-a")
-    send_buffer, late = dispatcher._send_buffer, []
-
-    def meanwhile():
-        send_buffer()
-        thread = threading.Thread(target=lambda: late.append(pytest.raises(ValueError, dispatcher.send, "task-b")))
-        thread.start()
-        wait_until(lambda: dispatcher._buffer)
-
-    dispatcher._send_buffer = meanwhile
-    assert dispatcher._in_turn(dispatcher._end)
-    wait_until(lambda: late)
-    assert not dispatcher._buffer
-    assert dispatcher._held(b"what _end() has sent")
-    send_buffer()  # of the thread, which has not heard of it yet
-    dispatcher._say_goodbye()
-
-
-def test_an_event_that_is_buffered_after_a_pause_is_sent_in_time():
-    with watching() as (_, events), Dispatcher(buffer_group={"task"}) as dispatcher:
-        for n in range(5):
-            dispatcher.send("task-progress", n=n)
-            wait_until(lambda n=n: len(events) == n + 1)
-            wait_until(lambda: not dispatcher._awake)  # the thread waits for another
-
-
-def test_no_other_thread_takes_what_wakes_the_one_that_sends_the_buffer():
-    with Dispatcher() as dispatcher:
-        dispatcher.send("hello")
-        dispatcher._link.wake()
-        assert dispatcher._link.receive() is None
-
-
-def test_events_of_a_signal_handler_keep_their_order_also_where_some_are_buffered():
-    with watching() as (_, events), Dispatcher(buffer_group={"task"}) as dispatcher:
-        dispatcher._in_turn(lambda: [dispatcher.send(type) for type in ("task-1", "hello-2", "task-3", "hello-4")])
-        wait_until(lambda: len(events) == 4)
-    assert [event.subject for event in events] == ["1", "2", "3", "4"]
-
-
-def test_a_fork_in_the_middle_of_sending_the_buffer_leaves_the_child_nothing_to_send():
-    with Dispatcher(buffer_group={"task"}, buffer_limit=100) as dispatcher:
-        for _ in range(3):
-            dispatcher.send("task-progress", text="x" * 40000)
-        dispatcher._put_data, calls = lambda *args: calls.append(args) or dispatcher._buffer.clear(), []
-        dispatcher._send_buffer()
-        assert len(calls) == 1
-        del dispatcher._put_data
-
-
-def test_a_close_in_a_signal_handler_is_done_also_if_the_handler_raises():
-    dispatcher = Dispatcher()
-    dispatcher.send("hello")
-    works, me = dispatcher._link.send, threading.get_ident()
-
-    def interrupted(frame):
-        if threading.get_ident() != me:
-            return works(frame)
-        dispatcher._link.send = works
-        dispatcher.close()
-        raise SystemExit
-
-    dispatcher._link.send = interrupted
-    with pytest.raises(SystemExit):
-        dispatcher.send("hello")
-    assert dispatcher._closed
-
-
-def test_a_fork_in_the_middle_of_a_send_sends_it_in_the_stream_of_the_child(monkeypatch):
-    with Dispatcher() as dispatcher:
-        dispatcher.send("hello")
-        stream, works = dispatcher._stream, eventmon.format_json
-
-        def forked(value):
-            monkeypatch.setattr(eventmon, "format_json", works)
-            dispatcher.pid = 0  # as the child finds it
-            dispatcher.on_after_fork()
-            dispatcher.send("of-the-signal-handler")
-            return works(value)
-
-        monkeypatch.setattr(eventmon, "format_json", forked)
-        dispatcher.send("hello")
-        streams = [eventmon.parse_frame(data).stream for data in kept(dispatcher._window)]
-        assert streams == [dispatcher._stream] * 2 != [stream] * 2
-
-
-def test_another_hostname_names_the_sender_from_then_on():
-    with Dispatcher(hostname="one") as dispatcher:
-        dispatcher.send("hello")
-        dispatcher.hostname = "two"
-        assert dispatcher.send("hello")["hostname"] == "two"
-        assert b'"hostname":"two"' in kept(dispatcher._window)[-1]
-
-
-def test_a_timeout_of_a_signal_handler_goes_up_and_is_no_error_of_the_network():
-    with watching() as (_, events), Dispatcher() as dispatcher:
-        dispatcher.send("step", n=0)
-        works, me = dispatcher._link.send, threading.get_ident()
-
-        def interrupted(frame):
-            if threading.get_ident() == me:
-                raise TimeoutError("of an alarm")
-            works(frame)
-
-        dispatcher._link.send = interrupted
-        with pytest.raises(TimeoutError):
-            dispatcher.send("step", n=1)
-        with pytest.raises(TimeoutError):
-            dispatcher.flush()
-        dispatcher._link.send = works
-        dispatcher.send("step", n=2)
-        wait_until(lambda: len(events) == 3)
-        assert dispatcher.stats["errors"] == 0
-        assert dispatcher.stats["events"] == 3
-
-
-def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
-    code = (
-        "import eventmon, multiprocessing.util\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
-        "if __name__ == '__main__':\n    p = multiprocessing.get_context('fork').Process(target=d.send, args=('task-x',))\n"
-        "    p.start()\n    p.join()\n"
-    )
-    with watching() as (_, events):
-        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
-        wait_until(lambda: events)
-
-
-def test_a_closed_dispatcher_is_not_kept_for_the_exit():
-    import gc
-    import multiprocessing.util
-    import weakref
-
-    dispatcher = Dispatcher()
-    dispatcher.send("x")
-    assert multiprocessing.util.__name__ in sys.modules
-    kept = weakref.ref(dispatcher)
-    dispatcher.close()
-    thread = dispatcher._thread
-    del dispatcher
-    thread.join()
-    gc.collect()
-    assert kept() is None
-
-
-def test_children_of_a_fork_go_on_sending():
-    with watching() as (receiver, events), Dispatcher() as dispatcher:
-        dispatcher.send("step", who="parent", n=0)
-        busy = threading.Thread(target=lambda: [dispatcher.send("step", who="thread", n=n) for n in range(2000)])
-        busy.start()
-        children = []
-        for who in range(3):
-            child = os.fork()
-            if child == 0:
-                for n in range(50):
-                    dispatcher.send("step", who=who, n=n)
-                if os.fork() == 0:
-                    dispatcher.send("step", who=f"{who}'s child", n=0)
-                    os._exit(0)
-                os.wait()
-                os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
-        busy.join()
-        dispatcher.send("step", who="parent", n=1)
-        wait_until(lambda: len(events) == 2 + 2000 + 3 * 51)
-        assert receiver.stats["lost"] == 0
-    for who in {event["who"] for event in events}:
-        mine = [event for event in events if event["who"] == who]
-        assert [event["n"] for event in mine] == list(range(len(mine)))
-        assert len({event["pid"] for event in mine}) == 1
-    assert len({event["pid"] for event in events}) == 7
-
-
-def test_a_watcher_that_stands_still_is_waited_for_once():
-    with running("watch", "--json", stdout=subprocess.PIPE) as watch, Dispatcher(max_wait=0.2) as dispatcher:
-        dispatcher.send("hello")
-        wait_until(lambda: dispatcher.flush(0.1) == 1)
-        waits = []
-        pass_over = dispatcher._window.pass_over
-        dispatcher._window.pass_over = lambda since, now: (waits.append(1), pass_over(since, now))
-        threading.Thread(target=watch.stdout.read, daemon=True).start()
-        for _ in range(300):  # the watcher moves on
-            dispatcher.send("step", x="x" * 5000)
-        dispatcher.flush(5)
-        watch.send_signal(signal.SIGSTOP)
-        waits.clear()
-        for _ in range(3000):
-            dispatcher.send("step", x="x" * 5000)
-        assert len(waits) <= 1
-        watch.send_signal(signal.SIGCONT)
-
-
-def test_a_callback_that_raises_does_not_keep_a_dispatcher_open():
-    dispatcher = Dispatcher()
-    dispatcher.on_disabled.add(lambda: 1 / 0)
-    dispatcher.send("x")
-    with pytest.raises(ZeroDivisionError):
-        dispatcher.close()
-    with pytest.raises(ValueError, match="closed"):
-        dispatcher.send("x")
-
-
-def test_close_sends_what_is_buffered_and_is_done_once():
-    with watching() as (_, events):
-        dispatcher = Dispatcher(buffer_group={"task"})
-        dispatcher.send("task-progress")
-        dispatcher.close()
-        dispatcher.close()
-        wait_until(lambda: len(events) == 1)
-        thread = dispatcher._thread
-        wait_until(lambda: not thread.is_alive())
-
-
-def test_a_program_that_just_ends_has_sent_everything():
-    code = (
-        "import eventmon\nd = eventmon.Dispatcher(buffer_group={'task'}, freq=60)\n"
-        "for n in range(30): d.send('task-progress', n=n)"
-    )
-    with watching() as (_, events):
-        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
-        wait_until(lambda: len(events) == 32)
-    assert [event["n"] for event in events[1:-1]] == list(range(30))
-    assert (events[0].type, events[-1].type) == ("worker-online", "worker-offline")
-
-
-def test_a_worker_has_a_heartbeat():
-    with watching() as (_, events):
-        with Dispatcher(hostname="w1", freq=0.02):
-            wait_until(lambda: [event for event in events if event.type == "worker-heartbeat"])
-        wait_until(lambda: events[-1].type == "worker-offline")
-    assert events[0].type == "worker-online"
-    expected = {"hostname", "freq", "active", "processed", "loadavg", "sw_ident", "sw_ver", "sw_sys"}
-    assert expected <= events[1].keys()
 
 
 def test_a_task_tells_how_it_went():
@@ -2019,519 +992,6 @@ logging.error("hello")
     with watching() as (_, events):
         subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
         wait_until(lambda: [event for event in events if event.get("message") == "hello"])
-
-
-# --- Receiver ---
-
-
-def captured(*types, **options):
-    """The datagrams that a Dispatcher sends for events of these types, without a network."""
-    frames = []
-    dispatcher = Dispatcher(**options)
-    dispatcher._open = lambda: SimpleNamespace(send=frames.append)
-    for type in types:
-        dispatcher.send(type)
-    return frames
-
-
-def test_handlers_get_their_types_and_the_star_gets_the_rest():
-    got = []
-    handlers = {"a": lambda event: got.append("a"), "*": lambda event: got.append(event.type.upper())}
-    with Receiver(handlers=handlers) as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        for type in "abc":
-            dispatcher.send(type)
-        receiver.capture(limit=3, timeout=20)
-    assert got == ["a", "B", "C"]
-
-
-def test_an_exception_of_a_handler_goes_up_and_loses_nothing_else():
-    def fail(event):
-        raise KeyError(event.type)
-
-    with Receiver(handlers={"a": fail}) as receiver:
-        receiver.fileno()
-        with Dispatcher() as dispatcher:
-            dispatcher.publish({"type": "a"})
-            dispatcher.publish({"type": "b"})
-            with pytest.raises(KeyError):
-                receiver.capture(limit=2, timeout=20)
-            assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["b"]
-
-
-def test_a_capture_ends_after_its_limit_or_timeout_or_when_told():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        for n in range(5):
-            dispatcher.send("step", n=n)
-        assert [event["n"] for event in receiver.itercapture(limit=2, timeout=20)] == [0, 1]
-        assert list(receiver.itercapture(limit=0)) == []
-        assert [event["n"] for event in receiver.itercapture(timeout=0.1)] == [2, 3, 4]
-        assert list(receiver.itercapture(timeout=0)) == []
-        threading.Timer(0.05, lambda: setattr(receiver, "should_stop", True)).start()
-        receiver.capture()
-
-
-def test_who_does_not_want_to_wait_does_not_read_junk_for_ever():
-    receiver = Receiver()
-    receiver._read = lambda patience, most: True  # always something, and never an event
-    assert list(receiver.itercapture(timeout=0)) == []
-
-
-def test_bare_json_is_delivered_as_it_comes():
-    receiver = Receiver()
-    assert receiver.handle_message(b'{"type":"hi","timestamp":5}', SOURCE)[0].pop("local_received") <= time.time()
-    assert [event.type for event in receiver.handle_message(b'[{"type":"a"},{"type":"b"}]', SOURCE)] == ["a", "b"]
-    assert receiver.stats["events"] == 3
-    assert receiver._channel is None
-
-
-def test_datagrams_in_any_order_and_number_are_delivered_once_in_order():
-    frames = captured(*[f"step-{n}" for n in range(30)])
-    for seed in range(20):
-        receiver, chance = Receiver(), random.Random(seed)
-        datagrams = frames * 2
-        chance.shuffle(datagrams)
-        got = [event.subject for data in datagrams for event in receiver.handle_message(data, SOURCE)]
-        assert got == [str(n) for n in range(30)]
-        assert receiver.stats["duplicates"] == 30
-
-
-def test_without_a_channel_a_gap_is_given_up_at_a_call_a_second_later(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(eventmon.time, "monotonic", lambda: now[0])
-    frames = captured("a", "b", "c", "d")
-    receiver = Receiver()
-    assert [event.type for event in receiver.handle_message(frames[0], SOURCE)] == ["a"]
-    assert receiver.handle_message(frames[2], SOURCE) == []
-    now[0] += 1
-    assert [event.type for event in receiver.handle_message(frames[3], SOURCE)] == ["c", "d"]
-    assert receiver.stats["lost"] == 1
-
-
-def test_parts_of_two_events_are_never_joined(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(eventmon.time, "monotonic", lambda: now[0])
-    receiver = Receiver()
-
-    def part(seq, event, index, body):
-        return eventmon.format_frame(b"part", STREAM, (seq, event, index, 3), body.ljust(eventmon.MIN_PART))
-
-    for data in (
-        part(1, 1, 0, b'{"type":'),
-        part(2, 1, 1, b'"a","x":"'),
-        part(6, 2, 2, b'b"}'),
-        part(7, 3, 0, b'{"type"'),
-    ):
-        assert receiver.handle_message(data, SOURCE) == []
-    now[0] += 1
-    assert receiver.handle_message(part(8, 3, 1, b':"whole"'), SOURCE) == []
-    assert [event.type for event in receiver.handle_message(part(9, 3, 2, b"}"), SOURCE)] == ["whole"]
-    assert receiver.stats["lost"] == 3  # what never came, of which the rest is of no use
-    receiver.handle_message(part(10, 1, 1, b'"}'), SOURCE)
-    assert receiver.stats["lost"] == 3 + 2
-    assert (receiver._counts["held"], receiver._joined, receiver._joining) == (0, 0, {})
-
-
-def test_events_of_several_threads_in_parts_may_interleave():
-    receiver = Receiver()
-    halves = [b'{"type":'.ljust(eventmon.MIN_PART), b'"%d"}']
-    frames = [
-        eventmon.format_frame(
-            b"part", STREAM, (1 + event + 3 * half, event, half, 2), halves[half].replace(b"%d", b"%d" % event)
-        )
-        for half in (0, 1)
-        for event in range(3)
-    ]
-    assert [event.type for data in frames for event in receiver.handle_message(data, SOURCE)] == ["0", "1", "2"]
-
-
-def test_what_all_streams_hold_back_together_is_bounded():
-    receiver, body = Receiver(), b"x" * 60000
-    for n in range(3000):
-        stream = b"%016x" % (n % 40)
-        receiver.handle_message(eventmon.format_frame(b"data", stream, (2 + n // 40,), body), SOURCE)
-        receiver.handle_message(eventmon.format_frame(b"part", b"%016x" % (100 + n), (1, 1, 0, 300), body), SOURCE)
-    assert receiver._counts["held"] <= eventmon.MAX_HELD
-    assert receiver._joined <= eventmon.MAX_JOINED
-    healthy = [eventmon.format_frame(b"part", STREAM, (1, 1, 0, 2), b'{"type":'.ljust(eventmon.MIN_PART)), b""]
-    healthy[1] = eventmon.format_frame(b"part", STREAM, (2, 1, 1, 2), b'"big"}')
-    assert [event.type for data in healthy for event in receiver.handle_message(data, SOURCE)] == ["big"]
-
-
-def test_any_bytes_are_counted_and_never_raise():
-    receiver, chance = Receiver(), random.Random(1)
-    frames = captured("a", "b", "c") + [data for _, data in FRAMES] + [b'{"type":"x","a":[1,2]}']
-    for _ in range(20000):
-        data = bytearray(chance.choice(frames))
-        for _ in range(chance.randrange(1, 4)):
-            data[chance.randrange(len(data)) :][:1] = bytes([chance.randrange(256)])
-            where = chance.randrange(len(data))
-            data[where : where + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
-            data = data or bytearray(b"x")
-        receiver.handle_message(bytes(data), ("127.0.0.1", chance.randrange(5)))
-    assert receiver.stats["malformed"] > 1000
-    assert receiver.stats["streams"] <= eventmon.MAX_STREAMS
-    fresh = captured("still", "here")
-    assert [event.type for data in fresh for event in receiver.handle_message(data, SOURCE)] == ["still", "here"]
-
-
-@pytest.mark.parametrize("index, total, size", [(0, 10**9, 2000), (0, 0, 2000), (3, 3, 2000), (0, 3, 10)])
-def test_parts_that_cannot_be_of_an_event_are_malformed(index, total, size):
-    receiver = Receiver()
-    receiver.handle_message(eventmon.format_frame(b"part", STREAM, (1, 1, index, total), bytes(size)), SOURCE)
-    assert receiver.stats["malformed"] == 1
-    assert not receiver._joining
-
-
-def test_the_number_of_streams_is_bounded():
-    receiver = Receiver()
-    for n in range(eventmon.MAX_STREAMS + 100):
-        receiver.handle_message(b'EM1 data %016x 2\n{"type":"x"}' % n, SOURCE)
-    assert receiver.stats["streams"] == eventmon.MAX_STREAMS
-
-
-def test_forged_streams_displace_no_stream_of_which_something_came(monkeypatch):
-    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
-    receiver, frames = Receiver(), captured("a", "b", "c")
-    got = [event.type for data in frames[:2] for event in receiver.handle_message(data, SOURCE)]
-    for n in range(500):
-        receiver.handle_message(b"EM1 beat %016x 9 1\n" % n, SOURCE)
-        receiver.handle_message(b"EM1 data %016x 7\n" % n, SOURCE)
-    got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
-    assert got == ["a", "b", "c"]
-    assert receiver.stats["streams"] <= 50
-    assert 400 < receiver.stats["lost"] <= 9 * 500  # what was held back of the forged streams, and before it
-
-
-def test_a_stream_that_was_displaced_goes_on_where_it_was(monkeypatch):
-    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
-    receiver, frames = Receiver(), captured("a", "b", "c")
-    got = [event.type for data in frames[:2] for event in receiver.handle_message(data, SOURCE)]
-    for n in range(80):
-        for seq in (1, 2):
-            receiver.handle_message(b'EM1 data %016x %d\n{"type":"forged"}' % (n, seq), SOURCE)
-    got += [event.type for data in frames for event in receiver.handle_message(data, SOURCE)]
-    assert got == ["a", "b", "c"]
-    assert len(receiver._evicted) <= 50
-
-
-def test_the_clock_goes_past_the_highest_of_all_that_was_read_together():
-    with Receiver() as receiver, eventmon.udp_socket(receiver._url) as sender, Dispatcher() as dispatcher:
-        highest = dispatcher.send("x")["clock"] + 10**6
-        for clock in (1, highest, 2.5, None, True, 3):
-            sender.sendto(eventmon.format_json({"type": "step", "clock": clock}), receiver.channel.getsockname())
-        receiver._batch, receiver._read_at = 16, math.inf
-        assert next(receiver.itercapture(timeout=20)).type == "step"
-        assert dispatcher.send("x")["clock"] > highest
-
-
-def test_a_forger_of_a_name_takes_nothing_from_the_stream_that_has_it():
-    receiver, frames = Receiver(), captured(*"abcd")
-    got = [event.type for data in frames[:3] for event in receiver.handle_message(data, SOURCE)]
-    assert receiver.handle_message(frames[3].replace(b'"d"', b'"forged"'), ("127.0.0.1", 666)) == []
-    got += [event.type for event in receiver.handle_message(frames[3], SOURCE)]
-    assert got == ["a", "b", "c", "d"]
-
-
-def gathered(receiver, monkeypatch, *seconds):
-    """Send a receiver 100 events, of which each takes it so long, and one when it has them.
-
-    Return how many were read ahead at each, and the naps meanwhile.
-    """
-    clock, naps, ahead = [0.0], [], []
-    fake = SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=naps.append)
-    monkeypatch.setattr(eventmon, "time", fake)
-    with eventmon.udp_socket(receiver._url) as sender:
-        send = partial(sender.sendto, b'{"type":"step","timestamp":1}', receiver.channel.getsockname())
-        for _ in range(100):
-            send()
-        for _ in receiver.itercapture(101):
-            ahead.append(len(receiver._ready))
-            clock[0] += seconds[len(ahead) * len(seconds) // 102]
-            if len(ahead) == 100:
-                send()
-    return ahead, naps
-
-
-def test_who_is_quick_reads_ahead_and_lets_datagrams_gather(monkeypatch):
-    with Receiver() as receiver:
-        ahead, naps = gathered(receiver, monkeypatch, 1e-6)
-        assert max(ahead) == eventmon.MAX_READ - 1
-        assert naps == [eventmon.COALESCE]
-
-
-def test_who_is_slow_confirms_only_what_it_can_deal_with_soon(monkeypatch):
-    with Receiver() as receiver:
-        ahead, _ = gathered(receiver, monkeypatch, 0.003)
-        assert max(ahead) == 0
-
-
-def test_who_is_suddenly_slow_goes_on_reading_and_answering(monkeypatch):
-    with Receiver() as receiver:
-        ahead, _ = gathered(receiver, monkeypatch, 1e-6, 0.003)
-        assert len(set(ahead[51:69])) == 1  # for each that it is done with, another one
-
-
-def test_no_more_is_read_than_is_asked_for():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        for n in range(100):
-            dispatcher.send("step", n=n)
-        for n in range(0, 100, 5):
-            assert [event["n"] for event in receiver.itercapture(5, 20)] == list(range(n, n + 5))
-            assert not receiver._ready
-
-
-def test_forged_streams_of_parts_are_not_remembered_beyond_their_number(monkeypatch):
-    monkeypatch.setattr(eventmon, "MAX_STREAMS", 50)
-    receiver = Receiver()
-    for n in range(500):
-        for kind in (b"data %016x 1", b"data %016x 2", b"data %016x 3", b"part %016x 4 1 0 2", b"part %016x 5 1 1 2"):
-            receiver.handle_message(b"EM1 " + kind % n + b'\n{"type":"x"}', SOURCE)
-    assert len(receiver._usual) <= 50
-
-
-def test_what_was_read_before_an_exception_of_a_signal_handler_is_delivered_by_the_next_capture(monkeypatch):
-    monkeypatch.setattr(eventmon, "BUSY", math.inf)
-    with Receiver() as receiver, eventmon.udp_socket(receiver._url) as sender:
-        target, accept, calls = receiver.channel.getsockname(), receiver._accept, []
-        for n in range(20):
-            sender.sendto(b'{"type":"step","timestamp":1,"n":%d}' % n, target)
-
-        def interrupted(*args):
-            calls.append(args)
-            if len(calls) == 13:
-                raise KeyboardInterrupt
-            return accept(*args)
-
-        receiver._accept, receiver._batch, receiver._read_at = interrupted, 16, math.inf
-        with pytest.raises(KeyboardInterrupt):
-            list(receiver.itercapture())
-        assert len(receiver._ready) == 12
-        assert receiver._pause(1.0) == 0.0  # a select() would wait for nothing
-        assert [event["n"] for event in receiver.itercapture(timeout=0)] == [n for n in range(20) if n != 12]
-
-
-def test_a_late_watcher_gets_the_history_in_order_and_then_what_is_new():
-    with Dispatcher() as dispatcher:
-        for n in range(3000):
-            dispatcher.send("step", n=n)
-        with watching() as (receiver, events):
-            wait_until(lambda: events)
-            for n in range(3000, 3100):
-                dispatcher.send("step", n=n)
-            wait_until(lambda: len(events) >= 3100)
-            assert dispatcher.flush(20) == 1
-        assert [event["n"] for event in events] == list(range(3100))
-        assert receiver.stats["lost"] == 0
-
-
-def test_a_watcher_that_wants_no_history_starts_at_now():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        for n in range(10):
-            dispatcher.send("step", n=n)
-        receiver.fileno()
-        dispatcher.send("step", n=10)
-        assert [event["n"] for event in receiver.itercapture(limit=1, timeout=20, wakeup=False)] == [10]
-        assert list(receiver.itercapture(timeout=0.3, wakeup=False)) == []
-
-
-def test_on_sockets_that_lose_a_third_of_everything_nothing_is_lost_up_to_the_goodbye():
-    with watching() as (one, to_one), watching() as (two, to_two):
-        with Dispatcher(hostname="a") as a, Dispatcher(hostname="b") as b:
-            for dispatcher in (a, b):
-                dispatcher.send("step", n=0)
-                lose(0.3, dispatcher._link.socket)
-            for receiver in (one, two):
-                lose(0.3, receiver.channel, receiver._answers)
-            for n in range(1, 500):
-                a.send("step", n=n)
-                b.send("step", n=n)
-        wait_until(lambda: len(to_one) == len(to_two) == 1000)
-    for receiver, events in ((one, to_one), (two, to_two)):
-        for name in "ab":
-            assert [event["n"] for event in events if event["hostname"] == name] == list(range(500))
-        assert receiver.stats["lost"] == 0
-        assert receiver.stats["repaired"] > 50 or sys.platform != "linux"
-
-
-def test_senders_that_overrun_a_watcher_together_lose_nothing():
-    with watching() as (receiver, events):
-        children = []
-        for who in range(3):
-            child = os.fork()
-            if child == 0:
-                with Dispatcher() as dispatcher:
-                    for n in range(4000):
-                        dispatcher.send("step", who=who, n=n)
-                os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
-        wait_until(lambda: len(events) == 12000)
-        assert receiver.stats["lost"] == 0
-    for who in range(3):
-        assert [event["n"] for event in events if event["who"] == who] == list(range(4000))
-
-
-class Answers:
-    """A socket that keeps what is sent."""
-
-    def __init__(self):
-        self.sent = []
-
-    def sendto(self, data, source):
-        self.sent.append(eventmon.parse_frame(data))
-
-    def close(self):
-        pass
-
-
-def test_streams_that_send_at_the_same_time_share_the_room():
-    receiver = Receiver()
-    receiver._answers = answers = Answers()
-
-    def confirmed(streams, seq):
-        for stream in streams:
-            receiver.handle_message(eventmon.format_frame(b"data", b"%016x" % stream, (seq,), b'{"type":"x"}'), SOURCE)
-        receiver._confirm(math.inf)
-        rooms = {int(frame.stream, 16): frame.numbers[2] for frame in answers.sent}
-        answers.sent.clear()
-        return rooms
-
-    assert confirmed([0], 1)[0] <= eventmon.ROOM
-    confirmed(range(1, 5), 1)  # now they are known to send together
-    assert sum(confirmed(range(1, 5), 2).values()) <= eventmon.ROOM
-    assert confirmed([1], 3)[1] <= eventmon.ROOM // 4
-
-
-def test_what_is_held_back_behind_a_gap_has_made_room():
-    receiver = Receiver()
-    receiver._answers = answers = Answers()
-    for seq in (1, 3):
-        receiver.handle_message(eventmon.format_frame(b"data", STREAM, (seq,), b'{"type":"x"}'), SOURCE)
-        receiver._confirm(math.inf)
-    before, behind_gap = (frame.numbers[2] for frame in answers.sent)
-    assert behind_gap > before + eventmon.DATAGRAM_COST
-
-
-def test_a_poll_asks_for_a_confirmation_and_tells_nothing():
-    receiver = Receiver()
-    receiver._answers = answers = Answers()
-    receiver.handle_message(eventmon.format_frame(b"poll", STREAM, (9, 9)), SOURCE)
-    receiver._confirm(math.inf)
-    assert [(frame.kind, frame.numbers[0]) for frame in answers.sent] == [(b"ack", 0)]
-    assert not receiver._broken  # what is on its way is not missing
-
-
-def test_a_watcher_with_much_to_read_answers_what_is_asked_aside(monkeypatch):
-    monkeypatch.setattr(eventmon, "ACK_DELAY", 0.0)
-    monkeypatch.setattr(eventmon, "ACK_PAUSE", 0.0)
-    with Receiver() as receiver, Dispatcher() as busy, Dispatcher() as asking:
-        receiver.fileno()
-        asking.send("first")
-        assert len(list(receiver.itercapture(limit=1, timeout=20))) == 1
-        wait_until(lambda: asking.stats["watchers"])
-        (watcher,) = asking._window.watchers.values()
-        assert list(receiver.itercapture(timeout=0)) == []
-        for n in range(200):
-            busy.send("step", n=n)
-        heard = watcher.heard
-        asking._put(asking._beat(b"poll"), watcher.address)
-        capture = receiver.itercapture(timeout=20)
-        assert [next(capture)["n"] for _ in range(100)] == list(range(100))
-        wait_until(lambda: watcher.heard > heard)
-
-
-def test_a_watcher_that_reads_late_gets_all_that_waits_in_its_socket(monkeypatch):
-    monkeypatch.setattr(eventmon, "ACK_DELAY", 0.0)  # it looks for heartbeats that overtake the data all the time
-    with Receiver() as receiver:
-        receiver.fileno()
-        with Dispatcher() as dispatcher:
-            dispatcher._window._most = 1000  # next to nothing can be repaired
-            dispatcher.send("step", n=0)
-            assert [event["n"] for event in receiver.itercapture(limit=1, timeout=20)] == [0]
-            for n in range(1, 300):
-                dispatcher.send("step", n=n)
-        assert [event["n"] for event in receiver.itercapture(limit=299, timeout=20)] == list(range(1, 300))
-        assert receiver.stats["lost"] == 0
-
-
-def test_what_a_killed_sender_leaves_missing_is_counted_and_the_rest_delivered():
-    frames = captured("a", "b", "c")
-    with watching() as (receiver, events), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        parts = eventmon.parse_url(receiver.url)
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
-        for data in (frames[0], frames[2]):
-            sender.sendto(data, (parts.host, parts.port))
-        wait_until(lambda: len(events) == 2)
-    assert [event.type for event in events] == ["a", "c"]
-    assert receiver.stats["lost"] == 1
-
-
-def test_what_a_full_buffer_kept_from_a_watcher_is_counted_when_the_sender_is_gone(monkeypatch):
-    monkeypatch.setattr(eventmon, "BUFFER", 4096)
-    with Receiver() as receiver:
-        receiver.fileno()
-        with Dispatcher(max_wait=0) as dispatcher:
-            dispatcher.send("step", n=0)
-            assert [event["n"] for event in receiver.itercapture(limit=1, timeout=20)] == [0]
-            for n in range(1, 500):
-                dispatcher.send("step", n=n)
-        got = list(receiver.itercapture(timeout=1.5))
-        assert 0 < len(got) < 499
-        assert len(got) + receiver.stats["lost"] == 499
-
-
-def test_with_a_key_events_arrive_and_nothing_else_does():
-    with watching(key="secret") as (receiver, events), Dispatcher(key=b"secret") as dispatcher:
-        with Dispatcher() as open_one, Dispatcher(key="wrong") as wrong:
-            open_one.send("open")
-            wrong.send("wrong")
-            dispatcher.send("right")
-            assert dispatcher.flush(20) == 1
-            assert (open_one.flush(), wrong.flush()) == (0, 0)
-        assert receiver.handle_message(b'{"type":"bare"}', SOURCE) == []
-        wait_until(lambda: events)
-    assert [event.type for event in events] == ["right"]
-    assert receiver.stats["rejected"] >= 3
-    assert "secret" not in repr(receiver) + repr(dispatcher) + dispatcher.url
-
-
-def test_without_a_key_a_sealed_stream_is_counted_as_rejected():
-    receiver = Receiver()
-    (data,) = captured("a", key="secret")
-    assert receiver.handle_message(data, SOURCE) == []
-    assert receiver.stats["rejected"] == 1
-
-
-def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejected(monkeypatch):
-    receiver = Receiver(key="secret")
-    (data,) = captured("a", key="secret")
-    assert len(receiver.handle_message(data, SOURCE)) == 1
-    assert receiver.handle_message(data, SOURCE) == []
-    assert receiver.handle_message(data, ("127.0.0.1", 1)) == []
-    assert receiver.stats["duplicates"] == 2
-    later = time.time() + 31
-    monkeypatch.setattr(eventmon.time, "time", lambda: later)
-    assert Receiver(key="secret").handle_message(data, SOURCE) == []
-    beat = eventmon.seal(eventmon.format_frame(b"beat", STREAM, (0, 1)), b"secret", int(later * 1e6))
-    receiver.handle_message(beat, SOURCE)
-    receiver.handle_message(beat, SOURCE)
-    assert receiver.stats["duplicates"] == 3
-
-
-def test_an_answer_without_the_key_or_seen_before_does_nothing():
-    dispatcher = Dispatcher(key="secret")
-    dispatcher._open = lambda: None
-    dispatcher.send("a")
-    nak = eventmon.format_frame(b"nak", dispatcher._stream, (0, 7, 4096, 0), b"1")
-    sealed = eventmon.seal(nak, b"secret", eventmon.rising_time())
-    assert len(dispatcher._heed(sealed, SOURCE, 1.0)) == 1
-    for bad in (nak, sealed, eventmon.seal(nak, b"wrong", eventmon.rising_time()), b"x", nak + b"1"):
-        assert dispatcher._heed(bad, SOURCE, 2.0) == []
-    assert dispatcher.stats["rejected"] == 5
 
 
 # --- State ---
