@@ -70,7 +70,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque, namedtuple
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
@@ -338,7 +338,7 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
     ahead = int(sent) - time.time()
     if abs(ahead) > 30:
         way = "ahead" if ahead > 0 else "behind"
-        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again", head)
+        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
     return b"%b\n%b" % (head, body), int(serial)
 
 
@@ -714,15 +714,14 @@ def is_group(host: str) -> bool:
     return is_address(host) and 224 <= int(host.split(".")[0]) <= 239
 
 
-def is_name(text: str) -> bool:
-    """Whether `text` may be the name of a host or an interface (RFC 1123, section 2.1)."""
-    label = r"[A-Za-z0-9_]([A-Za-z0-9_@-]{0,61}[A-Za-z0-9_])?"
-    return bool(re.fullmatch(rf"{label}(\.{label})*\.?", text)) and not re.fullmatch(r"[0-9.]*", text)
-
-
 def is_host(text: str) -> bool:
-    """Whether `text` is an IPv4 address, or a name that no system takes for another form of one, as 0xEF.1."""
-    return is_address(text) or is_name(text) and not re.search(r"(^|\.)(0[xX][0-9A-Fa-f]*|[0-9]+)\.?$", text)
+    """Whether `text` is an IPv4 address in its usual form, or may be the name of a host or an interface (RFC 1123)."""
+    try:
+        socket.inet_aton(text)
+        return is_address(text)  # else one like 0xEF.1
+    except (OSError, ValueError):
+        label = r"[A-Za-z0-9_]([A-Za-z0-9_@-]{0,61}[A-Za-z0-9_])?"
+        return bool(re.fullmatch(rf"{label}(\.{label})*\.?", text)) and not re.fullmatch(r"[0-9.]*", text)
 
 
 def parse_url(text: str) -> Url:
@@ -748,10 +747,7 @@ def parse_url(text: str) -> Url:
         (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
         (len(known) < len(options), "an option stands twice"),
         (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
-        (
-            "interface" in known and not (is_address(interface) or is_name(interface)),
-            f"interface is {interface!r}, expected an address or a name",
-        ),
+        ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
         (not re.fullmatch(r"[0-9]{1,3}", ttl) or int(ttl) > 255, f"ttl is {ttl!r}, expected 0 to 255"),
         (not str(text).isprintable(), "a character that cannot be printed stands in it"),
     ):
@@ -937,7 +933,8 @@ class Dispatcher:
         max_wait: float = 0.01,
         max_repr: int = 1024,
     ) -> None:
-        import traceback  # noqa: F401 - here, since a task may need them where no file can be opened any more
+        import inspect  # noqa: F401 - these now, not when a task needs them and no file can be opened
+        import traceback  # noqa: F401
         import uuid  # noqa: F401
 
         if freq is not None and not freq >= 0:
@@ -2234,7 +2231,7 @@ class Receiver:
         if now < stream.heard + 60:
             self._crowded_until = now + 60
         for known in (self._unconfirmed, self._broken, self._senders, self._announced):
-            known.pop(stream, None)  # type: ignore[attr-defined]
+            known.pop(stream, None)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
 
@@ -3983,12 +3980,14 @@ def complain(message: str) -> None:
 
 
 def lines_of(path: str) -> Iterator[bytes]:
-    """Yield the lines of a file, or of standard input for "-"."""
-    if path == "-":
-        yield from iter(partial(sys.stdin.buffer.readline, MAX_LINE), b"") if sys.stdin else ()
-    else:
-        with open(path, "rb") as file:
-            yield from iter(partial(file.readline, MAX_LINE), b"")
+    """Yield the lines of a file, or of standard input for "-"; of one that is too long its beginning."""
+    with open(path, "rb") if path != "-" else nullcontext() as file:
+        stream = file or sys.stdin and sys.stdin.buffer
+        whole = True
+        for line in iter(partial(stream.readline, MAX_LINE), b"") if stream else ():
+            if whole:
+                yield line
+            whole = line.endswith(b"\n") or len(line) < MAX_LINE
 
 
 def open_record(path: str) -> Any:
@@ -4004,8 +4003,10 @@ def open_record(path: str) -> Any:
 def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
     """Yield (line number, Event), or the error in that line, of a file of NDJSON; empty lines are passed over."""
     for index, line in enumerate(lines_of(path), 1):
-        if line.strip():
+        if line.strip() or len(line) >= MAX_LINE:
             try:
+                if len(line) >= MAX_LINE:
+                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
                 yield index, parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
             except WireError as problem:
                 yield index, problem
@@ -4456,7 +4457,7 @@ class Failure(Exception):
     """Ends a command with one line on standard error, the first argument; the second is the exit status."""
 
 
-def describe(problem: Exception | None) -> str:
+def describe(problem: BaseException | None) -> str:
     """Return what an error of the system says, and of which file."""
     if not isinstance(problem, OSError):
         return str(problem)
@@ -4489,6 +4490,31 @@ def end_with_reader(receiver: Receiver) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def heard(receiver: Receiver, timeout: float | None, wakeup: bool) -> Iterator[Event]:
+    """Yield what is heard; complain of what is lost or rejected, at most once a second, and of all in the end."""
+    patience = inf if timeout is None else timeout
+    told, told_at = {"lost": 0, "rejected": 0}, -inf
+
+    def tell(words: str) -> dict[str, int]:
+        counts = {name: receiver.stats[name] for name in told}
+        news = [f"{counts[name]:,} {plural('datagram', counts[name])} {name}{words}" for name in told if counts[name]]
+        if news and (words or counts != told):
+            complain(", ".join(news) + (f": {receiver.problem}" if counts["rejected"] else ""))
+        return counts
+
+    last = time.monotonic()
+    try:
+        while not receiver.should_stop and time.monotonic() < last + patience:
+            for event in receiver.itercapture(None, min(1.0, max(0.0, last + patience - time.monotonic())), wakeup):
+                yield event
+                last = time.monotonic()
+                if last > told_at + 1.0:
+                    told, told_at = tell(""), last
+            told, told_at = tell(""), time.monotonic()
+    finally:
+        tell(" in all")
+
+
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
     from contextlib import ExitStack
@@ -4514,7 +4540,7 @@ def watch(options: Any) -> int:
             return 0
         if receiver:
             end_with_reader(receiver)
-            events = receiver.itercapture(None, options.timeout, not options.no_history)
+            events = heard(receiver, options.timeout, not options.no_history)
         else:
             events = replay(options.file)
         print_lines(tap(events), json_line if options.json else plain_line)
@@ -4556,19 +4582,26 @@ def send(options: Any) -> int:
     if options.type == "-" and fields:
         raise Failure("send - takes no fields", 2)
     failures = 0
-    with Dispatcher(options.url, key=options.key, max_wait=1.0) as dispatcher:
+    with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
         if options.type == "-":
             failures = send_lines(dispatcher)
         else:
             dispatcher.send(options.type, **fields)
         watchers = dispatcher.flush(FLUSH_ALL)
-        sent = dispatcher.stats["events"]
-        if sent and not dispatcher.stats["datagrams"]:
-            raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
+        stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
+    if stats["events"] and not stats["datagrams"]:
+        raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
+    report = f"sent {stats['events']:,} {plural('event', stats['events'])}"
+    if watchers or not lacking:
+        report += f", confirmed by {watchers} {plural('watcher', watchers)}"
+    if lacking:
+        verb = "lacks" if len(lacking) == 1 else "lack up to"
+        report += f"; {len(lacking)} {plural('watcher', len(lacking))} {verb} {max(lacking):,} datagrams"
+    if stats["rejected"]:
+        report += f"; {stats['rejected']} {plural('answer', stats['rejected'])} rejected: {dispatcher.problem}"
     if sys.stderr:
-        report = f"sent {sent} {plural('event', sent)}, confirmed by {watchers} {plural('watcher', watchers)}"
-        print(report, file=sys.stderr, flush=True)
-    return 1 if failures else 0
+        print(printable(report), file=sys.stderr, flush=True)
+    return 1 if failures or lacking else 0
 
 
 # run. The command is a child in our process group: what is typed as a signal reaches it without us, and only what comes
@@ -5111,7 +5144,7 @@ def company_steps(probe: Probe) -> Iterator[Step]:
         yield Step("note", "watching", f"{watchers}; {more}")
     rejected = probe.receiver.stats["rejected"]
     if rejected:
-        yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: sent with another key, or none")
+        yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: {probe.receiver.problem}")
 
 
 def check_steps(probe: Probe, whole: bool = True) -> Iterator[Step]:
@@ -5756,12 +5789,15 @@ def parser() -> Any:
 
 
 def read_key_file(path: str) -> bytes:
-    """Return the key in a file, without the white space around it."""
+    """Return the key in a file, without the white space around it; of a text in UTF-8 or UTF-16 with a mark, the text."""
     with open(path, "rb") as file:
-        key = file.read().strip()
-    if not key:
+        key = file.read().removeprefix(b"\xef\xbb\xbf")
+    if key[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with suppress(UnicodeError):
+            key = key.decode("utf-16").encode()
+    if not key.strip():
         raise Failure(f"key file {path} is empty", 1)
-    return key
+    return key.strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,12 @@
 """The specification of eventmon.py, in the order of the module: each test's name is a sentence about it."""
 
 import asyncio
+import calendar
 import codecs
 import contextvars
 import errno
 import fcntl
+import gc
 import heapq
 import inspect
 import io
@@ -172,7 +174,7 @@ def sockets(monkeypatch):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def virtual(monkeypatch):
     """Virtual time in eventmon: `monotonic`, and `offset` of the clock on the wall; `naps` are those of this thread.
 
     Sleep takes no time, but calls `during_nap`.
@@ -190,6 +192,14 @@ def clock(monkeypatch):
     fake = {"monotonic": lambda: it.monotonic, "time": lambda: time.time() + it.offset, "sleep": sleep}
     monkeypatch.setattr(eventmon, "time", SimpleNamespace(**{**vars(time), **fake}))
     return it
+
+
+def python(code, *options):
+    """Run a program beside the module, which says nothing on standard error; return its standard output."""
+    words = [sys.executable, *options, "-c", code]
+    done = subprocess.run(words, cwd=MODULE.parent, timeout=30, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
 
 
 def run(*words, input=None, timeout=30, **options):
@@ -393,7 +403,7 @@ def test_json_that_is_no_event_is_a_wire_error(body):
         eventmon.parse_events(body)
 
 
-def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(clock):
+def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(virtual):
     frame = eventmon.format_frame(b"data", STREAM, (1,), b"{}")
     first, data = eventmon.seal(frame, b"key"), eventmon.seal(frame, b"key")
     opened, serial = eventmon.unseal(data, b"key")
@@ -405,7 +415,7 @@ def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(clock):
     with pytest.raises(eventmon.Rejected, match="not sealed with this key"):
         eventmon.unseal(data, b"kez")
     for offset, way in ((32, "behind"), (-32, "ahead")):
-        clock.offset = offset
+        virtual.offset = offset
         with pytest.raises(eventmon.Skewed, match=f"sealed by a clock 3. s {way} of this one"):
             eventmon.unseal(data, b"key")
     assert eventmon.seal(frame, b"") == frame == eventmon.unseal(frame, b"")[0]
@@ -519,6 +529,716 @@ def test_a_host_that_is_no_group_is_reached_by_unicast():
             dispatcher.send("after")
             wait_until(lambda: len(events) == 2 and dispatcher.flush() == 1)
     assert [event.type for event in events] == ["before", "after"]
+
+
+# --- Dispatcher ---
+
+
+def test_an_event_says_who_sent_it_and_when():
+    with Receiver() as receiver, Dispatcher(hostname="me") as dispatcher:
+        receiver.fileno()
+        sent = dispatcher.send("hello", n=1)
+        blind = dispatcher.send("hello", blind=True)
+        assert isinstance(sent, Event)
+        assert {"type": "hello", "hostname": "me", "pid": os.getpid(), "n": 1}.items() <= sent.items()
+        assert sent.keys() - {"n"} == {"type", "timestamp", "hostname", "pid", "utcoffset", "clock"}
+        assert "clock" not in blind
+        first, _second = receiver.itercapture(limit=2, timeout=20)
+    assert first.pop("local_received") >= sent["timestamp"]
+    assert first == sent
+
+
+@pytest.mark.parametrize("zone", ["UTC0", "EST5EDT", "IST-1GMT0,M10.5.0,M3.5.0/1"])  # the last is Dublin's
+def test_the_utcoffset_is_what_the_clock_on_the_wall_says(zone, monkeypatch):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        with Dispatcher() as dispatcher:
+            utcoffset, now = dispatcher.send("hello")["utcoffset"], int(time.time())
+        assert utcoffset == (now - calendar.timegm(time.localtime(now))) / 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
+    with Receiver() as receiver, Dispatcher() as one, Dispatcher() as two:
+        receiver.fileno()
+        assert one.send("a")["clock"] < two.send("b")["clock"] < one.send("c")["clock"]
+        far = one.send("c")["clock"] + 10**6
+        receiver.handle_message(b'[{"type":"far","clock":%d},{"type":"near","clock":1}]' % far, SOURCE)
+        assert one.send("d")["clock"] > far
+        for bad in (b'"x"', b"1e300", b"true", b"null", b"9" * 30):
+            receiver.handle_message(b'{"type":"bad","clock":%b}' % bad, SOURCE)
+        assert one.send("e")["clock"] < 2 * far
+
+
+def test_a_field_may_have_any_name():
+    with Dispatcher() as dispatcher:
+        assert dispatcher.send("hello", self=1, event=2, hostname="other")["hostname"] == "other"
+
+
+def test_what_send_returns_is_in_the_kernel_even_if_the_process_dies_at_once():
+    with Receiver() as receiver:
+        receiver.fileno()
+        python("import os, eventmon; eventmon.Dispatcher().send('last-words'); os._exit(0)")
+        assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["last-words"]
+
+
+def test_misuse_is_a_value_error():
+    dispatcher = Dispatcher()
+    for type in ("", None, ["x"]):
+        with pytest.raises(ValueError, match="expected a non-empty str"):
+            dispatcher.send(type)
+        with pytest.raises(ValueError, match="expected a non-empty str"):
+            dispatcher.publish({"type": type})
+    with pytest.raises(ValueError, match=r"17,825,\d\d\d bytes .* 16,777,216"):
+        dispatcher.send("big", x="x" * (17 << 20))
+    dispatcher.close()
+    with pytest.raises(ValueError, match="closed"):
+        dispatcher.send("late")
+
+
+def test_a_disabled_dispatcher_sends_nothing_and_tells_when_it_changes():
+    calls = []
+    with Dispatcher(enabled=False) as dispatcher:
+        dispatcher.on_enabled.add(lambda: calls.append("on"))
+        dispatcher.on_disabled.add(lambda: calls.append("off"))
+        assert dispatcher.send("x") is None
+        dispatcher.enable()
+        dispatcher.enable()
+        assert dispatcher.send("x")
+        dispatcher.disable()
+        assert dispatcher.send("x") is None
+        assert calls == ["on", "off"]
+        assert dispatcher.stats["events"] == 1
+
+
+@pytest.mark.parametrize("groups, sent", [({"task"}, ["task-sent"]), ([], ["hello", "worker-x", "task-sent"])])
+def test_only_the_groups_asked_for_are_sent_and_all_if_there_are_none(groups, sent):
+    with Dispatcher(groups=groups) as dispatcher:
+        got = [dispatcher.publish({"type": "hello"}), dispatcher.send("worker-x"), dispatcher.send("task-sent")]
+        assert [event["type"] for event in got if event] == sent
+        assert dispatcher.stats["events"] == len(sent)
+
+
+def test_a_ready_event_is_forwarded_as_it_is():
+    ready = {"type": "task-sent", "hostname": "far@away", "clock": 5, "timestamp": 1.5, "x": None}
+    with Receiver() as receiver, Dispatcher() as dispatcher:
+        receiver.fileno()
+        assert dispatcher.publish(ready) == ready
+        (event,) = receiver.itercapture(limit=1, timeout=20)
+    event.pop("local_received")
+    assert event == ready
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"text": 'ü "quoted" \n', "deep": {"list": [1, None, True]}, "number": 1.5},
+        {"odd": float("nan"), "object": object, "surrogate": "\ud800"},
+        {"hostname": "other", "clock": 7},
+        {"timestamp": 5},
+        {"blind": True},
+        {"long": "x" * 200000},
+    ],
+)
+@pytest.mark.parametrize("type", ["task-progress", 'a "type" of ours: ü %s', "x" * 200])
+def test_what_send_returns_is_what_arrives(type, fields):
+    with Ear() as ear, Dispatcher(ear.url, hostname="100%") as dispatcher, Receiver() as receiver:
+        for _ in range(2):  # the second time the type is known
+            sent, events = dispatcher.send(type, **fields), []
+            while not events:
+                events = receiver.handle_message(ear.hear(b"data", b"part"), SOURCE)
+            (event,) = events
+            assert abs(event.pop("local_received") - time.time()) < 60
+            if "odd" not in fields:
+                assert event == sent
+            assert list(event) == list(sent)
+            assert {"type", "timestamp", "hostname", "pid", "utcoffset"} <= event.keys()
+            assert ("clock" in event) == ("blind" not in fields)
+
+
+def test_buffered_groups_are_sent_together_and_in_order_with_the_others():
+    with Ear() as ear, Dispatcher(ear.url, buffer_group={"task"}, buffer_limit=3) as dispatcher:
+        for n in range(8):
+            dispatcher.send("task-progress", n=n)
+        dispatcher.send("hello", n=8)
+        assert dispatcher.stats["events"] == 9
+        got = []
+        while len(got) < 9:
+            got += [eventmon.parse_events(eventmon.parse_frame(ear.hear(b"data")).body)]
+            assert dispatcher.stats["events"] == 9
+            if sum(map(len, got)) == 9:
+                break
+    assert [event["n"] for events in got for event in events] == list(range(9))
+    assert 3 <= len(got) < 9
+
+
+def test_a_buffered_event_does_not_wait_for_another():
+    with watching() as (_, events), Dispatcher(buffer_group={"task"}) as dispatcher:
+        for n in range(3):
+            dispatcher.send("task-progress", n=n)
+            wait_until(lambda n=n: len(events) == n + 1)
+
+
+def test_flush_tells_how_many_watchers_have_everything():
+    with Dispatcher(buffer_group={"task"}) as dispatcher:
+        assert dispatcher.flush() == 0
+        with watching() as (_, one), watching() as (_, two):
+            for n in range(100):
+                dispatcher.send("task-progress", n=n)
+            assert dispatcher.flush(20) == 2
+            assert (dispatcher.stats["watchers"], dispatcher.stats["behind"]) == (2, 0)
+            assert len(one) == len(two) == 100 or wait_until(lambda: len(one) == len(two) == 100)
+        wait_until(lambda: dispatcher.stats["watchers"] == 0)  # they have said goodbye
+
+
+def test_flush_before_the_first_event_finds_who_watches():
+    with watching(), Dispatcher() as dispatcher:
+        assert dispatcher.flush() == 1
+
+
+def test_flush_does_not_count_a_watcher_that_gave_an_event_up():
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        dispatcher.send("hello")
+        ear.hear(b"data")
+        ear.answer(b"ack", 0, 7, 10**6, 0)
+        wait_until(lambda: dispatcher.stats["watchers"])
+        assert (dispatcher.stats["behind"], dispatcher.flush(0)) == (1, 0)
+        ear.answer(b"ack", 1, 7, 10**6, 0)
+        assert (dispatcher.flush(20), dispatcher.stats["behind"]) == (1, 0)
+        ear.answer(b"ack", 1, 7, 10**6, 1)
+        wait_until(lambda: dispatcher.stats["behind"])
+        assert dispatcher.flush(0.1) == 0
+        ear.answer(b"ack", 2, 8, 10**6, 0)  # what was never sent
+        wait_until(lambda: dispatcher.stats["rejected"])
+        assert dispatcher.stats["watchers"] == 1
+
+
+def test_large_and_small_events_arrive_over_sockets_that_lose_a_tenth(sockets):
+    sizes = [10, 5 << 20, 10, 9 << 20, 100000, 10]  # two of them together larger than the history
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("size", x="")
+        lose(0.1, *sockets)
+        for size in sizes:
+            dispatcher.send("size", x="日"[: size % 10] + "x" * size)
+        assert dispatcher.flush(30) == 1
+        wait_until(lambda: len(events) == 1 + len(sizes))
+        assert receiver.stats["lost"] == 0
+    assert [event["x"].count("x") for event in events] == [0, *sizes]
+
+
+@pytest.mark.parametrize("local, most", [(False, 1400), (True, 61440)])
+def test_a_datagram_fits_the_network_that_carries_it(local, most, monkeypatch):
+    monkeypatch.setattr(eventmon, "on_loopback", lambda url: local)
+    with Ear() as ear, Dispatcher(ear.url, buffer_group={"task"}, key="secret") as dispatcher:
+        dispatcher.send("hello", x="x" * 100000)
+        for _ in range(24):
+            dispatcher.send("task-progress", x="x" * 100)
+        dispatcher.send("bye")
+        sizes, last = [], b""
+        while b'"bye"' not in last:
+            last = ear.hear(b"data", b"part", key=b"secret")
+            sizes.append(len(last))
+    assert 0.9 * most < max(sizes) <= most
+
+
+def test_while_a_name_is_resolved_events_wait_in_the_history(monkeypatch):
+    asked, answer = [], threading.Event()
+    look_up = socket.getaddrinfo
+
+    def slow(host, *more):
+        asked.append(host)
+        assert answer.wait(20)
+        return look_up("127.0.0.1", *more)
+
+    monkeypatch.setattr(eventmon.socket, "getaddrinfo", slow)
+    with Ear() as ear, Dispatcher(ear.url.replace("127.0.0.1", "slow.example")) as dispatcher:
+        dispatcher.send("step", n=0)
+        in_threads(lambda n: dispatcher.send("step", n=n), range(1, 5))
+        assert (dispatcher.stats["events"], dispatcher.stats["errors"]) == (5, 0)
+        assert not answer.is_set()
+        answer.set()
+        bodies = [eventmon.parse_frame(data).body for data in ear.data(5)]
+    assert sorted(json.loads(body)["n"] for body in bodies) == list(range(5))
+    assert asked == [b"slow.example"]
+
+
+def refuse(number):
+    def fail(*args):
+        raise OSError(number, "refused by the test")
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["getaddrinfo", "Link"])
+def test_without_a_network_sending_goes_on_and_what_failed_is_repaired(where, monkeypatch, url):
+    with watching() as (_, events), Dispatcher(url) as dispatcher:
+        with monkeypatch.context() as broken:
+            broken.setattr(eventmon.socket if where == "getaddrinfo" else eventmon, where, refuse(errno.ENETUNREACH))
+            dispatcher.send("first")
+            assert dispatcher.stats["errors"]
+            assert dispatcher.problem.errno == errno.ENETUNREACH
+            assert dispatcher.flush() == 0
+        wait_until(lambda: events)
+        dispatcher.send("second")
+        wait_until(lambda: len(events) == 2)
+    assert [event.type for event in events] == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["ENOBUFS", "EPERM", "ENETUNREACH", "EHOSTUNREACH", "EMSGSIZE", "ECONNREFUSED", "ENODEV"])
+def test_what_the_network_refuses_is_counted_and_repaired(name, sockets):
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", n=0)
+        sockets[-1].before_send = refuse(getattr(errno, name))
+        for n in range(1, 20):
+            dispatcher.send("step", n=n)
+        assert dispatcher.stats["errors"] >= 19
+        sockets[-1].before_send = lambda data: None
+        dispatcher.send("step", n=20)
+        wait_until(lambda: len(events) == 21)
+        assert receiver.stats["lost"] == 0
+    assert [event["n"] for event in events] == list(range(21))
+
+
+def test_an_exception_in_the_thread_does_not_silence_the_dispatcher(monkeypatch):
+    with watching() as (_, events), Dispatcher(freq=0.01) as dispatcher:
+        with monkeypatch.context() as broken:
+            broken.setattr(eventmon, "wait_for", refuse(errno.EIO))
+            wait_until(lambda: getattr(dispatcher.problem, "errno", 0) == errno.EIO)
+        beats = len(events)
+        wait_until(lambda: len(events) > beats)
+        dispatcher.send("hello")
+        assert dispatcher.flush(20) == 1
+
+
+def test_a_worker_works_where_the_system_has_no_load_average(monkeypatch):
+    monkeypatch.setattr(eventmon.os, "getloadavg", refuse(errno.ENOENT), raising=False)
+    with watching() as (_, events):
+        with Dispatcher(freq=0.01):
+            wait_until(lambda: len(events) > 2)
+        wait_until(lambda: events[-1].type == "worker-offline")
+
+
+def test_where_no_thread_can_be_made_events_are_sent_and_confirmed(monkeypatch):
+    with watching() as (_, events):
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", lambda self: exec("raise RuntimeError"))
+            with Dispatcher(buffer_group={"task"}) as dispatcher:
+                dispatcher.send("task-progress")
+                dispatcher.send("hello", x="x" * 10**5)
+                assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 2)
+
+
+def test_only_one_thread_waits_on_the_socket_as_eventlet_demands(monkeypatch):
+    waiting, wait_for = set(), eventmon.wait_for
+    monkeypatch.setattr(
+        eventmon, "wait_for", lambda *args: (waiting.add(threading.current_thread().name), wait_for(*args))
+    )
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        dispatcher.send("hello")
+        ear.hear(b"data")
+        ear.answer(b"ack", 0, 7, 0, 0)
+        wait_until(lambda: dispatcher.stats["watchers"])
+        in_threads(lambda _: (dispatcher.send("hello"), dispatcher.flush(0.05)), range(4))
+    assert waiting == {"eventmon"}
+
+
+def test_threads_share_a_dispatcher():
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+
+        def work(name):
+            for n in range(200):
+                dispatcher.send("step", name=name, n=n, x=name * 10000 * (n % 50 == 0))
+
+        in_threads(work, "abcdefghijklmnopqrst")
+        assert dispatcher.flush(20) == 1
+        wait_until(lambda: len(events) == 4000)
+        assert receiver.stats["malformed"] == 0
+    for name in "abcdefghijklmnopqrst":
+        mine = [event for event in events if event["name"] == name]
+        assert [event["n"] for event in mine] == list(range(200))
+        assert {event["x"] for event in mine} == {"", name * 10000}
+
+
+def interrupted(work, handler, line):
+    """Run work(), and handler() when it comes to this line, counted, of eventmon.py.
+
+    Return whether there is such a line, and the exception that ended work(), or None.
+    """
+    left = [line]
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != eventmon.__file__:
+            return None
+        left[0] -= event == "line"
+        if left[0] == 0 and event == "line":
+            sys.settrace(None)
+            handler()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except (TimeoutError, ValueError) as problem:
+        return left[0] <= 0, problem
+    finally:
+        sys.settrace(None)
+    return left[0] <= 0, None
+
+
+WAYS = [({}, {}), ({}, {"x": "x" * 150000}), ({"buffer_group": {"task"}, "buffer_limit": 2}, {})]
+
+
+@pytest.mark.parametrize("options, fields", WAYS)
+def test_a_signal_handler_may_send_at_any_moment(options, fields):
+    for line in count(1):
+        with Ear() as ear, Receiver() as receiver, Dispatcher(ear.url, **options) as dispatcher:
+            dispatcher.send("task-first")
+            ran, problem = interrupted(
+                lambda: dispatcher.send("task-outer", **fields),
+                lambda: (dispatcher.send("task-nested", **fields), dispatcher.send("hello-nested")),
+                line,
+            )
+            dispatcher.send("last")
+            got = []
+            while "last" not in got:
+                got += [event.type for event in receiver.handle_message(ear.hear(b"data", b"part"), SOURCE)]
+            nested = ["task-nested", "hello-nested"]
+            assert [type for type in got if type not in nested] == ["task-first", "task-outer", "last"]
+            assert [type for type in got if type in nested] == (nested if ran else [])
+            assert (problem, receiver.stats["duplicates"]) == (None, 0)
+        if not ran:
+            break
+    assert line > 15
+
+
+@pytest.mark.parametrize("options, fields", WAYS)
+def test_after_an_exception_of_a_signal_handler_a_dispatcher_goes_on(options, fields):
+    def fail():
+        raise TimeoutError("of an alarm")
+
+    with watching() as (receiver, events):
+        for line in count(1):
+            with Dispatcher(hostname=str(line), **options) as dispatcher:
+                dispatcher.send("task-first")
+                ran, problem = interrupted(lambda: dispatcher.send("task-outer", **fields), fail, line)
+                dispatcher.send("last")
+                assert dispatcher.flush(20) == 1
+                assert dispatcher.stats["errors"] == 0
+            wait_until(lambda: events[-1].type == "last")
+            got = [event.type for event in events if event["hostname"] == str(line)]
+            assert got in (["task-first", "task-outer", "last"], ["task-first", "last"][: 2 * bool(problem)])
+            if not ran:
+                break
+        assert receiver.stats["lost"] == 0
+    assert line > 15
+
+
+@pytest.mark.parametrize("options, fields", WAYS)
+def test_a_close_in_a_signal_handler_loses_nothing_that_was_sent(options, fields):
+    with watching() as (receiver, events):
+        for line in count(1):
+            dispatcher = Dispatcher(hostname=str(line), **options)
+            dispatcher.send("task-first")
+            ran, refused = interrupted(lambda: dispatcher.send("task-outer", **fields), dispatcher.close, line)
+            if not ran:
+                dispatcher.close()
+                break
+            expected = ["task-first"] if refused else ["task-first", "task-outer"]
+            wait_until(lambda: [e.type for e in events if e["hostname"] == str(line)] == expected)  # noqa: B023
+            with pytest.raises(ValueError, match="closed"):
+                wait_until(lambda: not dispatcher.send("late"))  # noqa: B023 - the thread may be about to close it
+        assert receiver.stats["lost"] == 0
+    assert line > 15
+
+
+def napped(work, virtual):
+    """Return for how many seconds of virtual time this thread sleeps in work()."""
+    before = sum(virtual.naps)
+    work()
+    return sum(virtual.naps) - before
+
+
+@contextmanager
+def behind(room=0, **options):
+    """A Dispatcher, and an Ear that has confirmed its first datagram and has so much room."""
+    with Ear() as ear, Dispatcher(ear.url, **options) as dispatcher:
+        dispatcher.send("hello")
+        ear.hear(b"data")
+        ear.answer(b"ack", 1, 7, room, 0)
+        wait_until(lambda: dispatcher.stats["watchers"])
+        dispatcher.flush(0)
+        yield dispatcher, ear
+
+
+def flood(dispatcher, number=1000):
+    for n in range(number):
+        dispatcher.send("step", n=n)
+
+
+def test_a_new_stream_waits_for_the_first_answer_once_and_a_quarter_second_at_most(virtual):
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        assert napped(lambda: flood(dispatcher, 50), virtual) == 0
+        assert 0.2 < napped(lambda: flood(dispatcher), virtual) < 0.26
+        assert napped(lambda: flood(dispatcher), virtual) == 0
+
+
+def test_a_stopped_watcher_costs_a_quarter_second_once_until_it_advances(virtual):
+    with behind() as (dispatcher, ear):
+        assert 0.2 < napped(lambda: flood(dispatcher), virtual) < 0.27
+        assert napped(lambda: flood(dispatcher), virtual) == 0
+        ear.answer(b"ack", 2000, 7, 0, 0)
+        wait_until(lambda: dispatcher.lacking() == [1])
+        assert 0.2 < napped(lambda: flood(dispatcher), virtual) < 0.27
+
+
+@pytest.mark.parametrize("max_wait, least, most", [(0, 0, 0), (0.05, 0.04, 0.051)])
+def test_send_waits_for_one_event_no_longer_than_max_wait_however_large(max_wait, least, most, virtual):
+    with behind(max_wait=max_wait) as (dispatcher, _):
+        dispatcher.send("step")
+        assert least <= napped(lambda: dispatcher.send("big", x="x" * 3000000), virtual) <= most
+
+
+def test_beside_a_slow_watcher_a_flood_waits_no_longer_than_it_takes_itself(virtual):
+    with behind(max_wait=0.02) as (dispatcher, ear):
+        sent, start = count(2), virtual.monotonic
+        virtual.during_nap = lambda: ear.answer(b"ack", next(sent), 7, 0, 0)  # it always advances
+
+        def work():
+            for _ in range(2000):
+                virtual.monotonic += 0.001  # of the program's own time
+                dispatcher.send("step")
+
+        assert 2.5 < napped(work, virtual) < 1.1 + 2.0
+        assert virtual.monotonic - start < 5.2
+
+
+def test_who_has_nothing_else_to_do_waits_for_a_watcher_as_long_as_it_lives(virtual):
+    with behind(max_wait=1.0) as (dispatcher, _):
+        assert 2.5 < napped(lambda: flood(dispatcher, 10), virtual) < 3.5
+
+
+@pytest.mark.parametrize("watcher, least, most", [("none", 0, 0.05), ("stopped", 0.15, 0.26), ("advancing", 2.5, 3.1)])
+def test_close_waits_for_watchers_that_advance(watcher, least, most, virtual):
+    with behind() as (dispatcher, ear):
+        if watcher == "none":
+            ear.answer(b"leave", 1, 7, 0, 0)
+            wait_until(lambda: not dispatcher.stats["watchers"])
+        else:
+            dispatcher.send("step")
+            flood(dispatcher, 1999 * (watcher == "advancing"))
+            sent = count(2)
+            virtual.during_nap = lambda: ear.answer(b"ack", next(sent), 7, 0, 0) if watcher == "advancing" else None
+        assert least <= napped(dispatcher.close, virtual) <= most
+
+
+def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
+    with behind(max_wait=60) as (dispatcher, ear):
+        dispatcher.send("step")
+
+        def others():
+            assert dispatcher.flush(0) == 0  # the lock is free
+            ear.answer(b"ack", 2, 7, 10**6, 0)
+            thread = threading.Thread(target=dispatcher.send, args=("step",))
+            thread.start()
+            thread.join()
+            virtual.during_nap = lambda: None
+
+        virtual.during_nap = others
+        assert napped(lambda: dispatcher.send("step"), virtual) < 1
+        assert dispatcher.stats["events"] == 4
+
+
+def test_a_watcher_beyond_those_waited_for_is_helped_as_well():
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        dispatcher.send("hello")
+        data = ear.hear(b"data")
+        for name in range(100):
+            ear.answer(b"ack", 1, name, 10**6, 0)
+        wait_until(lambda: 50 < dispatcher.stats["watchers"] < 100)
+        ear.answer(b"nak", 0, 100, 10**6, 0, body=b"1")
+        assert ear.hear(b"data") == data
+
+
+def test_a_datagram_that_two_watchers_miss_is_repaired_once():
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        dispatcher.send("hello")
+        ear.hear(b"data")
+        for name in range(5):
+            ear.answer(b"nak", 0, name, 10**6, 0, body=b"1")
+        wait_until(lambda: dispatcher.stats["watchers"] == 5)
+        assert dispatcher.stats["repairs"] < 5
+
+
+def test_sending_imports_nothing_and_needs_no_file():
+    """Beside an import a fork would hang, and where all descriptors are in use it would fail."""
+    out = python(
+        "import eventmon, os, sys\nd, late = eventmon.Dispatcher(key='secret'), eventmon.Dispatcher()\n"
+        "before, files = set(sys.modules), []\nd.send('hello', x={1}, y='x' * 100000)\n"
+        "try:\n    while True: files.append(open(os.devnull))\nexcept OSError: pass\n"
+        "for each in (d, late):\n    try:\n        with each.task('job'): 1/0\n    except ZeroDivisionError: pass\n"
+        "d.flush()\nprint(sorted(set(sys.modules) - before))"
+    )
+    assert out == b"[]\n"
+
+
+def test_a_thread_that_outlives_the_program_is_not_told_that_a_dispatcher_is_closed():
+    python(
+        "import eventmon, threading, time\nd = eventmon.Dispatcher()\n"
+        "def work():\n    while True: d.send('x'); time.sleep(0.001)\n"
+        "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.01)"
+    )
+
+
+def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
+    with watching() as (_, events):
+        python(
+            "import eventmon, multiprocessing.util\nd = eventmon.Dispatcher(buffer_group={'task'})\n"
+            "if __name__ == '__main__':\n"
+            "    p = multiprocessing.get_context('fork').Process(target=d.send, args=('task-x',))\n"
+            "    p.start()\n    p.join()\n"
+        )
+        wait_until(lambda: events)
+
+
+def test_a_closed_dispatcher_is_not_kept():
+    dispatcher = Dispatcher()
+    dispatcher.send("x")
+    kept = weakref.ref(dispatcher)
+    dispatcher.close()
+    del dispatcher
+    wait_until(lambda: gc.collect() and not kept() or not kept())
+
+
+def test_children_of_a_fork_go_on_sending():
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", who="parent", n=0)
+        busy = threading.Thread(target=lambda: [dispatcher.send("step", who="thread", n=n) for n in range(2000)])
+        busy.start()
+        children = []
+        for who in range(3):
+            child = os.fork()
+            if child == 0:
+                for n in range(50):
+                    dispatcher.send("step", who=who, n=n)
+                if os.fork() == 0:
+                    dispatcher.send("step", who=f"{who}'s child", n=0)
+                    os._exit(0)
+                os.wait()
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        busy.join()
+        dispatcher.send("step", who="parent", n=1)
+        wait_until(lambda: len(events) == 2 + 2000 + 3 * 51)
+        assert receiver.stats["lost"] == 0
+    for who in {event["who"] for event in events}:
+        mine = [event for event in events if event["who"] == who]
+        assert [event["n"] for event in mine] == list(range(len(mine)))
+        assert len({event["pid"] for event in mine}) == 1
+    assert len({event["pid"] for event in events}) == 7
+
+
+def test_a_fork_that_tells_python_nothing_is_noticed():
+    if not hasattr(os, "fork") or sys.platform != "linux":
+        pytest.skip("it is noticed by a page that Linux wipes in the child")
+    with watching() as (receiver, events):
+        python(
+            "import ctypes, eventmon, os\nd = eventmon.Dispatcher()\nd.send('step', n=-1)\n"
+            "first = ctypes.PyDLL(None).fork()\nsecond = first and ctypes.PyDLL(None).fork()\n"
+            "for n in range(20): d.send('step', n=n)\n"
+            "if not second: os._exit(0)\nos.wait(), os.wait()"
+        )
+        wait_until(lambda: len(events) == 61)
+        assert receiver.stats["duplicates"] == receiver.stats["rejected"] == 0
+    assert sorted(event["n"] for event in events) == sorted([-1, *[*range(20)] * 3])
+    assert len({event["pid"] for event in events}) == 3
+
+
+def test_a_fork_in_the_middle_of_a_send_leaves_both_processes_a_stream_of_their_own():
+    class Forks:
+        def __repr__(self):
+            children.append(os.fork())
+            return "forks"
+
+    children = []
+    with watching() as (receiver, events), Dispatcher() as dispatcher:
+        dispatcher.send("step", x="parent")
+        dispatcher.send("step", x=Forks())
+        if children == [0]:
+            dispatcher.send("step", x="child")
+            os._exit(0)
+        os.waitpid(children[0], 0)
+        dispatcher.send("step", x="parent")
+        wait_until(lambda: len(events) == 5)
+        assert receiver.stats["rejected"] == receiver.stats["duplicates"] == 0
+    assert sorted(event["x"] for event in events) == ["child", "forks", "forks", "parent", "parent"]
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_descriptor_that_somebody_else_has_closed_is_replaced(reused, sockets, monkeypatch):
+    turns = []
+    wait_for = eventmon.wait_for
+    monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
+    with watching() as (receiver, events), Dispatcher() as dispatcher, Ear() as file:
+        dispatcher.send("step", n=0)
+        wait_until(lambda: len(events) == 1)
+        turns.clear()
+        for sock in (receiver.channel, sockets[-2 if reused else -1]):
+            os.dup2(file.socket.fileno(), sock.fileno()) if reused else os.close(sock.fileno())
+        descriptors = [sock.fileno() for sock in sockets[-4:]]
+        for n in range(1, 10):
+            dispatcher.send("step", n=n)
+        wait_until(lambda: len(events) == 10)
+        assert len(turns) < 1000  # it does not turn in a circle
+        assert descriptors
+    assert [event["n"] for event in events] == list(range(10))
+
+
+def test_a_callback_that_raises_does_not_keep_a_dispatcher_open():
+    dispatcher = Dispatcher()
+    dispatcher.on_disabled.add(lambda: 1 / 0)
+    dispatcher.send("x")
+    with pytest.raises(ZeroDivisionError):
+        dispatcher.close()
+    with pytest.raises(ValueError, match="closed"):
+        dispatcher.send("x")
+
+
+def test_close_sends_what_is_buffered_and_is_done_once():
+    with watching() as (_, events):
+        dispatcher = Dispatcher(buffer_group={"task"})
+        dispatcher.send("task-progress")
+        dispatcher.close()
+        dispatcher.close()
+        wait_until(lambda: len(events) == 1)
+    wait_until(lambda: "eventmon" not in [thread.name for thread in threading.enumerate()])
+
+
+def test_a_program_that_just_ends_has_sent_everything():
+    with watching() as (_, events):
+        python(
+            "import eventmon\nd = eventmon.Dispatcher(buffer_group={'task'}, freq=60)\n"
+            "for n in range(30): d.send('task-progress', n=n)"
+        )
+        wait_until(lambda: len(events) == 32)
+    assert [event["n"] for event in events[1:-1]] == list(range(30))
+    assert (events[0].type, events[-1].type) == ("worker-online", "worker-offline")
+
+
+def test_a_worker_has_a_heartbeat():
+    with watching() as (_, events):
+        with Dispatcher(hostname="w1", freq=0.02):
+            wait_until(lambda: [event for event in events if event.type == "worker-heartbeat"])
+        wait_until(lambda: events[-1].type == "worker-offline")
+    assert events[0].type == "worker-online"
+    expected = {"hostname", "freq", "active", "processed", "loadavg", "sw_ident", "sw_ver", "sw_sys"}
+    assert expected <= events[1].keys()
 
 
 def test_a_task_tells_how_it_went():
