@@ -143,13 +143,6 @@ def readable(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def checked_type(type: Any) -> str:
-    """Return `type` if it may be an event's, or raise ValueError."""
-    if not isinstance(type, str) or not type:
-        raise ValueError(f"event type is {readable(type)}, expected a non-empty str")
-    return type
-
-
 class Event(dict["str", "Any"]):
     """A dict with a "type", a non-empty str, and a "timestamp", seconds since the epoch, filled in if absent.
 
@@ -160,8 +153,10 @@ class Event(dict["str", "Any"]):
     __slots__ = ()
 
     def __init__(self, /, type: str, fields: Mapping[str, Any] | None = None, **more: Any) -> None:
+        if not isinstance(type, str) or not type:
+            raise ValueError(f"event type is {readable(type)}, expected a non-empty str")
         super().__init__(fields or {}, **more)
-        self["type"] = checked_type(type)
+        self["type"] = type
         if "timestamp" not in self:
             self["timestamp"] = time.time()
 
@@ -197,18 +192,15 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def json_encoder() -> Callable[[Any, int], Iterable[str]]:
-    """Return json's encoder in C, which json makes anew for every value. It keeps nothing between two values."""
-    try:
-        make, quote = json.encoder.c_make_encoder, json.encoder.encode_basestring  # type: ignore[attr-defined]
-        return make(None, readable, quote, None, ":", ",", False, False, False)  # type: ignore[no-any-return]
-    except (AttributeError, TypeError):  # a Python without it, or with another
-        options: Any = {"ensure_ascii": False, "check_circular": False, "allow_nan": False, "default": readable}
-        return json.JSONEncoder(separators=(",", ":"), **options).iterencode  # type: ignore[return-value]
-
-
 _scan = json.JSONDecoder(parse_constant=no_constant).scan_once  # type: ignore[attr-defined]
-_encode = json_encoder()
+_encode: Callable[[Any, int], Iterable[str]]  # which json makes anew for every value; it keeps nothing between two
+try:
+    _c: Any = json.encoder
+    _encode = _c.c_make_encoder(None, readable, _c.encode_basestring, None, ":", ",", False, False, False)
+except (AttributeError, TypeError):  # a Python without it, or with another
+    _encode = json.JSONEncoder(  # type: ignore[assignment]
+        ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":"), default=readable
+    ).iterencode
 
 
 def parse_json(body: bytes) -> Any:
@@ -272,11 +264,6 @@ def parse_events(body: bytes) -> list[Event]:
     """Return the events of the JSON object or array in `body`, or raise WireError."""
     value = parse_json(body)
     return [*map(parse_event, value)] if isinstance(value, list) else [parse_event(value)]
-
-
-def format_events(bodies: list[bytes]) -> bytes:
-    """Return events, each formatted already, as one JSON array; one alone stays as it is."""
-    return bodies[0] if len(bodies) == 1 else b"[%b]" % b",".join(bodies)
 
 
 MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
@@ -877,14 +864,13 @@ class Link:
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
 
 OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
-PATIENT = 1.0  # a max_wait from which on the program has nothing else to do than to wait
 PASSING = frozenset(  # errors that another socket would not mend
     (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.EINTR)
     + (errno.ECONNREFUSED, errno.ECONNRESET)
 )
 
-# Of the events of a type: their JSON and their frame, to be filled in; whether they are held; how long the rest may be.
-Known = namedtuple("Known", ["template", "frame", "buffered", "room"])
+# Of the events of a type: what we add, their JSON and frame, to be filled in, if they are held, how long the rest may be.
+Known = namedtuple("Known", ["ours", "template", "frame", "buffered", "room"])
 
 
 class Part(bytes):
@@ -967,7 +953,7 @@ class Dispatcher:
         self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
         self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
         self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
-        self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= PATIENT else 0.0)
+        self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= 1 else 0.0)
         self._stream = os.urandom(8).hex().encode()
         self._data_head, self._part_head = b"EM2 data %b " % self._stream, b"EM2 part %b " % self._stream
         # events and datagrams beside the one of each that has a sequence number
@@ -1017,39 +1003,30 @@ class Dispatcher:
         if not _fork_mark[0]:
             after_fork()
         try:
-            known = self._known.get(type) or self._look_up(type)
+            known = self._known.get(type)
         except TypeError:  # not even hashable
-            known = self._look_up(readable(checked_type(type)))
-        if known is None:
-            return None
-        template, frame, buffered, room = known
-        if blind or not OURS.isdisjoint(fields):
-            ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
-            if blind:
-                del ours["clock"]
-            event = Event(type, {**ours, **fields})
-            body = format_json(event)
-        else:  # the same in two thirds of the time: most of the JSON is known already
-            now, clock = time.time_ns() // 1000, next(_ticks)
-            event = new_event(Event)
-            event.update(self._ours)
-            event["type"] = type
-            event["timestamp"] = now / 1e6
-            event["clock"] = clock
-            event.update(fields)
-            rest = format_json(fields)[1:]
-            parts = now // 1000000, now % 1000000, clock, b"," if fields else b"", rest
-            if not (buffered or self._outbox or len(rest) > room or self._is_inside()):
-                window = self._window
-                if window.cost > window.horizon:
-                    self._wait_for_room(time.monotonic() + self._max_wait)
-                with self._lock:
-                    self._send_frame(frame % (window.next, *parts))
-                if self._outbox:  # of a signal handler meanwhile
-                    self._send_outbox()
-                return event
-            body = template % parts
-        self._post(body, buffered)
+            known = None
+        if known is None or blind or not OURS.isdisjoint(fields):
+            return self._send(type, fields, blind)
+        # What _send() does, in two thirds of the time: most of the JSON is known already.
+        ours, template, frame, buffered, room = known
+        now, clock = time.time_ns() // 1000, next(_ticks)
+        event = new_event(Event)
+        event.update(ours)
+        event["timestamp"] = now / 1e6
+        event["clock"] = clock
+        event.update(fields)
+        comma, rest = b"," if fields else b"", format_json(fields)[1:]
+        if buffered or self._outbox or len(rest) > room or self._is_inside():
+            self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
+            return event
+        window = self._window
+        if window.cost > window.horizon:
+            self._wait_for_room(time.monotonic() + self._max_wait)
+        with self._lock:
+            self._send_frame(frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest))
+        if self._outbox:  # of a signal handler meanwhile
+            self._send_outbox()
         return event
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -1130,20 +1107,32 @@ class Dispatcher:
 
     # From here on: an event on its way to the kernel.
 
+    def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False) -> Event | None:
+        known = self._look_up(type)
+        if known is None:
+            return None
+        ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
+        if blind:
+            del ours["clock"]
+        event = Event(type, {**ours, **fields})
+        self._post(format_json(event), known.buffered)
+        return event
+
     def _look_up(self, type: Any) -> Known | None:
         """Return what is to be known of a type of events; None if they are not sent."""
-        group = checked_type(type).partition("-")[0]
+        group = Event(type).group
         if self._closed:
             self._refuse()
         if not self.enabled or self._groups and group not in self._groups:
             return None
         with self._lock:
             self._start()
-        table, ours = self._known, {key: self._ours[key] for key in ("hostname", "pid", "utcoffset")}
-        words = [text.replace(b"%", b"%%") for text in (format_json(type), format_json(ours)[1:-1])]
+        table, ours = self._known, {**self._ours, "type": type}
+        told = format_json({key: ours[key] for key in ("hostname", "pid", "utcoffset")})[1:-1]
+        words = [text.replace(b"%", b"%%") for text in (format_json(type), told)]
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
         room = self._room - len(template) - MAX_HEADER
-        known = Known(template, self._data_head + b"%d\n" + template, group in self._buffered, room)
+        known = Known(ours, template, self._data_head + b"%d\n" + template, group in self._buffered, room)
         if len(table) < 200 and len(type) <= 100:
             table[type] = known
         return known
@@ -1185,7 +1174,7 @@ class Dispatcher:
             if window.cost > window.horizon:
                 deadline = deadline or time.monotonic() + self._max_wait
                 self._wait_for_room(deadline)
-            with self._lock:
+            with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
                 if self._outbox:
                     self._send_datagram()
             if not self._outbox:
@@ -1222,7 +1211,7 @@ class Dispatcher:
                 break
             bodies.append(self._outbox.popleft())
         self._counts["events"] += len(bodies) - 1
-        return format_events(bodies)
+        return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else first
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
@@ -1235,15 +1224,15 @@ class Dispatcher:
         return True
 
     def _on_failure(self, problem: Any) -> bool:
-        link = self._link
-        if link is None:
+        """Count what the kernel did not take, and say so if nothing is sent any more."""
+        if self._link is None:
             if self._ended:
                 self._refuse()
             self._counts["errors"] += not self._resolving
             return False
         if problem.errno is None:  # a TimeoutError, say, of a signal handler
             raise problem
-        link.broken = problem.errno not in PASSING
+        self._link.broken = self._link.broken or problem.errno not in PASSING
         self._count_error(problem)
         return False
 
@@ -1289,7 +1278,7 @@ class Dispatcher:
                 now = time.monotonic()
                 self._window.open(now)
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
-                    self._counts["datagrams"] += self._transmit(frame)
+                    self._transmit(frame)
             self._beat(b"beat", now)
 
     def _beat(self, kind: bytes, now: float) -> None:
@@ -1298,7 +1287,7 @@ class Dispatcher:
         frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
         behind = [watcher.address for watcher in self._window.live(now) if watcher.position < self._window.next - 1]
         for address in (None, *behind):
-            self._counts["datagrams"] += self._transmit(frame, address)
+            self._transmit(frame, address)
 
     # Listening to watchers.
 
@@ -1339,9 +1328,7 @@ class Dispatcher:
         if any(first < window.trail for first, _ in ranges):
             self._beat(b"beat", now)  # tells what cannot be had any more
         for repair in window.repairs(ranges, room, now):
-            sent = self._transmit(repair)
-            self._counts["repairs"] += sent
-            self._counts["datagrams"] += sent
+            self._counts["repairs"] += self._transmit(repair)
 
     def _wait_for_room(self, deadline: float) -> None:
         """Wait until every watcher that advances has room again, or until the deadline."""
@@ -1450,8 +1437,8 @@ class Dispatcher:
         return self.enabled and (not self._groups or "task" in self._groups)
 
     def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
-        self.send("task-received", uuid=uuid, **fields)
-        self.send("task-started", uuid=uuid)
+        self._send("task-received", {"uuid": uuid, **fields})
+        self._send("task-started", {"uuid": uuid})
         self._count_task(1, 0)
 
     def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
@@ -1472,15 +1459,11 @@ class Dispatcher:
 
     def _send_quietly(self, type: str, fields: Mapping[str, Any]) -> None:
         """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
-        try:
-            self.send(type, **fields)
-        except ValueError:
-            pass  # closed meanwhile, or too large
+        with suppress(ValueError):  # closed meanwhile, or too large
+            self._send(type, fields)
 
 
 _dispatchers: WeakSet[Dispatcher] = WeakSet()
-
-
 _fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
 with suppress(ImportError, AttributeError, OSError, ValueError):
     import mmap
@@ -4586,7 +4569,7 @@ def send(options: Any) -> int:
         if options.type == "-":
             failures = send_lines(dispatcher)
         else:
-            dispatcher.send(options.type, **fields)
+            dispatcher._send(options.type, fields)
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
