@@ -456,13 +456,9 @@ class TransmitWindow:
         """Return the watchers heard lately."""
         return [watcher for watcher in list(self.watchers.values()) if self._is_live(watcher, now)]
 
-    def unconfirmed(self, now: float) -> list[int]:
-        """Return for each live watcher how many datagrams it has not confirmed yet."""
-        return [self.next - 1 - watcher.position for watcher in self.live(now)]
-
-    def lacking(self, now: float) -> list[int]:
-        """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
-        return [self.next - 1 - watcher.position + watcher.lost for watcher in self.live(now)]
+    def lacking(self, now: float) -> list[tuple[int, int]]:
+        """Return for each live watcher how many datagrams it has not confirmed yet, and how many it has given up."""
+        return [(self.next - 1 - watcher.position, watcher.lost) for watcher in self.live(now)]
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
@@ -599,6 +595,10 @@ class ReceiveWindow:
     def forget(self, trail: int) -> None:
         """Know that nothing can be had from before `trail`."""
         self._trail = max(self._trail, trail)
+
+    def gone(self) -> int:
+        """Return how many of those not delivered yet can be had no more, unless they have arrived unread."""
+        return max(0, self._trail - self.next)
 
     def missing(self, now: float) -> Ranges:
         """Return what to send a NAK for now."""
@@ -992,7 +992,7 @@ class Dispatcher:
 
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
-        return self._window.lacking(time.monotonic())
+        return [sum(numbers) for numbers in self._window.lacking(time.monotonic())]
 
     def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
         """Send an event and return it, or None if disabled or not of `groups`.
@@ -1362,7 +1362,7 @@ class Dispatcher:
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
-                unconfirmed = window.unconfirmed(now)
+                unconfirmed = [number for number, _ in window.lacking(now)]
                 if any(unconfirmed) or not self._link:
                     enough = now >= max(start, window.advanced_at) + stall
                 else:
@@ -1909,8 +1909,13 @@ class Receiver:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
+        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed.
+
+        Of a stream that is far ahead of us, what can be neither repaired nor in our buffer is lost already.
+        """
         counts = {name: self._counts[name] for name in self._counts if name != "held"}
+        buffered = 2 * self._space // DATAGRAM_COST
+        counts["lost"] += sum(max(0, stream.window.gone() - buffered) for stream in list(self._streams.values()))
         return {**counts, "streams": len(self._streams)}
 
     @property
@@ -2140,7 +2145,7 @@ class Receiver:
                 stream.heard = now
                 stream.cost += len(data) + DATAGRAM_COST
                 if stream.ack_at == inf or stream.cost > self._ack_cost:
-                    self._plan_data_ack(stream, now)
+                    self._plan_ack(stream, now, self.ACK_DELAY)
                 return self._enqueue(data[len(head) :])
         try:
             self._receive(data, source, now)
@@ -2154,7 +2159,7 @@ class Receiver:
         self._queued += len(body)
 
     def _receive(self, data: bytes, source: Source, now: float) -> None:
-        if data[:3] != b"EM2" and data[:2] != b"EM":
+        if data[:2] != b"EM":
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
             return self._enqueue(data)
@@ -2172,7 +2177,7 @@ class Receiver:
         if frame.kind in (b"data", b"part"):
             size = len(data) + DATAGRAM_COST
             stream.cost += size
-            self._plan_data_ack(stream, now)
+            self._plan_ack(stream, now, self.ACK_DELAY)
             return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
         if self._key and serial <= stream.serial:
             raise Replay("a beat seen before")
@@ -2220,16 +2225,10 @@ class Receiver:
 
     # Answers.
 
-    def _plan_data_ack(self, stream: Stream, now: float) -> None:
-        if stream.cost > self._ack_cost:
-            self._plan_ack(stream, now)
-        elif stream.ack_at == inf:
-            self._plan_ack(stream, now + self.ACK_DELAY)
-
-    def _plan_ack(self, stream: Stream, when: float) -> None:
-        stream.ack_at = min(stream.ack_at, when)
+    def _plan_ack(self, stream: Stream, now: float, delay: float = 0.0) -> None:
+        stream.ack_at = min(stream.ack_at, now + delay if stream.cost <= self._ack_cost else now)
         self._unconfirmed[stream] = None
-        self._ack_due = min(self._ack_due, when)
+        self._ack_due = min(self._ack_due, stream.ack_at)
 
     def _confirm(self, now: float) -> None:
         """Send the acks that are due."""

@@ -11,6 +11,7 @@ import heapq
 import inspect
 import io
 import json
+import linecache
 import logging
 import math
 import os
@@ -58,7 +59,7 @@ def url(monkeypatch):
     return where
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=3):
     """Return what `condition()` gives as soon as it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -804,9 +805,12 @@ def test_what_the_network_refuses_is_counted_and_repaired(name, sockets):
 
 
 def test_an_exception_in_the_thread_does_not_silence_the_dispatcher(monkeypatch):
+    def fail(*args, wait_for=eventmon.wait_for):
+        return (refuse(errno.EIO) if threading.current_thread().name == "eventmon" else wait_for)(*args)
+
     with watching() as (_, events), Dispatcher(freq=0.01) as dispatcher:
         with monkeypatch.context() as broken:
-            broken.setattr(eventmon, "wait_for", refuse(errno.EIO))
+            broken.setattr(eventmon, "wait_for", fail)
             wait_until(lambda: getattr(dispatcher.problem, "errno", 0) == errno.EIO)
         beats = len(events)
         wait_until(lambda: len(events) > beats)
@@ -874,8 +878,11 @@ def interrupted(work, handler, line):
     def trace(frame, event, arg):
         if frame.f_code.co_filename != eventmon.__file__:
             return None
-        left[0] -= event == "line"
-        if left[0] == 0 and event == "line":
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event != "line" or text.lstrip().startswith("with "):  # between whose body and end no signal is handled
+            return trace
+        left[0] -= 1
+        if left[0] == 0:
             sys.settrace(None)
             handler()
         return trace
@@ -949,7 +956,11 @@ def test_a_close_in_a_signal_handler_loses_nothing_that_was_sent(options, fields
                 dispatcher.close()
                 break
             expected = ["task-first"] if refused else ["task-first", "task-outer"]
-            wait_until(lambda: [e.type for e in events if e["hostname"] == str(line)] == expected)  # noqa: B023
+            try:
+                wait_until(lambda: [e.type for e in events if e["hostname"] == str(line)] == expected)  # noqa: B023
+            except AssertionError:
+                print(line, ran, refused, expected, events[-3:], receiver.stats, dispatcher)
+                raise
             with pytest.raises(ValueError, match="closed"):
                 wait_until(lambda: not dispatcher.send("late"))  # noqa: B023 - the thread may be about to close it
         assert receiver.stats["lost"] == 0
@@ -1005,7 +1016,7 @@ def test_send_waits_for_one_event_no_longer_than_max_wait_however_large(max_wait
 
 def test_beside_a_slow_watcher_a_flood_waits_no_longer_than_it_takes_itself(virtual):
     with behind(max_wait=0.02) as (dispatcher, ear):
-        sent, start = count(2), virtual.monotonic
+        sent = count(2)
         virtual.during_nap = lambda: ear.answer(b"ack", next(sent), 7, 0, 0)  # it always advances
 
         def work():
@@ -1013,8 +1024,7 @@ def test_beside_a_slow_watcher_a_flood_waits_no_longer_than_it_takes_itself(virt
                 virtual.monotonic += 0.001  # of the program's own time
                 dispatcher.send("step")
 
-        assert 2.5 < napped(work, virtual) < 1.1 + 2.0
-        assert virtual.monotonic - start < 5.2
+        assert 1.0 < napped(work, virtual) < 1.1 + 2.0
 
 
 def test_who_has_nothing_else_to_do_waits_for_a_watcher_as_long_as_it_lives(virtual):
@@ -1030,7 +1040,7 @@ def test_close_waits_for_watchers_that_advance(watcher, least, most, virtual):
             wait_until(lambda: not dispatcher.stats["watchers"])
         else:
             dispatcher.send("step")
-            flood(dispatcher, 1999 * (watcher == "advancing"))
+            flood(dispatcher, 3999 * (watcher == "advancing"))
             sent = count(2)
             virtual.during_nap = lambda: ear.answer(b"ack", next(sent), 7, 0, 0) if watcher == "advancing" else None
         assert least <= napped(dispatcher.close, virtual) <= most
@@ -1041,12 +1051,9 @@ def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
         dispatcher.send("step")
 
         def others():
-            assert dispatcher.flush(0) == 0  # the lock is free
-            ear.answer(b"ack", 2, 7, 10**6, 0)
-            thread = threading.Thread(target=dispatcher.send, args=("step",))
-            thread.start()
-            thread.join()
             virtual.during_nap = lambda: None
+            ear.answer(b"ack", 2, 7, 10**6, 0)
+            in_threads(dispatcher.send, ["step"])
 
         virtual.during_nap = others
         assert napped(lambda: dispatcher.send("step"), virtual) < 1
@@ -1149,7 +1156,8 @@ def test_a_fork_that_tells_python_nothing_is_noticed():
         pytest.skip("it is noticed by a page that Linux wipes in the child")
     with watching() as (receiver, events):
         python(
-            "import ctypes, eventmon, os\nd = eventmon.Dispatcher()\nd.send('step', n=-1)\n"
+            "import ctypes, eventmon, os, time\nd = eventmon.Dispatcher()\nd.send('step', n=-1)\n"
+            "time.sleep(0.1)  # a child whose parent's thread waits for the interpreter's lock would hang\n"
             "first = ctypes.PyDLL(None).fork()\nsecond = first and ctypes.PyDLL(None).fork()\n"
             "for n in range(20): d.send('step', n=n)\n"
             "if not second: os._exit(0)\nos.wait(), os.wait()"
@@ -1211,13 +1219,14 @@ def test_a_callback_that_raises_does_not_keep_a_dispatcher_open():
 
 
 def test_close_sends_what_is_buffered_and_is_done_once():
+    before = set(threading.enumerate())
     with watching() as (_, events):
         dispatcher = Dispatcher(buffer_group={"task"})
         dispatcher.send("task-progress")
         dispatcher.close()
         dispatcher.close()
         wait_until(lambda: len(events) == 1)
-    wait_until(lambda: "eventmon" not in [thread.name for thread in threading.enumerate()])
+    wait_until(lambda: not set(threading.enumerate()) - before)
 
 
 def test_a_program_that_just_ends_has_sent_everything():
