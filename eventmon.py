@@ -1003,12 +1003,16 @@ class Dispatcher:
         if not _fork_mark[0]:
             after_fork()
         try:
-            known = self._known.get(type)
+            usual = type in self._known and not blind and OURS.isdisjoint(fields)
         except TypeError:  # not even hashable
-            known = None
-        if known is None or blind or not OURS.isdisjoint(fields):
+            usual = False
+        if not usual:
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
+        comma, rest = b"," if fields else b"", format_json(fields)[1:]
+        known = self._known.get(type) or self._look_up(type)  # only now, since somebody's repr() may fork
+        if known is None:
+            return None
         ours, template, frame, buffered, room = known
         now, clock = time.time_ns() // 1000, next(_ticks)
         event = new_event(Event)
@@ -1016,7 +1020,6 @@ class Dispatcher:
         event["timestamp"] = now / 1e6
         event["clock"] = clock
         event.update(fields)
-        comma, rest = b"," if fields else b"", format_json(fields)[1:]
         if buffered or self._outbox or len(rest) > room or self._is_inside():
             self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
             return event
@@ -1452,7 +1455,7 @@ class Dispatcher:
 
     def _send_worker(self, type: str) -> None:
         fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
-        if hasattr(os, "getloadavg"):
+        with suppress(OSError, AttributeError):  # where the system has none
             fields["loadavg"] = [round(load, 2) for load in os.getloadavg()]
         system = os.uname().sysname if hasattr(os, "uname") else sys.platform
         self._send_quietly(type, {**fields, "sw_ident": "eventmon", "sw_ver": __version__, "sw_sys": system})
@@ -1987,15 +1990,17 @@ class Receiver:
                     last = time.monotonic()
                     if last > self._read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
                         self._read(0.0, 1)  # whoever takes its time still advances, for all to see
-                elif self._queue:
-                    self._parse()
-                elif self._channel is None:
+                    continue
+                if self._channel is None and not self._queue:
                     return
+                found = bool(self._queue)
+                if found:
+                    self._parse()
                 else:
                     found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
-                    # whoever does not want to wait reads what is no event for 20 ms at most
-                    if not self._queue and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
-                        return
+                # whoever does not want to wait reads what is no event for 20 ms at most
+                if not self._ready and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
+                    return
         finally:
             self._confirm(inf)  # the caller turns to other things
 
