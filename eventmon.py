@@ -1347,7 +1347,7 @@ class Dispatcher:
 
     def _pause(self, now: float) -> float:
         """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(0.005, max(0.001, (now - self._window.advanced_at) / 4))
+        return min(0.01, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
