@@ -32,7 +32,8 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
     lead      the highest sequence number sent; trail is the lowest that can still be repaired
     beat      a heartbeat every quarter second: lead and trail; bye is the last one
     watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (everything up to there has arrived
-              or is given up), its room (how many bytes more its buffer takes) and how many datagrams it lost
+              or is given up), its room (how many bytes more its buffer takes), how many datagrams it lost, and how
+              many it has taken, of all streams: it advances as long as that number rises
     NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
               to send the same datagrams again
     task, worker, state     as in Celery
@@ -47,8 +48,8 @@ The wire. A datagram is either bare JSON (an object with a "type", or an array o
     EM2 data STREAM SEQ                              body: an event, or an array of events, as JSON
     EM2 part STREAM SEQ EVENT INDEX COUNT            body: piece INDEX (from 0) of COUNT of an event too big for one
     EM2 beat STREAM LEAD TRAIL                       also bye, the last; no body
-    EM2 ack STREAM POSITION WATCHER ROOM LOST        from a watcher, by unicast; also leave, its last; no body
-    EM2 nak STREAM POSITION WATCHER ROOM LOST        body: the sequence numbers missing, as in "7 9-12"
+    EM2 ack STREAM POSITION WATCHER ROOM LOST TAKEN  from a watcher, by unicast; also leave, its last; no body
+    EM2 nak STREAM POSITION WATCHER ROOM LOST TAKEN  body: the sequence numbers missing, as in "7 9-12"
 
 Fields are separated by one space, the header ends with a newline, numbers are decimal and below 10**19. With a
 key, three more fields end the header: the time in seconds since the epoch, a serial number that rises with each frame
@@ -267,7 +268,7 @@ def parse_events(body: bytes) -> list[Event]:
 
 
 MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
-LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 4, b"nak": 4, b"leave": 4}  # kind -> numbers
+LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 5, b"nak": 5, b"leave": 5}  # kind -> numbers
 HEAD_SIZE = len(b"EM2 data 0123456789abcdef ")  # what the data of one stream begin with
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
@@ -364,11 +365,12 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "heard", "limit", "lost", "position", "room", "serial", "waited")
+    __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "taken", "waited")
 
     def __init__(self, position: int) -> None:
         self.position = position  # everything up to this sequence number has arrived there, or is given up
-        self.room = self.lost = 0
+        self.lost = 0
+        self.taken = -1
         self.limit = inf  # the cost up to which its buffer has room
         self.heard = -inf
         self.waited = 0.0  # seconds that send() has waited for it since it last advanced
@@ -426,7 +428,7 @@ class TransmitWindow:
         self.opened_at = self.advanced_at = now
         self.look_ahead(now)
 
-    def on_ack(self, name: int, position: int, room: int, lost: int, now: float) -> bool:
+    def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> bool:
         """Take note of what a watcher has confirmed, unless there are too many of them; False if it cannot be true."""
         if position >= self.next:
             return False
@@ -437,11 +439,11 @@ class TransmitWindow:
                 if len(self.watchers) >= 64:
                     return True  # neither waited for nor counted, but helped
             watcher = self.watchers[name] = Watcher(-1)
-        if position > watcher.position or room > watcher.room:
-            watcher.position = max(position, watcher.position)
+        if taken > watcher.taken:
+            watcher.taken = taken
             watcher.waited = 0.0
             self.advanced_at = now
-        watcher.room = room
+        watcher.position = max(position, watcher.position)
         watcher.lost = lost
         watcher.limit = self._cost_at(watcher.position) + room
         watcher.heard = now
@@ -1313,11 +1315,11 @@ class Dispatcher:
             if frame.kind not in (b"ack", b"nak", b"leave") or frame.stream != self._stream:
                 raise WireError(f"a {frame.kind.decode()}, expected an answer to this stream")
             ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
-            position, name, room, lost = frame.numbers
+            position, name, room, lost, taken = frame.numbers
             watcher = window.watchers.get(name)
             if serial and watcher and serial <= watcher.serial:
                 raise Replay("an answer seen before")
-            if not window.on_ack(name, position, room, lost, now):
+            if not window.on_ack(name, position, room, lost, taken, now):
                 raise WireError(f"confirms {position}, expected at most {window.next - 1}")
         except WireError as problem:
             self._counts["rejected"] += 1
@@ -1907,7 +1909,7 @@ class Receiver:
         self._clock = 0.0  # the windows' clock: see _advance()
         self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
         self._read_since = 0
-        self._run = 0  # datagrams read since we waited for one
+        self._taken = self._taken_before = 0  # datagrams read in all, and when we last waited for one
         self._empty = True  # the channel, when we last looked
 
     @property
@@ -1977,7 +1979,7 @@ class Receiver:
         stream begins with what is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
-        self._run = 0
+        self._taken_before = self._taken
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
         last = time.monotonic()
@@ -2067,16 +2069,15 @@ class Receiver:
         """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
         if patience > 0 and self._empty:
             self._wait(patience)
-        channel, now, run = self._channel, time.monotonic(), self._run
+        channel, now, taken = self._channel, time.monotonic(), self._taken
         self._empty = True
         with suppress(OSError):  # nothing more; closed; or, on Windows, an answer of ours found nobody
             for _ in range(most if channel else 0):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
-                self._run += 1
                 self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
             self._empty = channel is None
-        found, now = self._run > run, time.monotonic()
+        found, now = self._taken > taken, time.monotonic()
         if self._empty:
             self._advance(now, MAX_SLEEP)
             self._check(now, found)
@@ -2084,7 +2085,7 @@ class Receiver:
             self._advance(self._mark, MAX_SLEEP)
             self._mark = now
         if now >= self._ack_due:
-            self._read_aside()
+            self._read_aside(now)
             self._confirm(now)
         if self._clock >= self._mend_due:
             self._mend()
@@ -2093,11 +2094,11 @@ class Receiver:
 
     def _wait(self, patience: float) -> None:
         """Wait for a datagram; or, when busy, let some gather: to be woken for each would cost more than all the rest."""
-        if self._run > 16:
+        if self._taken > self._taken_before + 16:
             time.sleep(min(patience, 0.0005))
         elif self._channel:
             wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), self._channel)
-        self._run = 0
+        self._taken_before = self._taken
 
     def _check(self, now: float, found: bool) -> None:
         """After a second of silence: join the group again, and open what somebody else has closed."""
@@ -2125,7 +2126,7 @@ class Receiver:
             stream, (lead, trail) = self._announced.popitem()
             self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
-    def _read_aside(self) -> None:
+    def _read_aside(self, now: float) -> None:
         """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
         for _ in range(0 if self._answers in (None, self._channel) else 16):
             try:
@@ -2138,11 +2139,13 @@ class Receiver:
             stream = self._streams.get(frame.stream)
             if stream and frame.kind in (b"beat", b"bye"):
                 self._announced[stream] = _, trail = frame.numbers
+                self._plan_ack(stream, now)
                 stream.window.forget(trail)
                 self._deliver(stream, stream.window.overdue(self._clock))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
+        self._taken += 1
         stream = None if self._key else self._streams.get(data[9:25])
         if stream and stream.source == source:
             window, head = stream.window, stream.head + b"%d\n" % stream.window.next
@@ -2198,7 +2201,7 @@ class Receiver:
         if fields[1] == b"beat" and self._answers and now >= self._told_at + 1.0:
             self._told_at = now
             with suppress(OSError):
-                ack = format_frame(b"ack", fields[2], (0, self.name, 0, 0))
+                ack = format_frame(b"ack", fields[2], (0, self.name, 0, 0, 0))
                 self._answers.sendto(seal(ack, self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
@@ -2269,7 +2272,7 @@ class Receiver:
         self._unconfirmed.pop(stream, None)
         stream.cost, stream.ack_at = 0, inf
         if self._answers:
-            answer = format_frame(kind, stream.name, (window.next - 1, self.name, room, window.lost), body)
+            answer = format_frame(kind, stream.name, (window.next - 1, self.name, room, window.lost, self._taken), body)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
                 self._answers.sendto(seal(answer, self._key), stream.source)
 
