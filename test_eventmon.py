@@ -282,9 +282,9 @@ FRAMES = [
     ((b"part", STREAM, (7, 1, 0, 3), b'{"ty'), b'EM2 part 0123456789abcdef 7 1 0 3\n{"ty'),
     ((b"beat", STREAM, (9, 2), b""), b"EM2 beat 0123456789abcdef 9 2\n"),
     ((b"bye", STREAM, (9, 2), b""), b"EM2 bye 0123456789abcdef 9 2\n"),
-    ((b"ack", STREAM, (9, 5, 4096, 0), b""), b"EM2 ack 0123456789abcdef 9 5 4096 0\n"),
-    ((b"leave", STREAM, (9, 5, 4096, 0), b""), b"EM2 leave 0123456789abcdef 9 5 4096 0\n"),
-    ((b"nak", STREAM, (9, 5, 4096, 2), b"10 12-14"), b"EM2 nak 0123456789abcdef 9 5 4096 2\n10 12-14"),
+    ((b"ack", STREAM, (9, 5, 4096, 0, 3), b""), b"EM2 ack 0123456789abcdef 9 5 4096 0 3\n"),
+    ((b"leave", STREAM, (9, 5, 4096, 0, 3), b""), b"EM2 leave 0123456789abcdef 9 5 4096 0 3\n"),
+    ((b"nak", STREAM, (9, 5, 4096, 2, 3), b"10 12-14"), b"EM2 nak 0123456789abcdef 9 5 4096 2 3\n10 12-14"),
 ]
 
 
