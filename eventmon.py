@@ -1088,10 +1088,10 @@ class Dispatcher:
         What was buffered is the parent's to send, and so is a worker's heartbeat.
         """
         if self.pid != os.getpid():
-            if self._link:
-                self._link.close()
-            self._freq = None
+            link, self._freq = self._link, None
             self._begin()
+            if link:
+                link.close()
 
     def close(self) -> None:
         """Send what is buffered and a goodbye; return once live watchers have everything.
@@ -1483,7 +1483,8 @@ def after_fork() -> None:
     """In the child of a fork: every Dispatcher begins a stream of its own."""
     _fork_mark[0] = 1
     for dispatcher in list(_dispatchers):
-        dispatcher.on_after_fork()
+        with suppress(Exception):  # the others are not to pay for it
+            dispatcher.on_after_fork()
 
 
 def at_exit() -> None:
