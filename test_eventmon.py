@@ -2513,13 +2513,12 @@ def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejecte
 
 
 def test_when_the_clocks_are_set_back_or_forward_sealed_events_go_on(virtual):
-    with watching(key="secret") as (receiver, events), Dispatcher(key="secret") as dispatcher:
-        for virtual.offset in (0, -300, 300):
+    with watching(key="secret") as (_, events), Dispatcher(key="secret") as dispatcher:
+        for number, virtual.offset in enumerate((0, -300, 300), 1):
             dispatcher.send("step")
             with Dispatcher(key="secret") as fresh:
                 fresh.send("step")
-        wait_until(lambda: len(events) == 6)
-        assert receiver.stats["rejected"] == 0
+            wait_until(lambda: len(events) == 2 * number)  # noqa: B023
 
 
 def test_two_clocks_that_differ_are_named_as_such_on_both_sides(virtual):
@@ -2529,14 +2528,14 @@ def test_two_clocks_that_differ_are_named_as_such_on_both_sides(virtual):
         virtual.offset = 60
         ear.tell(receiver, eventmon.seal(eventmon.format_frame(b"beat", STREAM, (1, 1)), key))
         virtual.offset = 0
-        list(receiver.itercapture(timeout=0.05))
+        wait_until(lambda: [*receiver.itercapture(timeout=0)] or receiver.problem)
         assert "clock 60 s ahead" in str(receiver.problem) or "clock 59 s ahead" in str(receiver.problem)
         assert ear.hear(b"ack", key=key)  # by which the sender learns the time here
     with Ear() as ear, Dispatcher(ear.url, key=key) as dispatcher:
         dispatcher.send("hello")
         ear.hear(b"data", key=key)
         virtual.offset = 60
-        answer = eventmon.seal(eventmon.format_frame(b"ack", ear.stream, (0, 7, 0, 0)), key)
+        answer = eventmon.seal(eventmon.format_frame(b"ack", ear.stream, (0, 7, 0, 0, 1)), key)
         virtual.offset = 0
         ear.socket.sendto(answer, ear.sender)
         wait_until(lambda: "s ahead" in str(dispatcher.problem))
@@ -2548,7 +2547,7 @@ def test_an_answer_without_the_key_or_seen_before_does_nothing():
     with Ear() as ear, Dispatcher(ear.url, key=key) as dispatcher:
         dispatcher.send("a")
         ear.hear(b"data", key=key)
-        nak = eventmon.format_frame(b"nak", ear.stream, (0, 7, 4096, 0), b"1")
+        nak = eventmon.format_frame(b"nak", ear.stream, (0, 7, 4096, 0, 1), b"1")
         sealed = eventmon.seal(nak, key)
         ear.socket.sendto(sealed, ear.sender)
         ear.hear(b"data", key=key)
