@@ -1180,6 +1180,8 @@ class Dispatcher:
                 deadline = deadline or time.monotonic() + self._max_wait
                 self._wait_for_room(deadline)
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
+                if self._outbox and self._ended:
+                    return self._refuse()  # and leave there what other threads are to be told of, too
                 if self._outbox:
                     self._send_datagram()
             if not self._outbox:
@@ -1429,7 +1431,7 @@ class Dispatcher:
             if now >= self._beaten_at + BEAT and not self._ended:
                 self._introduce()  # the clock may have been put forward for the summer
                 self._beat(b"beat", now)
-        if self._outbox:
+        if self._outbox and not self._ended:
             self._send_outbox()
         if self._freq and self.enabled and now >= self._work_at:
             self._work_at = now + self._freq
