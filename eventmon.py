@@ -399,6 +399,7 @@ class TransmitWindow:
         self.watchers: dict[int, Watcher] = {}
         self.opened_at = inf
         self.advanced_at = -inf  # when a watcher last did
+        self._left: deque[int] = deque(maxlen=64)  # `next` when watchers left that had everything
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
@@ -442,7 +443,7 @@ class TransmitWindow:
         if taken > watcher.taken:
             watcher.taken = taken
             watcher.waited = 0.0
-            self.advanced_at = now
+            self.advanced_at = max(self.advanced_at, now)
         watcher.position = max(position, watcher.position)
         watcher.lost = lost
         watcher.limit = self._cost_at(watcher.position) + room
@@ -451,8 +452,10 @@ class TransmitWindow:
         return True
 
     def leave(self, name: int) -> None:
-        """Forget a watcher."""
-        self.watchers.pop(name, None)
+        """Wait no more for a watcher, but remember one that has everything."""
+        watcher = self.watchers.pop(name, None)
+        if watcher and watcher.position == self.next - 1 and not watcher.lost:
+            self._left.append(self.next)
 
     def live(self, now: float) -> list[Watcher]:
         """Return the watchers heard lately."""
@@ -461,6 +464,10 @@ class TransmitWindow:
     def lacking(self, now: float) -> list[tuple[int, int]]:
         """Return for each live watcher how many datagrams it has not confirmed yet, and how many it has given up."""
         return [(self.next - 1 - watcher.position, watcher.lost) for watcher in self.live(now)]
+
+    def complete(self, now: float) -> int:
+        """Return how many watchers have everything, those that have left with it counted."""
+        return self.lacking(now).count((0, 0)) + self._left.count(self.next)
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
@@ -1054,7 +1061,7 @@ class Dispatcher:
         with self._lock:
             self._start()
         self._settle(0.2, inf, timeout, time.monotonic())
-        return 0 if self._is_inside() else self.lacking().count(0)
+        return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
         """Return a context manager, and decorator, that sends the events of a task: see Task."""
