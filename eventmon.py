@@ -1196,13 +1196,17 @@ class Dispatcher:
 
     def _send_datagram(self) -> None:
         """Number, keep and send as much of the outbox as a datagram takes."""
-        outbox, window = self._outbox, self._window
-        seq, item = window.next, outbox.popleft()
-        if type(item) is Part:
-            frame = self._part_head + b"%d" % seq + item
-        else:
-            frame = self._data_head + b"%d\n" % seq + (self._gather(item) if outbox else item)
-        self._send_frame(frame)
+        seq, taken = self._window.next, [self._outbox.popleft()]
+        try:
+            if type(taken[0]) is Part:
+                frame = self._part_head + b"%d" % seq + taken[0]
+            else:
+                frame = self._data_head + b"%d\n" % seq + self._gather(taken)
+            self._send_frame(frame)
+        except BaseException:  # of a signal handler, say
+            if self._window.next == seq:
+                self._outbox.extendleft(reversed(taken))
+            raise
 
     def _send_frame(self, frame: bytes) -> None:
         """Keep and send the datagram that has the next sequence number."""
@@ -1216,16 +1220,16 @@ class Dispatcher:
         if not window.next % 64:  # the thread gets few chances while a loop sends
             self._listen(time.monotonic())
 
-    def _gather(self, first: bytes) -> bytes:
-        """Return an event and as many that follow it in the outbox as a datagram takes."""
-        bodies, size = [first], len(first)
+    def _gather(self, bodies: list[bytes]) -> bytes:
+        """Take as many events more out of the outbox as a datagram takes; return them all."""
+        size = len(bodies[0])
         while self._outbox and type(self._outbox[0]) is not Part and len(bodies) < self._buffer_limit:
             size += len(self._outbox[0]) + 2
             if size > self._room:
                 break
             bodies.append(self._outbox.popleft())
         self._counts["events"] += len(bodies) - 1
-        return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else first
+        return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""

@@ -133,7 +133,9 @@ class Ear:
 
     def hear(self, *kinds, key=b""):
         """Return the next datagram whose frame is of one of these kinds."""
+        end = time.monotonic() + 20
         while True:
+            assert time.monotonic() < end, f"waited in vain for {kinds}"
             data, self.sender = self.socket.recvfrom(65536)
             frame = eventmon.parse_frame(eventmon.unseal(data, key)[0])
             self.stream = frame.stream
@@ -194,11 +196,18 @@ def sockets(monkeypatch):
     return opened
 
 
+class NoThread(threading.Thread):
+    """A thread that cannot be started, as at the exit of the interpreter."""
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+
 @pytest.fixture
 def virtual(monkeypatch):
     """Virtual time in eventmon: `monotonic`, and `offset` of the clock on the wall; `naps` are those of this thread.
 
-    Sleep takes no time, but calls `during_nap`.
+    Sleep takes no time, but calls `during_nap`. A Dispatcher gets no thread, which would live in another time.
     """
     me = threading.current_thread()
     it = SimpleNamespace(monotonic=1000.0, offset=0.0, naps=[], during_nap=lambda: None)
@@ -212,6 +221,7 @@ def virtual(monkeypatch):
 
     fake = {"monotonic": lambda: it.monotonic, "time": lambda: time.time() + it.offset, "sleep": sleep}
     monkeypatch.setattr(eventmon, "time", SimpleNamespace(**{**vars(time), **fake}))
+    monkeypatch.setattr(eventmon, "threading", SimpleNamespace(**{**vars(threading), "Thread": NoThread}))
     return it
 
 
@@ -787,7 +797,7 @@ def simulate(seed, monkeypatch):
     options = {"key": key, "buffer_group": ("test",) if buffered else (), "buffer_limit": 5}
     senders = [Dispatcher(hostname=f"s{number}", **options) for number in range(dice.randint(1, 3))]
     sent, killed = Counter(), set()
-    for step in range(dice.randint(10, 60)):
+    for step in range(dice.randint(5, 40)):
         sender = dice.choice(senders)
         if sender.hostname not in killed:
             for _ in range(dice.choice((1, 1, 1, 5, 30))):
@@ -801,7 +811,7 @@ def simulate(seed, monkeypatch):
             victim.asleep = not victim.asleep
         if hard and dice.random() < 0.05:
             network.cut_off = {dice.randint(1, 9)} if dice.random() < 0.5 else set()
-        if hard and step == 40:
+        if hard and step == 30:
             network.kill(sender)
             killed.add(sender.hostname)
         if dice.random() < 0.02:
@@ -1250,7 +1260,7 @@ def test_a_worker_works_where_the_system_has_no_load_average(monkeypatch):
 def test_where_no_thread_can_be_made_events_are_sent_and_confirmed(monkeypatch):
     with watching() as (_, events):
         with monkeypatch.context() as broken:
-            broken.setattr(threading.Thread, "start", lambda self: exec("raise RuntimeError"))
+            broken.setattr(eventmon.threading, "Thread", NoThread)
             with Dispatcher(buffer_group={"task"}) as dispatcher:
                 dispatcher.send("task-progress")
                 dispatcher.send("hello", x="x" * 10**5)
@@ -1323,7 +1333,7 @@ WAYS = [({}, {}), ({}, {"x": "x" * 150000}), ({"buffer_group": {"task"}, "buffer
 
 @pytest.mark.parametrize("options, fields", WAYS)
 def test_a_signal_handler_may_send_at_any_moment(options, fields):
-    for line in count(random.randint(1, 4), 4):  # over all runs, every one
+    for line in count(random.randint(1, 8), 8):  # over all runs, every one
         with Ear() as ear, Receiver() as receiver, Dispatcher(ear.url, **options) as dispatcher:
             dispatcher.send("task-first")
             ran, problem = interrupted(
@@ -1350,7 +1360,7 @@ def test_after_an_exception_of_a_signal_handler_a_dispatcher_goes_on(options, fi
         raise TimeoutError("of an alarm")
 
     with watching() as (receiver, events):
-        for line in count(random.randint(1, 4), 4):  # over all runs, every one
+        for line in count(random.randint(1, 8), 8):  # over all runs, every one
             with Dispatcher(hostname=str(line), **options) as dispatcher:
                 dispatcher.send("task-first")
                 ran, problem = interrupted(lambda: dispatcher.send("task-outer", **fields), fail, line)
@@ -1368,7 +1378,7 @@ def test_after_an_exception_of_a_signal_handler_a_dispatcher_goes_on(options, fi
 @pytest.mark.parametrize("options, fields", WAYS)
 def test_a_close_in_a_signal_handler_loses_nothing_that_was_sent(options, fields):
     with watching() as (receiver, events):
-        for line in count(random.randint(1, 4), 4):  # over all runs, every one
+        for line in count(random.randint(1, 8), 8):  # over all runs, every one
             dispatcher = Dispatcher(hostname=str(line), **options)
             dispatcher.send("task-first")
             sent = []
@@ -1402,8 +1412,8 @@ def behind(room=0, **options):
         dispatcher.send("hello")
         ear.hear(b"data")
         ear.answer(b"ack", 1, 7, room, 0)
-        wait_until(lambda: dispatcher.stats["watchers"])
         dispatcher.flush(0)
+        assert dispatcher.stats["watchers"] == 1
         yield dispatcher, ear
 
 
@@ -1424,7 +1434,7 @@ def test_a_stopped_watcher_costs_a_quarter_second_once_until_it_advances(virtual
         assert 0.2 < napped(lambda: flood(dispatcher), virtual) < 0.27
         assert napped(lambda: flood(dispatcher), virtual) == 0
         ear.answer(b"ack", 2000, 7, 0, 0)
-        wait_until(lambda: dispatcher.lacking() == [1])
+        dispatcher.flush(0)
         assert 0.2 < napped(lambda: flood(dispatcher), virtual) < 0.27
 
 
@@ -1458,7 +1468,7 @@ def test_close_waits_for_watchers_that_advance(watcher, least, most, virtual):
     with behind() as (dispatcher, ear):
         if watcher == "none":
             ear.answer(b"leave", 1, 7, 0, 0)
-            wait_until(lambda: not dispatcher.stats["watchers"])
+            dispatcher.flush(0)
         else:
             dispatcher.send("step")
             flood(dispatcher, 3999 * (watcher == "advancing"))
@@ -2505,7 +2515,8 @@ def test_without_a_key_a_sealed_stream_is_counted_as_rejected():
 def test_a_sealed_datagram_seen_before_is_a_duplicate_and_one_too_old_is_rejected(virtual):
     receiver = Receiver(key="secret")
     data = captured("a", key="secret") * 3
-    data.insert(1, eventmon.seal(eventmon.format_frame(b"beat", eventmon.parse_frame(eventmon.unseal(data[0], b"secret")[0]).stream, (1, 1)), b"secret"))
+    stream = eventmon.parse_frame(eventmon.unseal(data[0], b"secret")[0]).stream
+    data.insert(1, eventmon.seal(eventmon.format_frame(b"beat", stream, (1, 1)), b"secret"))
     assert delivered(receiver, *data, data[1]) == ["a"]
     assert receiver.stats["duplicates"] == 3
     virtual.offset = 32
@@ -2529,16 +2540,16 @@ def test_two_clocks_that_differ_are_named_as_such_on_both_sides(virtual):
         ear.tell(receiver, eventmon.seal(eventmon.format_frame(b"beat", STREAM, (1, 1)), key))
         virtual.offset = 0
         wait_until(lambda: [*receiver.itercapture(timeout=0)] or receiver.problem)
-        assert "clock 60 s ahead" in str(receiver.problem) or "clock 59 s ahead" in str(receiver.problem)
+        assert re.search("clock (60|59) s ahead", str(receiver.problem))
         assert ear.hear(b"ack", key=key)  # by which the sender learns the time here
     with Ear() as ear, Dispatcher(ear.url, key=key) as dispatcher:
         dispatcher.send("hello")
         ear.hear(b"data", key=key)
         virtual.offset = 60
-        answer = eventmon.seal(eventmon.format_frame(b"ack", ear.stream, (0, 7, 0, 0, 1)), key)
+        ear.answer(b"ack", 0, 7, 0, 0, key=key)
         virtual.offset = 0
-        ear.socket.sendto(answer, ear.sender)
-        wait_until(lambda: "s ahead" in str(dispatcher.problem))
+        dispatcher.flush(0)
+        assert re.search("clock (60|59) s ahead", str(dispatcher.problem))
         assert dispatcher.stats["watchers"] == 0
 
 
@@ -2572,7 +2583,7 @@ def ip(*commands):
     for command in commands:
         subprocess.run(["ip", *command.split()], check=True)
 def up(address):
-    ip("link add tap0 type dummy", f"address add {address}/24 dev tap0", "link set tap0 up")
+    ip("link add hub0 type bridge", f"address add {address}/24 dev hub0", "link set hub0 up")
 up("10.9.0.1")
 events = []
 receiver, d = eventmon.Receiver(url), eventmon.Dispatcher(url)
@@ -2586,7 +2597,7 @@ def wait_for(n):
         assert time.monotonic() < end, (events, d.stats, d.problem, receiver.stats)
         time.sleep(0.01)
 wait_for(0)
-ip("link delete tap0")
+ip("link delete hub0")
 d.send("step", n=1)
 time.sleep(0.3)
 up("10.9.0.1")
@@ -2594,10 +2605,10 @@ wait_for(2)
 CHANGE
 print([event["n"] for event in events], receiver.stats["lost"])
 """
-CHANGE = 'ip("address add 10.9.7.7/24 dev tap0", "address delete 10.9.0.1/24 dev tap0")\nwait_for(3)'
+CHANGE = 'ip("address add 10.9.7.7/24 dev hub0", "address delete 10.9.0.1/24 dev hub0")\nwait_for(3)'
 
 
-@pytest.mark.parametrize("interface, change, got", [("10.9.0.1", "", [0, 1, 2]), ("tap0", CHANGE, [0, 1, 2, 3])])
+@pytest.mark.parametrize("interface, change, got", [("10.9.0.1", "", [0, 1, 2]), ("hub0", CHANGE, [0, 1, 2, 3])], ids=["address", "name"])
 def test_an_interface_that_goes_and_comes_again_is_used_again(interface, change, got, tmp_path):
     if not shutil.which("ip"):
         pytest.skip("ip is not here")
