@@ -839,7 +839,8 @@ def wait_for(seconds: float, *files: Any) -> None:
         poll = select.poll()  # unlike select() not limited to the first 1,024 files
         for file in files:
             poll.register(file, select.POLLIN)
-        if not any(events & select.POLLNVAL for _, events in poll.poll(seconds * 1000)):
+        found = poll.poll(seconds * 1000)
+        if not found or not found[0][1] & select.POLLNVAL:
             return
     except (OSError, ValueError):
         pass
@@ -2084,13 +2085,14 @@ class Receiver:
         if patience > 0 and self._empty:
             self._wait(patience)
         channel, now, taken = self._channel, time.monotonic(), self._taken
-        self._empty = True
-        with suppress(OSError):  # nothing more; closed; or, on Windows, an answer of ours found nobody
+        self._empty = False
+        try:
             for _ in range(most if channel else 0):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
-            self._empty = channel is None
+        except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
+            self._empty = True
         found, now = self._taken > taken, time.monotonic()
         if self._empty:
             self._advance(now, MAX_SLEEP)
