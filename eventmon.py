@@ -226,8 +226,13 @@ def format_json(value: Any) -> bytes:
         return "".join(_encode(plain(value), 0)).encode()
 
 
-def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Return `value` made of what JSON has, at most 32 containers deep; `above` names those that it stands in."""
+def plain(value: Any, above: tuple[int, ...] = (), left: Iterator[int] | None = None) -> Any:
+    """Return `value` made of what JSON has.
+
+    Containers are at most 32 deep and 100,000 in all, so that those which name each other have an end; `above` names
+    those that `value` stands in.
+    """
+    left = left or iter(range(100_000))
     try:
         if value is None or isinstance(value, bool) or isinstance(value, int) and value.bit_length() < 4096:
             return value
@@ -235,13 +240,14 @@ def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
             return value
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode()
-        if id(value) not in above and len(above) < 32:
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in above or len(above) == 32 or next(left, None) is None:
+                return "{...}" if isinstance(value, dict) else "[...]"
             above += (id(value),)
             if isinstance(value, dict):
                 keys = [(key, plain(key) if isinstance(key, str) else readable(key)) for key in value]
-                return {text: plain(value[key], above) for key, text in keys}
-            if isinstance(value, (list, tuple)):
-                return [plain(item, above) for item in value]
+                return {text: plain(value[key], above, left) for key, text in keys}
+            return [plain(item, above, left) for item in value]
     except Exception:  # noqa: BLE001, S110 - of the user's own class, which may still have a repr
         pass
     return readable(value)
@@ -399,7 +405,6 @@ class TransmitWindow:
         self.watchers: dict[int, Watcher] = {}
         self.opened_at = inf
         self.advanced_at = -inf  # when a watcher last did
-        self._left: deque[int] = deque(maxlen=64)  # `next` when watchers left that had everything
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
@@ -445,7 +450,7 @@ class TransmitWindow:
             watcher.waited = 0.0
             self.advanced_at = max(self.advanced_at, now)
         watcher.position = max(position, watcher.position)
-        watcher.lost = lost
+        watcher.lost = max(lost, watcher.lost)
         watcher.limit = self._cost_at(watcher.position) + room
         watcher.heard = now
         self.look_ahead(now)
@@ -453,9 +458,8 @@ class TransmitWindow:
 
     def leave(self, name: int) -> None:
         """Wait no more for a watcher, but remember one that has everything."""
-        watcher = self.watchers.pop(name, None)
-        if watcher and watcher.position == self.next - 1 and not watcher.lost:
-            self._left.append(self.next)
+        if name in self.watchers:
+            self.watchers[name].heard = -inf
 
     def live(self, now: float) -> list[Watcher]:
         """Return the watchers heard lately."""
@@ -467,7 +471,8 @@ class TransmitWindow:
 
     def complete(self, now: float) -> int:
         """Return how many watchers have everything, those that have left with it counted."""
-        return self.lacking(now).count((0, 0)) + self._left.count(self.next)
+        known = [watcher for watcher in self.watchers.values() if self._is_live(watcher, now) or watcher.heard == -inf]
+        return sum(watcher.position == self.next - 1 and not watcher.lost for watcher in known)
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
@@ -482,7 +487,7 @@ class TransmitWindow:
 
     def look_ahead(self, now: float) -> None:
         """Set the horizon: the cost at which a watcher that is waited for has no more room."""
-        if not self.watchers and self.opened_at <= now < self.opened_at + self.FIRST_ANSWER:
+        if not self.live(now) and self.opened_at <= now < self.opened_at + self.FIRST_ANSWER:
             self.horizon = self.FIRST_FLIGHT
         elif self._patient:
             self.horizon = min((watcher.limit for watcher in self.live(now)), default=inf)
@@ -592,18 +597,19 @@ class ReceiveWindow:
         """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
         items = []
         if not self._trail and self.next < trail <= lead + 1:  # it was gone before we came
-            self.next = trail
+            self.next = min([trail, *self._held])
             self.end = max(self.end, trail)
             items = self._deliver(now)
-        self.forget(trail)
+        self._trail = max(self._trail, trail)
         self._expect(lead, now)
         if self.next < self.end:
             self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
 
     def forget(self, trail: int) -> None:
-        """Know that nothing can be had from before `trail`."""
-        self._trail = max(self._trail, trail)
+        """Know that nothing can be had from before `trail`, of a stream whose beats have been heard before."""
+        if self._trail:
+            self._trail = max(self._trail, trail)
 
     def gone(self) -> int:
         """Return how many of those not delivered yet can be had no more, unless they have arrived unread."""
@@ -847,6 +853,16 @@ def wait_for(seconds: float, *files: Any) -> None:
     time.sleep(min(seconds, 0.05))  # somebody has closed it, and whoever waits is to look why
 
 
+def shut(sockets: dict[socket.socket, int]) -> None:
+    """Close sockets (socket -> its inode), but never a file of the program that has got the descriptor of one."""
+    while sockets:
+        sock, number = sockets.popitem()
+        if inode(sock) == number:
+            sock.close()
+        else:
+            sock.detach()
+
+
 class Link:
     """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
 
@@ -864,11 +880,8 @@ class Link:
         return not self.broken and inode(self.socket) == self._inode
 
     def close(self) -> None:
-        """Close the socket, but never a file of the program that has got its descriptor."""
-        if inode(self.socket) == self._inode:
-            self.socket.close()
-        else:
-            self.socket.detach()
+        """Close the socket."""
+        shut({self.socket: self._inode})
 
 
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
@@ -1058,6 +1071,8 @@ class Dispatcher:
         Returns how many watchers have every event; one that gave an event up does not count. A Dispatcher that is new,
         or knows of no watcher, gives them a fifth of a second to speak up.
         """
+        if not _fork_mark[0]:
+            after_fork()
         self._send_outbox()
         with self._lock:
             self._start()
@@ -1133,14 +1148,14 @@ class Dispatcher:
 
     def _look_up(self, type: Any) -> Known | None:
         """Return what is to be known of a type of events; None if they are not sent."""
-        group = Event(type).group
+        table, group = self._known, Event(type).group
         if self._closed:
             self._refuse()
         if not self.enabled or self._groups and group not in self._groups:
             return None
         with self._lock:
             self._start()
-        table, ours = self._known, {**self._ours, "type": type}
+        ours = {**self._ours, "type": type}
         told = format_json({key: ours[key] for key in ("hostname", "pid", "utcoffset")})[1:-1]
         words = [text.replace(b"%", b"%%") for text in (format_json(type), told)]
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
@@ -1204,6 +1219,7 @@ class Dispatcher:
             else:
                 frame = self._data_head + b"%d\n" % seq + self._gather(taken)
             self._send_frame(frame)
+            self._counts["events"] += len(taken) - 1
         except BaseException:  # of a signal handler, say
             if self._window.next == seq:
                 self._outbox.extendleft(reversed(taken))
@@ -1229,7 +1245,6 @@ class Dispatcher:
             if size > self._room:
                 break
             bodies.append(self._outbox.popleft())
-        self._counts["events"] += len(bodies) - 1
         return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
@@ -1344,7 +1359,7 @@ class Dispatcher:
             watcher.address, watcher.serial = source, serial
         if frame.kind == b"leave":
             window.leave(name)
-        if any(first < window.trail for first, _ in ranges):
+        if any(first < window.trail for first, _ in ranges) and now >= self._beaten_at + 0.05:
             self._beat(b"beat", now)  # tells what cannot be had any more
         for repair in window.repairs(ranges, room, now):
             self._counts["repairs"] += self._transmit(repair)
@@ -1393,6 +1408,8 @@ class Dispatcher:
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
+        if not _fork_mark[0]:
+            after_fork()
         if self._is_inside():
             self._close_soon = True  # by the thread, after the send that this interrupts
             return
@@ -1406,8 +1423,11 @@ class Dispatcher:
                 self._settle(0.04, 0.2, timeout, -inf)
                 with self._lock:
                     if self._link:
-                        self._beat(b"bye", time.monotonic())
+                        for _ in range(5):  # nobody repairs it
+                            self._beat(b"bye", time.monotonic())
                         self._link.close()
+                    elif self._window.next > 1:  # no name was found in time
+                        self._counts["errors"] += 1
                     self._link, self._ended = None, True
                 if self._finalizer:
                     self._finalizer.cancel()
@@ -1431,10 +1451,10 @@ class Dispatcher:
             self._connect()
             link = self._link
         due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
-        if link:
+        if link and link.is_intact():
             wait_for(due - now, link.socket)
         else:
-            time.sleep(max(0.0, due - now, 0.01))
+            time.sleep(0.05)
         if self._close_soon:
             return self.close()
         now = time.monotonic()
@@ -1495,10 +1515,10 @@ _fork_mark[0] = 1
 
 def after_fork() -> None:
     """In the child of a fork: every Dispatcher begins a stream of its own."""
-    _fork_mark[0] = 1
     for dispatcher in list(_dispatchers):
         with suppress(Exception):  # the others are not to pay for it
             dispatcher.on_after_fork()
+    _fork_mark[0] = 1
 
 
 def at_exit() -> None:
@@ -1864,7 +1884,7 @@ class Stream:
         self.source = source
         self.window = window
         self.heard = now
-        self.serial = 0  # of the last beat, with a key
+        self.serial = 0  # the highest, with a key
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
 
@@ -1903,7 +1923,8 @@ class Receiver:
         self.name = int.from_bytes(os.urandom(7), "big")
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
-        self._inode = -1  # of the channel
+        self._sockets: dict[socket.socket, int] = {}  # both, and their inodes
+        finalize(self, shut, self._sockets)
         self._space = BUFFER  # what the channel's buffer holds
         self._ack_cost = BUFFER // 16  # of a stream's data that are confirmed at once
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
@@ -1917,7 +1938,7 @@ class Receiver:
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
         self._history = True
-        self._crowded_until = self._checked_at = self._told_at = self._read_at = -inf
+        self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
         self._ack_due = inf  # when the first stream is to be confirmed
         self._mend_due = inf  # when the first one is to be mended, by the windows' clock
         self._announced: dict[Stream, tuple[int, ...]] = {}  # in beats for us alone: lead, trail
@@ -1944,14 +1965,15 @@ class Receiver:
         return self._channel or self._open()
 
     def _open(self) -> socket.socket:
-        channel = listen(self._url)
-        finalize(self, channel.close)
-        apart = is_group(self._url.host) or on_loopback(self._url)  # else a firewall lets answers pass from there alone
-        self._answers = udp_socket(self._url) if apart else channel
-        finalize(self, self._answers.close)
+        shut(self._sockets)
+        channel = answers = listen(self._url)
+        self._sockets[channel] = inode(channel)
+        if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
+            answers = udp_socket(self._url)
+            self._sockets[answers] = inode(answers)
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self._ack_cost = self._space // 16
-        self._channel, self._inode = channel, inode(channel)
+        self._channel, self._answers = channel, answers
         return channel
 
     def sources(self) -> list[tuple[str, Source]]:
@@ -1967,9 +1989,8 @@ class Receiver:
         channel, self._channel = self._channel, None
         if channel:
             for stream in list(self._streams.values()):
-                self._answer(stream, b"leave")
-            for sock in {channel, self._answers}:
-                sock.close()  # type: ignore[union-attr]
+                self._send_answer(stream, b"leave", 0)
+            shut(self._sockets)
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -2060,7 +2081,7 @@ class Receiver:
         size = 0
         while self._queue and size < 65536:
             body = self._queue.popleft()
-            size += len(body)
+            size += len(body) + 64
             try:
                 events += parse_events(body)
             except WireError as problem:
@@ -2096,10 +2117,13 @@ class Receiver:
         found, now = self._taken > taken, time.monotonic()
         if self._empty:
             self._advance(now, MAX_SLEEP)
-            self._check(now, found)
         elif self._read_since > self._space:  # more than the buffer held at the mark
             self._advance(self._mark, MAX_SLEEP)
             self._mark = now
+        if found:
+            self._heard_at = now
+        if now >= self._checked_at + 1.0:
+            self._check(now)
         if now >= self._ack_due:
             self._read_aside(now)
             self._confirm(now)
@@ -2112,22 +2136,20 @@ class Receiver:
         """Wait for a datagram; or, when busy, let some gather: to be woken for each would cost more than all the rest."""
         if self._taken > self._taken_before + 16:
             time.sleep(min(patience, 0.0005))
-        elif self._channel:
-            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), self._channel)
+        else:
+            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
         self._taken_before = self._taken
 
-    def _check(self, now: float, found: bool) -> None:
-        """After a second of silence: join the group again, and open what somebody else has closed."""
-        if found or now < self._checked_at + 1.0 or self._channel is None:
-            self._checked_at = now if found else self._checked_at
-            return
-        self._checked_at = now
+    def _check(self, now: float) -> None:
+        """Once a second: open what somebody else has closed, or whose interface has gone and come again."""
+        channel, self._checked_at = self._channel, now
         with suppress(OSError):  # no network now; or all is as it should be
-            if inode(self._channel) != self._inode:
-                self._channel.detach()
+            if channel and inode(channel) == self._sockets.get(channel):
+                if not is_group(self._url.host) or now < self._heard_at + 1.0:
+                    return
+                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
+            if channel:
                 self._open()
-            elif is_group(self._url.host):  # succeeds if the interface has gone and come again
-                self._channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))
 
     def _advance(self, complete_at: float, most: float) -> None:
         """Note that all that arrived before this time has been read.
@@ -2146,17 +2168,18 @@ class Receiver:
         """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
         for _ in range(0 if self._answers in (None, self._channel) else 16):
             try:
-                frame = parse_frame(unseal(self._answers.recvfrom(65536)[0], self._key)[0])  # type: ignore[union-attr]
+                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                frame = parse_frame(unseal(data, self._key)[0])
             except OSError:
                 break
             except WireError as problem:
                 self._count(problem)
                 continue
             stream = self._streams.get(frame.stream)
-            if stream and frame.kind in (b"beat", b"bye"):
-                self._announced[stream] = _, trail = frame.numbers
+            if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
+                lead, trail = self._announced[stream] = frame.numbers
                 self._plan_ack(stream, now)
-                stream.window.forget(trail)
+                stream.window.forget(min(trail, lead + 1))
                 self._deliver(stream, stream.window.overdue(self._clock))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
@@ -2180,7 +2203,7 @@ class Receiver:
 
     def _enqueue(self, body: bytes) -> None:
         self._queue.append(body)
-        self._queued += len(body)
+        self._queued += len(body) + 64
 
     def _receive(self, data: bytes, source: Source, now: float) -> None:
         if data[:2] != b"EM":
@@ -2192,20 +2215,19 @@ class Receiver:
         if frame.kind in (b"ack", b"nak", b"leave"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
         stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
-        if stream.source != source:
+        fresh = not self._key or serial > stream.serial
+        if fresh and stream.source != source and not self._key and now < stream.heard + 2 * BEAT:
             # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
-            if not self._key and now < stream.heard + 2 * BEAT:
-                raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
-            stream.source = source
-        stream.heard = now
+            raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
+        if fresh:
+            stream.source, stream.heard, stream.serial = source, now, serial
         if frame.kind in (b"data", b"part"):
             size = len(data) + DATAGRAM_COST
             stream.cost += size
             self._plan_ack(stream, now, self.ACK_DELAY)
             return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
-        if self._key and serial <= stream.serial:
+        if not fresh:
             raise Replay("a beat seen before")
-        stream.serial = serial
         self._streams.move_to_end(frame.stream)
         self._plan_ack(stream, now)
         lead, trail = frame.numbers
@@ -2217,8 +2239,8 @@ class Receiver:
         if fields[1] == b"beat" and self._answers and now >= self._told_at + 1.0:
             self._told_at = now
             with suppress(OSError):
-                ack = format_frame(b"ack", fields[2], (0, self.name, 0, 0, 0))
-                self._answers.sendto(seal(ack, self._key), source)
+                answer = format_frame(b"leave", fields[2], (0, 0, 0, 0, 0))
+                self._answers.sendto(seal(answer, self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
         """Begin to follow a stream: from the start of what can be had, or from now.
@@ -2287,10 +2309,13 @@ class Receiver:
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
         stream.cost, stream.ack_at = 0, inf
+        self._send_answer(stream, kind, room, body)
+
+    def _send_answer(self, stream: Stream, kind: bytes, room: int, body: bytes = b"") -> None:
+        numbers = stream.window.next - 1, self.name, room, stream.window.lost, self._taken
         if self._answers:
-            answer = format_frame(kind, stream.name, (window.next - 1, self.name, room, window.lost, self._taken), body)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
-                self._answers.sendto(seal(answer, self._key), stream.source)
+                self._answers.sendto(seal(format_frame(kind, stream.name, numbers, body), self._key), stream.source)
 
     # Delivery.
 
@@ -2315,16 +2340,18 @@ class Receiver:
             raise WireError(f"part {index} of {total}, {len(piece)} bytes")
         key = stream, event
         pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
-        if len(pieces) != index:
-            self._drop_pieces(key)  # something was given up, or we came in the middle
+        if len(pieces) != index:  # something was given up; or, where there is no piece, we came in the middle
+            self._drop_pieces(key)
             return b""
         pieces.append(piece)
         self._joined += len(piece)
         if index + 1 == total:
             body = b"".join(self._pieces.pop(key))
             self._joined -= len(body)
+            if body[:1] != b"{":
+                raise WireError(f"an event of {len(body):,} bytes that is no object")
             return body
-        while self._joined > self.MAX_JOINED:  # what dead senders began goes first
+        while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._pieces)))
         return b""
 
