@@ -302,7 +302,7 @@ FRAMES = [
 def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
     assert eventmon.format_frame(*fields) == data
     assert eventmon.parse_frame(data) == fields
-    assert f"    {data.split()[0].decode()} {fields[0].decode()} STREAM " in eventmon.__doc__ or fields[0] in (b"bye", b"leave")
+    assert re.search(rf"\n    EM2 {fields[0].decode()} STREAM |also {fields[0].decode()}, (the|its) last", eventmon.__doc__)
 
 
 @pytest.mark.parametrize(
@@ -699,7 +699,7 @@ class Network:
     It drives whole Dispatchers and Receivers, whose sockets, clocks and threads it replaces.
     """
 
-    def __init__(self, seed, monkeypatch, loss=0.0, repeat=0.0, delay=0.001, space=1 << 20):
+    def __init__(self, seed, monkeypatch, loss=0.0, repeat=0.0, delay=0.001, space=1 << 20, history=8 << 20):
         self.random, self.loss, self.repeat, self.delay, self.space = random.Random(seed), loss, repeat, delay, space
         self.now, self.packets, self.sockets, self.cut_off = 1000.0, [], {}, set()
         self.senders, self.watchers, self.busy = [], [], set()
@@ -714,6 +714,7 @@ class Network:
             "threading": threads,
             "listen": lambda url: self.socket("group", self.space),
             "udp_socket": lambda url: self.socket("host", 1 << 20),
+            "TransmitWindow": type("TransmitWindow", (eventmon.TransmitWindow,), {"limit": property(lambda _: history, lambda *_: None)}),
             "inode": lambda sock: 1,
             "wait_for": lambda *_: None,
         }.items():
@@ -781,6 +782,7 @@ def simulate(seed, monkeypatch):
     """One life of some senders and watchers; everything that is promised is checked at its end."""
     dice = random.Random(seed)
     hard = dice.random() < 0.5  # whether more is lost than can be repaired
+    history = dice.choice((8 << 20, 20_000, 3_000)) if hard else 8 << 20
     network = Network(
         seed,
         monkeypatch,
@@ -788,6 +790,7 @@ def simulate(seed, monkeypatch):
         repeat=dice.choice((0.0, 0.2)),
         delay=dice.choice((0.0005, 0.003, 0.01)),
         space=dice.choice((60_000, 1 << 20)) if hard else 4 << 20,
+        history=history,
     )
     key = dice.choice((None, "secret"))
     for _ in range(dice.randint(1, 2)):
@@ -797,6 +800,10 @@ def simulate(seed, monkeypatch):
     options = {"key": key, "buffer_group": ("test",) if buffered else (), "buffer_limit": 5}
     senders = [Dispatcher(hostname=f"s{number}", **options) for number in range(dice.randint(1, 3))]
     sent, killed = Counter(), set()
+    network.loss, loss = 0.0, network.loss
+    for sender in senders if history < 8 << 20 else ():
+        sender.flush()  # whoever is there hears of the stream, and knows from then on what it has missed
+    network.loss = loss
     for step in range(dice.randint(5, 40)):
         sender = dice.choice(senders)
         if sender.hostname not in killed:
@@ -833,6 +840,7 @@ def simulate(seed, monkeypatch):
             assert numbers == sorted(set(numbers)), (seed, name, "twice, or out of order")
         if watcher not in early:
             continue
+        assert hard or watcher.receiver.pause(1) > 0.9, (seed, "there is still something to be done")
         for name in sent:
             missing = sent[name] - len(watcher.heard.get(name, ()))
             whole = whole and not missing
@@ -840,7 +848,11 @@ def simulate(seed, monkeypatch):
         assert hard or whole and not stats["lost"], (seed, stats, sent, "lost what could be repaired")
         assert not whole or not stats["lost"], (seed, stats, "counted as lost what has come")
     for name, (number, watchers) in confirmed.items():
-        having = sum(len(watcher.heard.get(name, ())) == sent[name] for watcher in network.watchers)
+        # one that came late has everything if it has what could still be had
+        having = sum(
+            len(watcher.heard.get(name, ())) == sent[name] or history < 8 << 20 and watcher not in early
+            for watcher in network.watchers
+        )
         assert number <= having, (seed, name, "confirmed by who has not everything")
         assert hard or number == watchers, (seed, name, number, "not confirmed by who has everything")
 
@@ -1220,7 +1232,7 @@ def test_without_a_network_sending_goes_on_and_what_failed_is_repaired(where, mo
     assert [event.type for event in events] == ["first", "second"]
 
 
-@pytest.mark.parametrize("name", ["ENOBUFS", "EPERM", "ENETUNREACH", "EHOSTUNREACH", "EMSGSIZE", "ECONNREFUSED", "ENODEV"])
+@pytest.mark.parametrize("name", "ENOBUFS EPERM ENETUNREACH EHOSTUNREACH EMSGSIZE ECONNREFUSED ENODEV".split())
 def test_what_the_network_refuses_is_counted_and_repaired(name, sockets):
     with watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
@@ -1452,10 +1464,10 @@ def test_beside_a_slow_watcher_a_flood_waits_no_longer_than_it_takes_itself(virt
 
         def work():
             for _ in range(2000):
-                virtual.monotonic += 0.001  # of the program's own time
+                virtual.monotonic += 0.0002  # of the program's own time
                 dispatcher.send("step")
 
-        assert 1.0 < napped(work, virtual) < 1.1 + 2.0
+        assert 1.0 < napped(work, virtual) < 1.05 + 0.4
 
 
 def test_who_has_nothing_else_to_do_waits_for_a_watcher_as_long_as_it_lives(virtual):
@@ -1466,15 +1478,21 @@ def test_who_has_nothing_else_to_do_waits_for_a_watcher_as_long_as_it_lives(virt
 @pytest.mark.parametrize("watcher, least, most", [("none", 0, 0.05), ("stopped", 0.15, 0.26), ("advancing", 2.5, 3.1)])
 def test_close_waits_for_watchers_that_advance(watcher, least, most, virtual):
     with behind() as (dispatcher, ear):
+        dispatcher.send("step")
         if watcher == "none":
             ear.answer(b"leave", 1, 7, 0, 0)
-            dispatcher.flush(0)
         else:
-            dispatcher.send("step")
             flood(dispatcher, 3999 * (watcher == "advancing"))
             sent = count(2)
             virtual.during_nap = lambda: ear.answer(b"ack", next(sent), 7, 0, 0) if watcher == "advancing" else None
         assert least <= napped(dispatcher.close, virtual) <= most
+
+
+def test_who_has_nothing_left_to_send_waits_no_longer_than_is_said_whatever_max_wait_is(virtual):
+    with behind(max_wait=60) as (dispatcher, _):
+        dispatcher.send("step")
+        assert napped(lambda: dispatcher.flush(0), virtual) == 0
+        assert napped(dispatcher.close, virtual) <= 0.26
 
 
 def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
@@ -1544,6 +1562,8 @@ def test_a_child_of_multiprocessing_sends_what_it_has_buffered():
 
 
 def test_a_closed_dispatcher_is_not_kept():
+    import multiprocessing.util  # noqa: F401 - to which a Dispatcher tells that it is to be closed at the exit
+
     dispatcher = Dispatcher()
     dispatcher.send("x")
     kept = weakref.ref(dispatcher)
@@ -1620,22 +1640,26 @@ def test_a_fork_in_the_middle_of_a_send_leaves_both_processes_a_stream_of_their_
 
 
 @pytest.mark.parametrize("reused", [False, True])
-def test_a_descriptor_that_somebody_else_has_closed_is_replaced(reused, sockets, monkeypatch):
-    turns = []
-    wait_for = eventmon.wait_for
+@pytest.mark.parametrize("whose", ["Receiver", "Dispatcher"])
+def test_a_descriptor_that_the_program_has_closed_is_replaced_and_left_to_whoever_has_it(
+    whose, reused, sockets, monkeypatch
+):
+    turns, wait_for = [], eventmon.wait_for
     monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
-    with watching() as (receiver, events), Dispatcher() as dispatcher, Ear() as file:
+    with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
         turns.clear()
-        for sock in (receiver.channel, sockets[-2 if reused else -1]):
-            os.dup2(file.socket.fileno(), sock.fileno()) if reused else os.close(sock.fileno())
-        descriptors = [sock.fileno() for sock in sockets[-4:]]
+        opened = len(sockets)
+        number = (receiver.channel if whose == "Receiver" else sockets[-1]).fileno()
+        os.dup2(file.socket.fileno(), number) if reused else os.close(number)
         for n in range(1, 10):
             dispatcher.send("step", n=n)
-        wait_until(lambda: len(events) == 10)
+        wait_until(lambda: len(events) == 10 and len(sockets) > opened)
         assert len(turns) < 1000  # it does not turn in a circle
-        assert descriptors
+        if reused:
+            assert os.path.sameopenfile(number, file.socket.fileno())
+            os.close(number)
     assert [event["n"] for event in events] == list(range(10))
 
 
@@ -2256,7 +2280,8 @@ def test_without_a_channel_a_gap_is_given_up_at_a_call_a_second_later(virtual):
 
 
 def part(seq, event, index, body, total=3, stream=STREAM):
-    return eventmon.format_frame(b"part", stream, (seq, event, index, total), body if index + 1 == total else body.ljust(1024))
+    body = body if index + 1 == total else body.ljust(1024)
+    return eventmon.format_frame(b"part", stream, (seq, event, index, total), body)
 
 
 def test_parts_of_two_events_are_never_joined(virtual):
@@ -2271,7 +2296,8 @@ def test_parts_of_two_events_are_never_joined(virtual):
 
 
 def test_events_of_several_threads_in_parts_may_interleave():
-    frames = [part(1 + n, n, 0, b'{"type":', 2) for n in range(3)] + [part(4 + n, n, 1, b'"%d"}' % n, 2) for n in range(3)]
+    frames = [part(1 + n, n, 0, b'{"type":', 2) for n in range(3)]
+    frames += [part(4 + n, n, 1, b'"%d"}' % n, 2) for n in range(3)]
     assert delivered(Receiver(), *frames) == ["0", "1", "2"]
 
 
@@ -2343,7 +2369,8 @@ def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(mon
     for n, data in enumerate(frames):
         virtual.monotonic += 0.1
         got += delivered(receiver, data, b"EM2 beat %b %d 1\n" % (honest, n + 1))
-        forged = (b'EM2 data %016x %d\n{"type":"forged"}' % (n * 100 + each, seq) for each in range(80) for seq in (1, 2))
+        names = range(n * 100, n * 100 + 80)
+        forged = (b'EM2 data %016x %d\n{"type":"forged"}' % (name, seq) for name in names for seq in (1, 2))
         got += [type for type in delivered(receiver, *forged) if type != "forged"]
         got += delivered(receiver, b"EM2 beat %b %d 1\n" % (honest, n + 1), *frames[max(0, n - 3) : n])
     assert got == [f"step-{n}" for n in range(40)]
@@ -2608,7 +2635,11 @@ print([event["n"] for event in events], receiver.stats["lost"])
 CHANGE = 'ip("address add 10.9.7.7/24 dev hub0", "address delete 10.9.0.1/24 dev hub0")\nwait_for(3)'
 
 
-@pytest.mark.parametrize("interface, change, got", [("10.9.0.1", "", [0, 1, 2]), ("hub0", CHANGE, [0, 1, 2, 3])], ids=["address", "name"])
+@pytest.mark.parametrize(
+    "interface, change, got",
+    [("10.9.0.1", "", [0, 1, 2]), ("hub0", CHANGE, [0, 1, 2, 3])],
+    ids=["address", "name"],
+)
 def test_an_interface_that_goes_and_comes_again_is_used_again(interface, change, got, tmp_path):
     if not shutil.which("ip"):
         pytest.skip("ip is not here")
