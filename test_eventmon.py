@@ -412,6 +412,13 @@ def test_what_json_has_no_form_for_is_sent_as_something_readable(value, sent):
     assert json.loads(eventmon.format_json({"value": value})) == {"value": sent}
 
 
+def test_values_that_name_each_other_have_an_end():
+    crowd = [{} for _ in range(12)]
+    for one in crowd:
+        one.update((str(n), other) for n, other in enumerate(crowd))
+    assert 1000 < len(eventmon.format_json(crowd)) < 20_000_000
+
+
 def test_numbers_and_nesting_too_big_for_others_are_sent_as_something_readable():
     deep = []
     for _ in range(100000):
@@ -646,6 +653,13 @@ def test_what_was_gone_before_we_came_is_not_lost_but_what_goes_later_is():
     here.announce(20, 16, now=0.1)
     here.overdue(0.1)
     assert counts["lost"] == 15
+
+
+def test_a_trail_that_passes_what_is_held_back_loses_none_of_it():
+    window, counts = receive_window()
+    arrive(window, 5, 6, 8)
+    assert window.announce(8, 7, now=0.0) == [5, 6]
+    assert arrive(window, 7, now=0.1) == [7, 8] and counts["held"] == counts["lost"] == 0
 
 
 def test_what_is_held_back_is_bounded_and_asked_for_again():
@@ -1380,7 +1394,9 @@ def test_after_an_exception_of_a_signal_handler_a_dispatcher_goes_on(options, fi
                 assert dispatcher.stats["errors"] == 0
             wait_until(lambda: events and (events[-1].type, events[-1]["hostname"]) == ("last", str(line)))  # noqa: B023
             got = [event.type for event in events if event["hostname"] == str(line)]
-            assert got in (["task-first", "task-outer", "last"], ["task-first", "last"][: 2 * bool(problem)])
+            expected = ["task-first", "task-outer", "last"]
+            may_miss = ["task-outer", "task-first"][: 1 + bool(options)] if problem else []  # a held one goes with it
+            assert [type for type in expected if type in got or type not in may_miss] == got
             if not ran:
                 break
         assert receiver.stats["lost"] == 0 or fields  # of an event in parts some may have been sent
@@ -1509,6 +1525,17 @@ def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
         assert dispatcher.stats["events"] == 4
 
 
+def test_who_asks_for_what_is_gone_again_and_again_draws_few_beats():
+    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
+        dispatcher.send("hello")
+        ear.hear(b"data")
+        for _ in range(200):
+            ear.answer(b"nak", 0, 7, 10**6, 0, body=b"0")
+        ear.answer(b"nak", 1, 7, 10**6, 0, body=b"1")
+        ear.hear(b"data")  # the repair, by which all have been read
+        assert dispatcher.stats["datagrams"] < 50
+
+
 def test_a_watcher_beyond_those_waited_for_is_helped_as_well():
     with Ear() as ear, Dispatcher(ear.url) as dispatcher:
         dispatcher.send("hello")
@@ -1617,6 +1644,19 @@ def test_a_fork_that_tells_python_nothing_is_noticed():
         assert receiver.stats["duplicates"] == receiver.stats["rejected"] == 0
     assert sorted(event["n"] for event in events) == sorted([-1, *[*range(20)] * 3])
     assert len({event["pid"] for event in events}) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is noticed by a page that Linux wipes in the child")
+def test_a_child_that_only_ends_says_nothing_in_the_name_of_its_parent():
+    with watching() as (receiver, events):
+        python(
+            "import ctypes, eventmon, os, sys, time\nd = eventmon.Dispatcher(freq=9, buffer_group={'step'})\n"
+            "d.send('step', n=0)\ntime.sleep(0.1)\nif not ctypes.PyDLL(None).fork(): sys.exit(0)\nos.wait()\n"
+            "for n in (1, 2): d.send('step', n=n)"
+        )
+        wait_until(lambda: events and events[-1].type == "worker-offline")
+        assert receiver.stats["duplicates"] == receiver.stats["rejected"] == 0
+    assert [event.get("n") for event in events] == [None, 0, 1, 2, None]
 
 
 def test_a_fork_in_the_middle_of_a_send_leaves_both_processes_a_stream_of_their_own():
@@ -2382,6 +2422,20 @@ def test_a_forger_of_a_name_takes_nothing_from_the_stream_that_has_it():
     assert receiver.handle_message(frames[3].replace(b'"d"', b'"forged"'), ("127.0.0.1", 666)) == []
     assert got + delivered(receiver, frames[3]) == ["a", "b", "c", "d"]
     assert receiver.stats["rejected"] == 1
+
+
+def test_a_sealed_datagram_that_is_sent_again_from_elsewhere_draws_no_answer_there():
+    key = b"secret"
+    sealed = eventmon.seal(eventmon.format_frame(b"data", STREAM, (1,), b'{"type":"a"}'), key)
+    with Receiver(key=key) as receiver, Ear() as sender, Ear() as thief:
+        receiver.fileno()
+        for ear in (sender, thief):
+            receiver.handle_message(sealed, ear.address)
+        list(receiver.itercapture(timeout=0))
+        assert sender.hear(b"ack", key=key)
+        thief.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            thief.socket.recvfrom(65536)
 
 
 def test_a_sender_whose_address_changes_goes_on_and_repeats_nothing(virtual):
