@@ -1199,7 +1199,7 @@ class Dispatcher:
         """
         window, deadline = self._window, 0.0
         while not self._is_inside():
-            if window.cost > window.horizon:
+            if self._outbox and window.cost > window.horizon:
                 deadline = deadline or time.monotonic() + self._max_wait
                 self._wait_for_room(deadline)
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
@@ -1929,6 +1929,7 @@ class Receiver:
         self._ack_cost = BUFFER // 16  # of a stream's data that are confirmed at once
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
+        self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
         self._senders: OrderedDict[Stream, float] = OrderedDict()  # of these, who has sent data lately -> when
         self._unconfirmed: dict[Stream, None] = {}
         self._broken: dict[Stream, None] = {}  # streams with gaps
@@ -2243,9 +2244,9 @@ class Receiver:
                 self._answers.sendto(seal(answer, self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now.
+        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was.
 
-        From now also while live streams are displaced: this may be one, of which everything has been delivered.
+        From now also while many live streams are displaced: this may be one, of which everything has been delivered.
         """
         while len(self._streams) >= self.MAX_STREAMS:
             self._evict(now)
@@ -2253,6 +2254,7 @@ class Receiver:
         start = first if frame.kind in (b"data", b"part") else first + 1
         if self._history and now > self._crowded_until:
             start = 1
+        start = self._displaced.pop(frame.stream, start)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, now)
         self._senders[stream] = now
@@ -2261,8 +2263,10 @@ class Receiver:
 
     def _evict(self, now: float) -> None:
         """Follow the stream no more that is silent longest."""
-        _, stream = self._streams.popitem(last=False)
-        if now < stream.heard + 60:
+        name, stream = self._streams.popitem(last=False)
+        self._displaced[name] = stream.window.end
+        if len(self._displaced) > 16 * self.MAX_STREAMS:
+            del self._displaced[next(iter(self._displaced))]
             self._crowded_until = now + 60
         for known in (self._unconfirmed, self._broken, self._senders, self._announced):
             known.pop(stream, None)
