@@ -1060,10 +1060,9 @@ class Dispatcher:
         if not _fork_mark[0]:
             after_fork()
         known = self._look_up(event.get("type"))
-        if known is None:
-            return None
-        self._post(format_json(dict(event)), known.buffered)
-        return event
+        if known:
+            self._post(format_json(dict(event)), known.buffered)
+        return event if known else None
 
     def flush(self, timeout: float = 1.0) -> int:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
@@ -1166,8 +1165,7 @@ class Dispatcher:
         return known
 
     def _refuse(self) -> None:
-        """Say that nothing is sent any more: to the user who closed it, not to a thread that outlives the program."""
-        if not self._exits:
+        if not self._exits:  # else a thread that outlives the program has nobody to tell
             raise ValueError("the dispatcher is closed")
 
     def _post(self, body: bytes, buffered: bool) -> None:
@@ -1175,22 +1173,17 @@ class Dispatcher:
         if len(body) <= self._room:
             self._outbox.append(body)
         elif len(body) <= MAX_EVENT:
-            parts = self._parts(body)
+            event, starts = next(self._large), range(0, len(body), self._room)
+            heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
+            parts = [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
             with self._lock:
                 self._counts["events"] -= len(parts) - 1
+                self._window.limit = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
             self._outbox.extend(parts)
         else:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        if buffered and len(self._outbox) < self._buffer_limit and self._thread and not self._closed:
-            return
-        self._send_outbox()
-
-    def _parts(self, body: bytes) -> list[bytes]:
-        """Cut a large event into pieces. So that it can be repaired, the history grows to hold it and the one before."""
-        event, starts = next(self._large), range(0, len(body), self._room)
-        self._window.limit = HISTORY + 2 * len(body)
-        heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
-        return [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
+        if not (buffered and len(self._outbox) < self._buffer_limit and self._thread and not self._closed):
+            self._send_outbox()
 
     def _send_outbox(self) -> None:
         """Send what is in the outbox, in turn with other threads.
@@ -2134,7 +2127,7 @@ class Receiver:
         return found
 
     def _wait(self, patience: float) -> None:
-        """Wait for a datagram; or, when busy, let some gather: to be woken for each would cost more than all the rest."""
+        """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
         if self._taken > self._taken_before + 16:
             time.sleep(min(patience, 0.0005))
         else:
