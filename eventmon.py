@@ -1373,10 +1373,10 @@ class Dispatcher:
         """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
         return min(0.01, max(0.001, (now - self._window.advanced_at) / 2))
 
-    def _ask(self, now: float) -> None:
+    def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
         advanced_at = self._window.advanced_at
-        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
+        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(pause, (now - advanced_at) / 2)):
             self._beat(b"beat", now)
 
     def _settle(self, patience: float, stall: float, timeout: float, asked_at: float) -> None:
@@ -1396,7 +1396,7 @@ class Dispatcher:
                     enough = now >= max(window.opened_at, -inf if unconfirmed else asked_at) + patience
                 if enough or now >= start + timeout:
                     return
-                self._ask(now)
+                self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
             time.sleep(self._pause(now))
             now = time.monotonic()
 
