@@ -101,6 +101,8 @@ MAX_EVENT = 16 << 20  # bounds what a receiver puts together
 MAX_DATAGRAM = 1400  # below Ethernet's MTU of 1,500, tunnels counted
 MAX_LOOPBACK = 61440 if sys.platform == "linux" else 8192  # UDP's own limit is 65,507; macOS refuses above 9,216
 MAX_HEADER = 160  # the longest header line, sealed
+MAX_REPR = 1024  # characters of a task's arguments, result or exception
+MAX_DEPTH = 32  # containers inside containers, and tasks inside tasks, that are looked into
 HISTORY = 8 << 20  # what a Dispatcher keeps for repairs and late watchers: 30,000 usual events
 BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in while Python does something else
 ROOM = 1 << 20  # of a watcher's buffer that all senders together may fill
@@ -229,7 +231,7 @@ def format_json(value: Any) -> bytes:
 def plain(value: Any, above: tuple[int, ...] = (), left: Iterator[int] | None = None) -> Any:
     """Return `value` made of what JSON has.
 
-    Containers are at most 32 deep and 100,000 in all, so that those which name each other have an end; `above` names
+    Containers are at most MAX_DEPTH deep and 100,000 in all, so that those which name each other have an end; `above` names
     those that `value` stands in.
     """
     left = left or iter(range(100_000))
@@ -241,7 +243,7 @@ def plain(value: Any, above: tuple[int, ...] = (), left: Iterator[int] | None = 
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode()
         if isinstance(value, (dict, list, tuple)):
-            if id(value) in above or len(above) == 32 or next(left, None) is None:
+            if id(value) in above or len(above) == MAX_DEPTH or next(left, None) is None:
                 return "{...}" if isinstance(value, dict) else "[...]"
             above += (id(value),)
             if isinstance(value, dict):
@@ -275,7 +277,7 @@ def parse_events(body: bytes) -> list[Event]:
 
 MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
 LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 5, b"nak": 5, b"leave": 5}  # kind -> numbers
-HEAD_SIZE = len(b"EM2 data 0123456789abcdef ")  # what the data of one stream begin with
+NAME = slice(9, 25)  # where the stream's name stands in a data frame
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
 
@@ -300,9 +302,14 @@ def parse_frame(data: bytes) -> Frame:
     return Frame(kind, stream, tuple(map(int, numbers)), body)
 
 
+def head_of(kind: bytes, stream: bytes) -> bytes:
+    """Return how the frames of one kind begin in a stream: all that stands before the numbers."""
+    return b"%b %b %b " % (MAGIC, kind, stream)
+
+
 def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
     """Return a frame; the mirror of parse_frame."""
-    return b"%b %b %b %b\n%b" % (MAGIC, kind, stream, b" ".join([b"%d" % n for n in numbers]), body)
+    return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
 
 
 _serials = count(1)
@@ -373,14 +380,14 @@ class Watcher:
 
     __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "taken", "waited")
 
-    def __init__(self, position: int) -> None:
-        self.position = position  # everything up to this sequence number has arrived there, or is given up
-        self.lost = 0
-        self.taken = -1
+    def __init__(self) -> None:
+        self.position = -1  # everything up to this sequence number has arrived there, or is given up
+        self.lost = 0  # datagrams of this stream that it gave up
+        self.taken = -1  # datagrams of all streams that it has read
         self.limit = inf  # the cost up to which its buffer has room
         self.heard = -inf
         self.waited = 0.0  # seconds that send() has waited for it since it last advanced
-        self.serial = -1
+        self.serial = -1  # of its last answer, with a key
         self.address: Source | None = None
 
 
@@ -392,6 +399,7 @@ class TransmitWindow:
     the `horizon`; `patient` is a sender that has nothing else to do. The half and the quarter of guarantee 4 are here.
     """
 
+    MAX_WATCHERS = 64  # that are waited for
     FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # the cost that is sent before the first answer is waited for
     FIRST_ANSWER = QUARTER = 0.25  # how long it is waited for, and for a watcher that does not advance
     GRACE, LEAST_WAIT = 1.0, 0.01  # of waiting before it is counted against the program's own time; worth to begin
@@ -440,11 +448,11 @@ class TransmitWindow:
             return False
         watcher = self.watchers.get(name)
         if watcher is None:
-            if len(self.watchers) >= 64:
+            if len(self.watchers) >= self.MAX_WATCHERS:
                 self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
-                if len(self.watchers) >= 64:
+                if len(self.watchers) >= self.MAX_WATCHERS:
                     return True  # neither waited for nor counted, but helped
-            watcher = self.watchers[name] = Watcher(-1)
+            watcher = self.watchers[name] = Watcher()
         if taken > watcher.taken:
             watcher.taken = taken
             watcher.waited = 0.0
@@ -500,7 +508,7 @@ class TransmitWindow:
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
 
-        At most 512 are looked at, so that no send() waits long. Each is repaired once in 4 ms, however many watchers
+        At most 512 are looked at, which bounds the work for a NAK. Each is repaired once in 4 ms, however many watchers
         ask, and in 0.1 ms more for each one that is asked for: before they are all read, other watchers ask for them
         too. All together are at most 16 MiB a second, so that no NAK makes a Dispatcher flood the network.
         """
@@ -903,10 +911,10 @@ class Part(bytes):
 _ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
 
 
-def witness(clock: Any) -> None:
+def witness(clock: int) -> None:
     """Set this process's Lamport clock past one that was received."""
     global _ticks
-    if type(clock) is int and next(_ticks) <= clock < 1 << 62:
+    if next(_ticks) <= clock < 1 << 62:
         _ticks = count(clock + 1)
 
 
@@ -940,7 +948,7 @@ class Dispatcher:
         freq: float | None = None,
         key: str | bytes | None = None,
         max_wait: float = 0.01,
-        max_repr: int = 1024,
+        max_repr: int = MAX_REPR,
     ) -> None:
         import inspect  # noqa: F401 - these now, not when a task needs them and no file can be opened
         import traceback  # noqa: F401
@@ -978,7 +986,7 @@ class Dispatcher:
         self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
         self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= 1 else 0.0)
         self._stream = os.urandom(8).hex().encode()
-        self._data_head, self._part_head = b"EM2 data %b " % self._stream, b"EM2 part %b " % self._stream
+        self._data_head, self._part_head = head_of(b"data", self._stream), head_of(b"part", self._stream)
         # events and datagrams beside the one of each that has a sequence number
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
         self._large = count(1)  # numbers the events in parts
@@ -1533,8 +1541,6 @@ if hasattr(os, "register_at_fork"):
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
 _current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
-MAX_DEPTH = 32  # containers inside containers that are sent as such when an event is no plain JSON
-MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
 MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
 
@@ -1873,7 +1879,7 @@ class Stream:
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
         self.name = name
-        self.head = b"EM2 data %b " % name  # what its data begin with
+        self.head = head_of(b"data", name)
         self.source = source
         self.window = window
         self.heard = now
@@ -2051,10 +2057,7 @@ class Receiver:
         now = time.monotonic()
         self._advance(now, inf)
         self._accept(data, source, now)
-        if now >= self._ack_due:
-            self._confirm(now)
-        if self._clock >= self._mend_due:
-            self._mend()
+        self._keep_up(now)
         while self._queue:
             self._parse()
         events = list(self._ready)
@@ -2118,13 +2121,17 @@ class Receiver:
             self._heard_at = now
         if now >= self._checked_at + 1.0:
             self._check(now)
+        self._keep_up(now)
+        self._read_at = now
+        return found
+
+    def _keep_up(self, now: float) -> None:
+        """Confirm and mend what is due."""
         if now >= self._ack_due:
             self._read_aside(now)
             self._confirm(now)
         if self._clock >= self._mend_due:
             self._mend()
-        self._read_at = now
-        return found
 
     def _wait(self, patience: float) -> None:
         """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
@@ -2179,7 +2186,7 @@ class Receiver:
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
         self._taken += 1
-        stream = None if self._key else self._streams.get(data[9:25])
+        stream = None if self._key else self._streams.get(data[NAME])
         if stream and stream.source == source:
             window, head = stream.window, stream.head + b"%d\n" % stream.window.next
             if data.startswith(head) and window.in_order(window.next):  # as nearly always
@@ -2365,7 +2372,6 @@ class Receiver:
 MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-CLOSE_ALONE, CLOSE_WATCHED = 0.04, 0.2  # how long close() waits for a first answer, and for confirmation
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_FIELDS = 200  # of a task or a worker from its events
