@@ -30,7 +30,8 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
     window    what one side knows of a stream: the transmit window keeps what was sent, to repair it;
               the receive window restores the order and knows what is missing
     lead      the highest sequence number sent; trail is the lowest that can still be repaired
-    beat      a heartbeat every quarter second: lead and trail; bye is the last one
+    beat      a heartbeat every quarter second: lead and trail; bye is the last one. A process whose stream is silent
+              for 3 s without a bye is lost
     watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (everything up to there has arrived
               or is given up), its room (how many bytes more its buffer takes), how many datagrams it lost, and how
               many it has taken, of all streams: it advances as long as that number rises
@@ -47,7 +48,7 @@ The wire. A datagram is either bare JSON (an object with a "type", or an array o
 
     EM2 data STREAM SEQ                              body: an event, or an array of events, as JSON
     EM2 part STREAM SEQ EVENT INDEX COUNT            body: piece INDEX (from 0) of COUNT of an event too big for one
-    EM2 beat STREAM LEAD TRAIL                       also bye, the last; no body
+    EM2 beat STREAM LEAD TRAIL                       also bye, the last; body: PID HOSTNAME of the process
     EM2 ack STREAM POSITION WATCHER ROOM LOST TAKEN  from a watcher, by unicast; also leave, its last; no body
     EM2 nak STREAM POSITION WATCHER ROOM LOST TAKEN  body: the sequence numbers missing, as in "7 9-12"
 
@@ -1319,7 +1320,8 @@ class Dispatcher:
     def _beat(self, kind: bytes, now: float) -> None:
         """Say what has been sent: to all, and to each watcher that is behind, whose buffer for all may be full."""
         self._beaten_at = now
-        frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail))
+        process = f"{self.pid} {self.hostname}".encode("utf-8", "backslashreplace")[:1000]
+        frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail), process)
         behind = [watcher.address for watcher in self._window.live(now) if watcher.position < self._window.next - 1]
         for address in (None, *behind):
             self._transmit(frame, address)
@@ -1422,16 +1424,27 @@ class Dispatcher:
             if first:
                 self._send_outbox()
                 self._settle(0.04, 0.2, timeout, -inf)
+                self._say_goodbye()
                 with self._lock:
                     if self._link:
-                        for _ in range(5):  # nobody repairs it
-                            self._beat(b"bye", time.monotonic())
                         self._link.close()
                     elif self._window.next > 1:  # no name was found in time
                         self._counts["errors"] += 1
                     self._link, self._ended = None, True
                 if self._finalizer:
                     self._finalizer.cancel()
+
+    def _say_goodbye(self) -> None:
+        """Say that this was all until every live watcher has answered, for 50 ms at most: nobody asks for a bye again."""
+        for attempt in range(25):
+            with self._lock:
+                now = time.monotonic()
+                if self._link:
+                    self._beat(b"bye", now)
+                    self._listen(now)
+                if not self._link or attempt > 2 and not self._window.live(now):
+                    return
+            time.sleep(0.002)
 
     # The thread.
 
@@ -1875,14 +1888,21 @@ def __dir__() -> list[str]:
 class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
-    __slots__ = ("ack_at", "cost", "head", "heard", "name", "serial", "source", "window")
+    __slots__ = (
+        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_worker", "name", "process", "serial"),
+        *("source", "window"),
+    )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
         self.name = name
         self.head = head_of(b"data", name)
         self.source = source
         self.window = window
-        self.heard = now
+        self.heard = now  # by the windows' clock
+        self.process = b""  # PID HOSTNAME, once a beat has told
+        self.is_worker = False  # an event of a task or a worker has come from that process, and no worker-offline since
+        self.is_leaving = False  # has said goodbye
+        self.is_lost = False
         self.serial = 0  # the highest, with a key
         self.cost = 0  # received since the last ack
         self.ack_at = inf  # when to confirm
@@ -1934,14 +1954,15 @@ class Receiver:
         self._broken: dict[Stream, None] = {}  # streams with gaps
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
-        self._queue: deque[bytes] = deque()  # bodies to be delivered
+        self._queue: deque[tuple[bytes | str, Stream | None]] = deque()  # bodies to be delivered; or what we say of a stream
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
         self._history = True
         self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
         self._ack_due = inf  # when the first stream is to be confirmed
         self._mend_due = inf  # when the first one is to be mended, by the windows' clock
-        self._announced: dict[Stream, tuple[int, ...]] = {}  # in beats for us alone: lead, trail
+        self._roll_due = 0.0  # when to look who has fallen silent, by the windows' clock
+        self._announced: dict[Stream, Frame] = {}  # beats for us alone
         self._clock = 0.0  # the windows' clock: see _advance()
         self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
         self._read_since = 0
@@ -2077,10 +2098,10 @@ class Receiver:
         events: list[Event] = []
         size = 0
         while self._queue and size < 65536:
-            body = self._queue.popleft()
+            body, stream = self._queue.popleft()
             size += len(body) + 64
             try:
-                events += parse_events(body)
+                events += self._events_of(body, stream)
             except WireError as problem:
                 self._count(problem)
         self._queued -= size
@@ -2092,6 +2113,28 @@ class Receiver:
         witness(clock)
         self._counts["events"] += len(events)
         self._ready += events
+
+    def _events_of(self, body: bytes | str, stream: Stream | None) -> list[Event]:
+        """Return the events of a body; of a str, the event of that type that we make of a worker's process ourselves."""
+        if isinstance(body, bytes):
+            events = parse_events(body)
+            if stream:
+                self._look_for_worker(stream, events)
+            return events
+        if not (stream and stream.is_worker and stream.process):
+            return []
+        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        stream.is_worker = body != "worker-offline"
+        return [Event(body, hostname=hostname, pid=int(pid), local=True)]
+
+    def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
+        """Note whether the stream's own process, for others may be forwarded, works on tasks."""
+        for event in events:
+            kind = event["type"]
+            if kind.startswith(("task-", "worker-")) and stream.is_worker == (kind == "worker-offline"):
+                process = f"{event.get('pid')} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
+                if process == (stream.process or process):
+                    stream.is_worker = kind != "worker-offline"
 
     def _count(self, problem: WireError) -> None:
         self._counts[problem.counted] += 1
@@ -2130,8 +2173,19 @@ class Receiver:
         if now >= self._ack_due:
             self._read_aside(now)
             self._confirm(now)
+        if self._clock >= self._roll_due:
+            self._call_roll()
         if self._clock >= self._mend_due:
             self._mend()
+
+    def _call_roll(self) -> None:
+        """Tell of the streams that have fallen silent, and of those that are heard again."""
+        self._roll_due = self._clock + BEAT
+        for stream in self._streams.values():
+            is_silent = self._clock > stream.heard + SILENCE
+            if is_silent != stream.is_lost:
+                stream.is_lost = is_silent
+                self._enqueue("worker-lost" if is_silent else "worker-online", stream)
 
     def _wait(self, patience: float) -> None:
         """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
@@ -2162,8 +2216,7 @@ class Receiver:
         self._complete_at = self._mark = complete_at
         self._read_since = 0
         while self._announced:
-            stream, (lead, trail) = self._announced.popitem()
-            self._deliver(stream, stream.window.announce(lead, trail, self._clock))
+            self._on_beat(*self._announced.popitem())
 
     def _read_aside(self, now: float) -> None:
         """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
@@ -2178,7 +2231,8 @@ class Receiver:
                 continue
             stream = self._streams.get(frame.stream)
             if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
-                lead, trail = self._announced[stream] = frame.numbers
+                lead, trail = frame.numbers
+                self._announced[stream] = frame
                 self._plan_ack(stream, now)
                 stream.window.forget(min(trail, lead + 1))
                 self._deliver(stream, stream.window.overdue(self._clock))
@@ -2190,11 +2244,11 @@ class Receiver:
         if stream and stream.source == source:
             window, head = stream.window, stream.head + b"%d\n" % stream.window.next
             if data.startswith(head) and window.in_order(window.next):  # as nearly always
-                stream.heard = now
+                stream.heard = self._clock
                 stream.cost += len(data) + DATAGRAM_COST
                 if stream.ack_at == inf or stream.cost > self._ack_cost:
                     self._plan_ack(stream, now, self.ACK_DELAY)
-                return self._enqueue(data[len(head) :])
+                return self._enqueue(data[len(head) :], stream)
         try:
             self._receive(data, source, now)
         except WireError as problem:
@@ -2202,26 +2256,26 @@ class Receiver:
             if isinstance(problem, Skewed):
                 self._tell_time(data, source, now)
 
-    def _enqueue(self, body: bytes) -> None:
-        self._queue.append(body)
+    def _enqueue(self, body: bytes | str, stream: Stream | None) -> None:
+        self._queue.append((body, stream))
         self._queued += len(body) + 64
 
     def _receive(self, data: bytes, source: Source, now: float) -> None:
         if data[:2] != b"EM":
             if self._key:
                 raise Rejected("bare JSON, expected a frame sealed with the key")
-            return self._enqueue(data)
+            return self._enqueue(data, None)
         data, serial = unseal(data, self._key)
         frame = parse_frame(data)
         if frame.kind in (b"ack", b"nak", b"leave"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
         stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
         fresh = not self._key or serial > stream.serial
-        if fresh and stream.source != source and not self._key and now < stream.heard + 2 * BEAT:
+        if fresh and stream.source != source and not self._key and self._clock < stream.heard + 2 * BEAT:
             # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
             raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
         if fresh:
-            stream.source, stream.heard, stream.serial = source, now, serial
+            stream.source, stream.heard, stream.serial = source, self._clock, serial
         if frame.kind in (b"data", b"part"):
             size = len(data) + DATAGRAM_COST
             stream.cost += size
@@ -2231,6 +2285,13 @@ class Receiver:
             raise Replay("a beat seen before")
         self._streams.move_to_end(frame.stream)
         self._plan_ack(stream, now)
+        self._on_beat(stream, frame)
+
+    def _on_beat(self, stream: Stream, frame: Frame) -> None:
+        """Learn what has been sent, by which process, and whether that was all."""
+        if re.match(rb"[0-9]{1,9} ", frame.body):
+            stream.process = frame.body[:1000]
+        stream.is_leaving = frame.kind == b"bye"
         lead, trail = frame.numbers
         self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
@@ -2256,7 +2317,7 @@ class Receiver:
             start = 1
         start = self._displaced.pop(frame.stream, start)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
-        stream = self._streams[frame.stream] = Stream(frame.stream, source, window, now)
+        stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
         self._senders[stream] = now
         self._plan_ack(stream, now)
         return stream
@@ -2329,9 +2390,12 @@ class Receiver:
             try:
                 body = frame.body if frame.kind == b"data" else self._join(stream, frame)
                 if body:
-                    self._enqueue(body)
+                    self._enqueue(body, stream)
             except WireError as problem:
                 self._count(problem)
+        if stream.is_leaving and stream.window.next == stream.window.end:
+            self._enqueue("worker-offline", stream)
+            self._send_answer(stream, b"leave", 0)
         due = min(stream.window.nak_at, stream.window.give_up_at())
         if due < inf:
             self._broken[stream] = None  # behind the others
