@@ -1889,8 +1889,8 @@ class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
     __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_worker", "name", "process", "serial"),
-        *("source", "window"),
+        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "is_worker", "name", "process"),
+        *("serial", "source", "window"),
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
@@ -1900,7 +1900,8 @@ class Stream:
         self.window = window
         self.heard = now  # by the windows' clock
         self.process = b""  # PID HOSTNAME, once a beat has told
-        self.is_worker = False  # an event of a task or a worker has come from that process, and no worker-offline since
+        self.is_worker = False  # an event of a task or a worker has come from that process
+        self.is_offline = False  # its last event was worker-offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
         self.serial = 0  # the highest, with a key
@@ -1954,7 +1955,7 @@ class Receiver:
         self._broken: dict[Stream, None] = {}  # streams with gaps
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
-        self._queue: deque[tuple[bytes | str, Stream | None]] = deque()  # bodies to be delivered; or what we say of a stream
+        self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str for a body is what we say of the stream
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
         self._history = True
@@ -2101,9 +2102,15 @@ class Receiver:
             body, stream = self._queue.popleft()
             size += len(body) + 64
             try:
-                events += self._events_of(body, stream)
+                parsed = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
             except WireError as problem:
                 self._count(problem)
+                continue
+            events += parsed
+            if stream and parsed:
+                stream.is_offline = parsed[-1]["type"] == "worker-offline"
+                if not stream.is_worker:
+                    self._look_for_worker(stream, parsed)
         self._queued -= size
         now, clock = time.time(), 0
         for event in events:
@@ -2114,27 +2121,20 @@ class Receiver:
         self._counts["events"] += len(events)
         self._ready += events
 
-    def _events_of(self, body: bytes | str, stream: Stream | None) -> list[Event]:
-        """Return the events of a body; of a str, the event of that type that we make of a worker's process ourselves."""
-        if isinstance(body, bytes):
-            events = parse_events(body)
-            if stream:
-                self._look_for_worker(stream, events)
-            return events
-        if not (stream and stream.is_worker and stream.process):
-            return []
-        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
-        stream.is_worker = body != "worker-offline"
-        return [Event(body, hostname=hostname, pid=int(pid), local=True)]
-
     def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
-        """Note whether the stream's own process, for others may be forwarded, works on tasks."""
+        """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
         for event in events:
-            kind = event["type"]
-            if kind.startswith(("task-", "worker-")) and stream.is_worker == (kind == "worker-offline"):
+            if event["type"].startswith(("task-", "worker-")):
                 process = f"{event.get('pid')} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
                 if process == (stream.process or process):
-                    stream.is_worker = kind != "worker-offline"
+                    stream.is_worker = True
+
+    def _say_of(self, stream: Stream, kind: str) -> list[Event]:
+        """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
+        if not stream.is_worker or stream.is_offline or not stream.process:
+            return []
+        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
 
     def _count(self, problem: WireError) -> None:
         self._counts[problem.counted] += 1

@@ -72,13 +72,13 @@ def wait_until(condition, seconds=20):
 
 @contextmanager
 def watching(count=math.inf, **options):
-    """A Receiver that captures in a thread: yields (receiver, list of events so far)."""
+    """A Receiver that captures in a thread: yields (receiver, list of the events so far that others have sent)."""
     with Receiver(**options) as receiver:
         receiver.fileno()
         events = []
 
         def capture():
-            events.extend(receiver.itercapture())
+            events.extend(event for event in receiver.itercapture() if "local" not in event)
 
         thread = threading.Thread(target=capture)
         thread.start()
