@@ -2398,8 +2398,9 @@ RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
 ENDED = FINISHED | {"RETRY"}  # how a delivery ends
-Kind = namedtuple("Kind", ["state", "rank", "time"])  # of a task's event: the state, its rank, the key of its time or ""
-KINDS = {type: Kind(state, RANKS[state], type[5:]) for type, state in TASK_STATES.items()}
+Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
+KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
+NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
 METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
 
 # The keys of a task, by where their values come from. A delivery is one process getting the task.
@@ -2423,6 +2424,7 @@ MAX_FIELDS = 60  # of a task or a worker from its events
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
+ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
 NO_PID = -1
 
 
@@ -2437,9 +2439,9 @@ def attempt_of(event: Mapping[str, Any]) -> int:
     return retries if type(retries) is int else 0
 
 
-def process_of(event: Mapping[str, Any], host: str = "hostname") -> tuple[str, float]:
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    hostname, pid = event.get(host), event.get("pid")
+    hostname, pid = event.get("hostname"), event.get("pid")
     return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
 
 
@@ -2466,15 +2468,22 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
 # As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
 
 
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts deliveries, the newest last."""
-    return "sent" not in told, attempt_of(told), told["began"], process_of(told, "worker"), told.get("client", "")
+    if "sent" in told:
+        return False, attempt_of(told), told["sent"], told.get("client", ""), str(told.get("clock"))
+    return True, attempt_of(told), told["began"], process_in(told)
 
 
 def progress_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
     state = told["state"]
-    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_of(told, "worker")
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
 def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
@@ -2490,13 +2499,29 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     take_fields(told, event, NOT_FIELDS, sent if finished else event)
 
 
-def told_by_sent(event: Mapping[str, Any], timestamp: float) -> dict[str, Any]:
-    """Return what a task-sent tells."""
-    told = {"state": "PENDING", "timestamp": timestamp, "began": timestamp, "sent": timestamp}
+def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+    """Let a task-sent fill in what nothing else has told."""
+    if "state" not in told:
+        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
+        if event.get("clock") is not None:
+            told["clock"] = event["clock"]
+    told["sent"] = timestamp
     client = process_of(event)[0]
-    take_fields(told, {"client": client or None, "clock": event.get("clock")}, NO_KEYS, NO_KEYS)
+    if client:
+        told["client"] = client
     take_fields(told, event, NOT_SENT, NO_KEYS)
-    return told
+
+
+@lru_cache(1000)
+def shared(keys: frozenset[str]) -> frozenset[str]:
+    """Return the same object for equal ones."""
+    return keys
+
+
+def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
+    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
+    return shared(frozenset(keys))
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -2517,18 +2542,18 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
     ordered = sorted(deliveries, key=age_of)
-    receivers = {process_of(told, "worker") for told in ordered if "received" in told}
-    groups: list[list[dict[str, Any]]] = []
-    joining: list[list[dict[str, Any]]] = []
-    for told in ordered:
-        process = process_of(told, "worker")
-        joins = "sent" not in told and process not in receivers and any(process[0] == host for host, _ in receivers)
-        (joining if joins else groups).append([told])
-    for (told,) in joining:
-        there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
-        begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
-        (begun[-1] if begun else there[0]).append(told)
-    return [sorted(group, key=progress_of) for group in groups]
+    receivers = {process_in(told) for told in ordered if "received" in told}
+    hosts = {hostname for hostname, _ in receivers}
+    joins = [
+        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
+    ]
+    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
+    for told, joining in zip(ordered, joins):
+        if joining:
+            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+            (begun[-1] if begun else there[0]).append(told)
+    return [sorted(group, key=progress_of) if group[1:] else group for group in groups]
 
 
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -2553,7 +2578,7 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
     same_attempt = attempt_of(event) == attempt_of(task)
     if kind.time == "sent":
         return "state" not in task or "sent" not in task and same_attempt
-    if "state" not in task or "state" in sent:
+    if "state" not in task or sent is ALONE:
         return not sent or same_attempt
     same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
     return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
@@ -2561,12 +2586,12 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
 
 def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
     """Return what a task's dict tells of its only task-sent, and of its only delivery."""
-    told = {key: value for key, value in task.items() if key not in sent and key not in ("uuid", "children")}
-    deliveries = [told] if "state" in told else []
-    if sent:
-        by_sent = {key: value for key, value in task.items() if key in sent or key == "retries"}
-        deliveries.append({"timestamp": task["sent"], **by_sent, "state": "PENDING", "began": task["sent"]})
-    return deliveries
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if "sent" not in told or sent is ALONE:
+        return [told] if told else []
+    by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
+    by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
+    return [by_sent, {key: value for key, value in told.items() if key not in sent}]
 
 
 def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
@@ -2616,12 +2641,6 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
     return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
 
 
-@lru_cache(1000)
-def shared(keys: frozenset[str]) -> frozenset[str]:
-    """Return the same object for equal ones."""
-    return keys
-
-
 class Table(OrderedDict["str", "Any"]):
     """An OrderedDict that compares as the dict that it is for users: whatever the order."""
 
@@ -2642,9 +2661,10 @@ LIVE = 10.0  # an event that was received longer ago is from a recording
 
 def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
     """Return a method of State that takes events of this type."""
-    kind = KINDS[type]
+    kind, count = KINDS[type], type == "task-received"
 
     def take(self: State, event: Mapping[str, Any]) -> None:
+        self.task_count += count
         self._task(event, kind)
 
     take.__doc__ = summary
@@ -2699,6 +2719,7 @@ class State:
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
@@ -2747,14 +2768,22 @@ class State:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                self._hear(hostname, event)
+                self._last[hostname] = event
+                if len(self._last) > 2 * self.max_workers_in_memory:
+                    self._forget_last()
+                worker = self.workers.get(hostname)
+                if worker is not None and worker["heard"] != self._heard:
+                    self._set_clock(worker, event)
+                if hostname in self._gone:
+                    self._revive(event)
             method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
             elif type.startswith("task-"):
                 state = type[5:].upper()
-                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), ""))
-            if type == "" or not (type.startswith("task-") or type == "worker-heartbeat"):
+                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
+                return
+            if type not in NOT_NOTES:
                 self.notes.append(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -2920,6 +2949,7 @@ class State:
             self.clear_tasks(ready)
             self.workers.clear()
             self._processes.clear()
+            self._gone.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2957,19 +2987,16 @@ class State:
             type = ""
         self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _hear(self, hostname: str, event: Mapping[str, Any]) -> None:
-        """Note that something was heard from a hostname, and from a process of it."""
-        self._last[hostname] = event
-        if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-            many = len(self._last) - max(0, self.max_workers_in_memory)
-            self._last = dict(islice(self._last.items(), many, None))
-        worker = self.workers.get(hostname)
-        if worker is not None:
-            if worker["heard"] != self._heard:
-                self._set_clock(worker, event)
-            process = self._processes[hostname].get(process_of(event)[1])
-            if process is not None and process["status"] != "alive":  # it speaks again
-                self._set_status(event, "alive")
+    def _forget_last(self) -> None:
+        """Forget the last events of many hostnames at a time: to find the first takes long."""
+        many = len(self._last) - max(0, self.max_workers_in_memory)
+        self._last = dict(islice(self._last.items(), many, None))
+
+    def _revive(self, event: Mapping[str, Any]) -> None:
+        """Let the process that speaks be alive again, if it was not."""
+        hostname, pid = process_of(event)
+        if self._processes[hostname].get(pid, NO_FIELDS).get("status", "alive") != "alive":
+            self._set_status(event, "alive")
 
     def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
         """Note when a worker was heard, and how far its clock was ahead."""
@@ -2995,6 +3022,8 @@ class State:
         for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
         take_fields(process, fields, NOT_WORKERS, fields)
+        gone = any(one["status"] != "alive" for one in processes.values())
+        (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
             take_fields(worker, one, NO_KEYS, one)
         if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
@@ -3004,78 +3033,121 @@ class State:
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            del self._processes[self.workers.popitem(last=False)[0]]
+            gone = self.workers.popitem(last=False)[0]
+            del self._processes[gone]
+            self._gone.discard(gone)
         worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
         self._processes[hostname] = {}
         self._set_clock(worker, event)
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task."""
+        """Let an event change its task: here in the usual case, of a task with one delivery."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        task = self.tasks.get(uuid)
+        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
+            before = None
+            task = self._new_task(uuid)
+            self._begin(task, event, timestamp)
+        elif task is not None and kind.follows and self._follows(task, event):
+            before = task["state"]
+        else:
+            self._take_unusual(uuid, event, kind, timestamp)
+            return
+        task["state"] = kind.state
+        task["timestamp"] = timestamp
+        clock = event.get("clock")
+        if clock is not None:
+            task["clock"] = clock
+        if kind.time:
+            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
+        for key, value in event.items():
+            if value is not None and key not in NOT_FIELDS:
+                task[key] = value
+        self._enter(task["uuid"], task, before)
+        if "parent_id" in task and before is None:
+            self._adopt(uuid, task["parent_id"])
+
+    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+        """Whether an event is simply the next of the only delivery of its task."""
+        uuid = task["uuid"]
+        return (
+            task["state"] not in FINISHED
+            and event.get("pid") == task.get("pid")
+            and event.get("hostname") == task.get("worker")
+            and uuid not in self._deliveries
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
+            and event.get("retries") in (None, task.get("retries"))
+            and "parent_id" not in event
+            and len(task) + len(event) < MAX_FIELDS
+        )
+
+    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Let an event change its task, whatever they are."""
         task = self.tasks.get(uuid) or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
         before, parent = task.get("state"), task.get("parent_id")
         sent = self._sent.get(uuid, NO_KEYS)
         if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-            task = self._merge(task, event, kind, timestamp, sent)
+            task = self._merge(task, event, kind, timestamp)
         elif kind.time == "sent":
-            told = told_by_sent(event, timestamp)
-            new = {key: told[key] for key in told if key not in task and (before is None or key != "clock")}
-            task.update(new)
-            self._sent[uuid] = shared(frozenset(new))
+            told = set(task)
+            take_sent(task, event, timestamp)
+            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
         else:
-            if before is None or "state" in sent:
-                if event.get("clock") is None:
-                    task.pop("clock", None)
-                task.update(self._place(event, timestamp))
-            take_event(task, event, kind, timestamp, sent)
             if sent:
-                self._sent[uuid] = shared(sent.difference(OWN, (key for key in event if event[key] is not None)))
-        if kind.time == "received":
-            self.task_count += 1
+                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
+            if before is None or sent is ALONE:
+                self._begin(task, event, timestamp)
+            take_event(task, event, kind, timestamp, sent)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
 
-    def _place(self, event: Mapping[str, Any], timestamp: float) -> dict[str, Any]:
-        """Return what is told of a delivery that begins: when and where. That process is known as a worker from now on."""
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+        """Begin a delivery with an event of it; its process is known as a worker from now on."""
         hostname, pid = process_of(event)
-        if hostname and pid not in self._processes.get(hostname, ()):
-            self._set_status(event, "alive")
-        worker = {"worker": self.workers[hostname]["hostname"]} if hostname else {}
-        return {"began": timestamp, **worker, **({} if pid == NO_PID else {"pid": pid})}
+        told["began"] = timestamp
+        if hostname:
+            if pid not in self._processes.get(hostname, ()):
+                self._set_status(event, "alive")
+            told["worker"] = self.workers[hostname]["hostname"]
+        if pid != NO_PID:
+            told["pid"] = pid
+        if told.get("clock") is not None and event.get("clock") is None:
+            del told["clock"]  # that of the task-sent
 
     def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
     ) -> dict[str, Any]:
         """Return a new dict for a task that is not simple, after its event."""
         uuid = task["uuid"]
         deliveries = self._deliveries.setdefault(uuid, [])
         if not deliveries:
             deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
-        told = None
-        if kind.time == "sent":
-            client = process_of(event)[0]
-            mine = [told for told in deliveries if "sent" in told and told.get("client", "") == client]
-            new = told_by_sent(event, timestamp)
-        else:
+        told: dict[str, Any] | None = None
+        if kind.time != "sent":
             process = process_of(event)
-            mine = [told for told in deliveries if "sent" not in told and process_of(told, "worker") == process]
+            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
-            new = told or self._place(event, timestamp)
-            take_event(new, event, kind, timestamp, NO_KEYS)
-        if not told:
-            new["began"] = max([timestamp, *(told["began"] for told in mine)])  # in the order of its process
-            deliveries.append(new)
-            if len(deliveries) > MAX_DELIVERIES:
-                deliveries.remove(min(deliveries, key=age_of))
+        if told is None:
+            told = {}
+            deliveries.append(told)
+            if kind.time != "sent":
+                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
+                self._begin(told, event, began)
+        if kind.time == "sent":
+            take_sent(told, event, timestamp)
+        else:
+            take_event(told, event, kind, timestamp, NO_KEYS)
+        if len(deliveries) > MAX_DELIVERIES:
+            deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
         record.update(merged(grouped(deliveries)))
