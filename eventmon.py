@@ -70,7 +70,7 @@ import struct
 import sys
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
@@ -2444,12 +2444,6 @@ class Receiver:
 MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_LINES = 20  # of a failed command's standard error, the last ones
 MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
 MAX_PIPE = 1 << 20  # bytes that a pipe may hold
@@ -2461,8 +2455,6 @@ MAX_PANELS = 50  # open above each other: going to and fro between parent and ch
 MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
 MAX_FILTER = 100  # characters
 MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
-MAX_RECENT = 1000  # events kept in State.recent
-WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -2477,21 +2469,35 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
-METHODS = {
-    **{type: type.replace("-", "_") for type in TASK_STATES},
-    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline")},
-}
-NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
-    + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
+ENDED = FINISHED | {"RETRY"}  # how a delivery ends
+Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
+KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
+NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
+METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
+
+# The keys of a task, by where their values come from. A delivery is one process getting the task.
+TIMES = frozenset(kind.time for kind in KINDS.values())  # the latest of each transition
+OWN = frozenset(  # the newest delivery alone
+    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
 )
-NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
-TASK_FIELDS = (  # that most tasks have, in the order in which they get them
-    ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
-    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
-    + ("exception", "traceback", "failed", "retried", "expires", "eta", "exchange", "routing_key")
+ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
+NOT_FIELDS = frozenset(  # none: what an event has under these keys is not a field of its task
+    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
+    + ("children", "began", *TIMES)
 )
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # none, for task-sent
+NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
+TASK_FIELDS = (  # that most tasks have
+    ("uuid", "children", "worker", "pid", "began", "state", "timestamp", "clock", "received", "name", "args", "kwargs")
+    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
+    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+)
+MAX_FIELDS = 60  # of a task or a worker from its events
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
+NO_KEYS: frozenset[str] = frozenset()
+NO_FIELDS: dict[str, Any] = {}
+ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
+NO_PID = -1
 
 
 def number(value: Any, default: float) -> float:
@@ -2499,9 +2505,16 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def heard_at(event: Mapping[str, Any]) -> float:
-    """Return when this machine received the event, now if that is not known."""
-    return number(event.get("local_received"), time.time())
+def attempt_of(event: Mapping[str, Any]) -> int:
+    """Return the `retries` of an event or a delivery, 0 if it does not say."""
+    retries = event.get("retries")
+    return retries if type(retries) is int else 0
+
+
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
+    hostname, pid = event.get("hostname"), event.get("pid")
+    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
 
 
 class Record:
@@ -2513,38 +2526,191 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozenset[str], news: bool = True) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a task's or a worker's dict that has room for them.
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Container[str]) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
 
-    Without `news` they only fill in what is missing.
+    They replace what is in `over`, and else only fill in what is missing.
     """
-    room = MAX_FIELDS - len(record)
-    crowded = len(event) > room  # else no field need be counted
-    for key in event:
-        if key not in others and (news or key not in record):
-            value = event[key]
-            if value is not None:
-                if crowded and key not in record:
-                    if room <= 0:
-                        continue
-                    room -= 1
-                record[key] = value
+    for key, value in event.items():
+        if value is not None and key not in others and (key in over if key in record else len(record) < MAX_FIELDS):
+            record[key] = value
 
 
-def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
-    """Whether the event is newer than all that is known of its task."""
-    attempt = event.get("retries")
-    if type(attempt) is int:
-        known = number(task.get("retries"), 0)
-        if attempt != known:
-            return attempt > known and (transition != "sent" or task["state"] == "PENDING")
-    before = task["state"]
-    if transition == "sent":
-        return bool(before == "PENDING")
-    higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(before, CUSTOM_RANK)
-    if higher or event.get("hostname") != task.get("worker"):
-        return higher
-    return before not in FINISHED or state == "RECEIVED"
+# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
+# As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
+def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts deliveries, the newest last."""
+    if "sent" in told:
+        return False, attempt_of(told), told["sent"], told.get("client", ""), str(told.get("clock"))
+    return True, attempt_of(told), told["began"], process_in(told)
+
+
+def progress_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
+    state = told["state"]
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
+
+
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+    """Let an event change what is told of its delivery, but for what is in `sent`."""
+    finished = told.get("state") in FINISHED and kind.rank < RANKS[told["state"]]
+    if not finished:
+        told["state"] = kind.state
+    told["timestamp"] = timestamp
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    if kind.time:
+        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
+    take_fields(told, event, NOT_FIELDS, sent if finished else event)
+
+
+def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+    """Let a task-sent fill in what nothing else has told."""
+    if "state" not in told:
+        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
+        if event.get("clock") is not None:
+            told["clock"] = event["clock"]
+    told["sent"] = timestamp
+    client = process_of(event)[0]
+    if client:
+        told["client"] = client
+    take_fields(told, event, NOT_SENT, NO_KEYS)
+
+
+@lru_cache(1000)
+def shared(keys: frozenset[str]) -> frozenset[str]:
+    """Return the same object for equal ones."""
+    return keys
+
+
+def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
+    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
+    return shared(frozenset(keys))
+
+
+def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
+    if type(event.get("retries")) is int:
+        unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
+        mine = [told for told in mine if attempt_of(told) == event["retries"]] or unknown
+    still = [told for told in mine if told["state"] not in ENDED]
+    waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
+    running = [told for told in still if told["state"] != "RECEIVED"][-1:]
+    choices = waiting + running if kind.time == "started" else running + waiting
+    return None if kind.time == "received" else next(iter(choices or mine[-1:]), None)
+
+
+def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
+
+    A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
+    """
+    ordered = sorted(deliveries, key=age_of)
+    receivers = {process_in(told) for told in ordered if "received" in told}
+    hosts = {hostname for hostname, _ in receivers}
+    joins = [
+        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
+    ]
+    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
+    for told, joining in zip(ordered, joins):
+        if joining:
+            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+            (begun[-1] if begun else there[0]).append(told)
+    return [sorted(group, key=progress_of) if group[1:] else group for group in groups]
+
+
+def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what all deliveries together tell of their task."""
+    shown: dict[str, Any] = {}
+    closed = NO_KEYS  # what older ones have no say in
+    for group in reversed(groups):
+        for told in reversed(group):
+            for key, value in told.items():
+                if key in TIMES:
+                    shown[key] = max(value, shown.get(key, value))
+                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
+                    shown[key] = value
+            if not ERROR.isdisjoint(told):
+                closed |= ERROR
+        closed |= OWN
+    return shown
+
+
+def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
+    """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
+    same_attempt = attempt_of(event) == attempt_of(task)
+    if kind.time == "sent":
+        return "state" not in task or "sent" not in task and same_attempt
+    if "state" not in task or sent is ALONE:
+        return not sent or same_attempt
+    same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
+    return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
+
+
+def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
+    """Return what a task's dict tells of its only task-sent, and of its only delivery."""
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if "sent" not in told or sent is ALONE:
+        return [told] if told else []
+    by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
+    by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
+    return [by_sent, {key: value for key, value in told.items() if key not in sent}]
+
+
+def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has been running; None if that is not known."""
+    state, end = task["state"], now
+    if state in FINISHED:
+        runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
+        if runtime >= 0:
+            return runtime
+    known = "started" in task and state not in ("RECEIVED", "RETRY")
+    return max(0.0, end - task["started"]) if known else None
+
+
+def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return what State.type_stats() tells of the tasks of one name."""
+    states = Counter(task["state"] for task in tasks)
+    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
+    return {
+        "running": sum(n for state, n in states.items() if state not in ENDED and state not in ("PENDING", "RECEIVED")),
+        "succeeded": states["SUCCESS"],
+        "failed": states["FAILURE"],
+        "retried": sum("retried" in task for task in tasks),
+        "mean": sum(times) / len(times) if times else None,
+        "p95": times[ceil(0.95 * len(times)) - 1] if times else None,
+        "max": times[-1] if times else None,
+        "last": max(task["timestamp"] for task in tasks),
+        "error": max(failures, key=lambda failure: failure[0])[1] if failures else None,
+    }
+
+
+def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what State.attempts() tells of a delivery."""
+    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
+    ends = [told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED]
+    return {**dict.fromkeys(keys), **{key: told[key] for key in keys if key in told}, "ended": ends[0] if ends else None}
+
+
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker; what the last one says of it, it shows."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
+def is_heard(worker: Mapping[str, Any], now: float) -> bool:
+    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
+    freq = number(worker.get("freq"), 0.0)
+    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2555,17 +2721,45 @@ class Table(OrderedDict["str", "Any"]):
     __hash__ = None  # type: ignore[assignment]
 
 
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPE = 100  # characters of an event type that is counted apart
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
+MAX_DELIVERIES = 100  # of a task
+MAX_PROCESSES = 100  # of a worker
+LIVE = 10.0  # an event that was received longer ago is from a recording
+
+
+def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Return a method of State that takes events of this type."""
+    kind, count = KINDS[type], type == "task-received"
+
+    def take(self: State, event: Mapping[str, Any]) -> None:
+        self.task_count += count
+        self._task(event, kind)
+
+    take.__doc__ = summary
+    return take
+
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
-    client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
+    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
+    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
+    their order, and it does not matter how those of several processes come in between each other.
+    A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
+    clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
+    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
     """
+
+    FINISHED = FINISHED  # the states in which a task ends
 
     def __init__(
         self,
@@ -2581,9 +2775,11 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.recorded = False
         self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
         self.workers: OrderedDict[str, dict[str, Any]] = Table()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
+        self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
         self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
@@ -2591,12 +2787,20 @@ class State:
         self._failed: OrderedDict[str, None] = OrderedDict()
         self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
-        self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
-        self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
+        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
+        self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
+        self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
-        self._turn(0.0)
+        self._began = time.time() - time.monotonic()
+        self._turn({})
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        sizes = f"{self.event_count} events, {len(self.tasks)} tasks, {len(self.workers)} workers"
+        return f"<State: {sizes}, {self.evicted} evicted>"
 
     def __getstate__(self) -> bytes:
         import pickle
@@ -2610,83 +2814,74 @@ class State:
 
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
 
+    def now(self) -> float:
+        """Return the seconds since the epoch by the clock of this State, which nobody sets.
+
+        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
+        """
+        return self._heard if self._past else self._began + time.monotonic()
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            kind = event.get("type")
-            if not isinstance(kind, str):
-                kind = ""
-            heard = event.get("local_received")
-            if type(heard) is not float or not self._tick <= heard < self._tick + GRAPH_TICK:
-                heard = heard_at(event)
-                self._turn(heard if "local_received" in event else number(event.get("timestamp"), heard))
+            type = event.get("type")
+            if not isinstance(type, str):
+                type = ""
+            received = event.get("local_received")
+            if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
+                self._turn(event)
             try:
-                self._counts[kind] += 1
+                self._counts[type] += 1
             except KeyError:
-                self._count_first(kind)
+                self._count_first(type)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
                 self._last[hostname] = event
-                if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-                    many = len(self._last) - max(0, self.max_workers_in_memory)
-                    self._last = dict(islice(self._last.items(), many, None))
+                if len(self._last) > 2 * self.max_workers_in_memory:
+                    self._forget_last()
                 worker = self.workers.get(hostname)
-                if worker is not None:
-                    worker["heard"] = heard
-            method = METHODS.get(kind)
+                if worker is not None and worker["heard"] != self._heard:
+                    self._set_clock(worker, event)
+                if hostname in self._gone:
+                    self._revive(event)
+            method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
-            elif kind.startswith("task-"):
-                self._task(event, kind[5:].upper())
+            elif type.startswith("task-"):
+                state = type[5:].upper()
+                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
+                return
+            if type not in NOT_NOTES:
+                self.notes.append(event)
 
-    def task_sent(self, event: Mapping[str, Any]) -> None:
-        """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
-        self._task(event, "PENDING", "sent")
-
-    def task_received(self, event: Mapping[str, Any]) -> None:
-        """A worker has received the task: RECEIVED."""
-        self.task_count += 1
-        self._task(event, "RECEIVED", "received")
-
-    def task_started(self, event: Mapping[str, Any]) -> None:
-        """A worker has started the task: STARTED."""
-        self._task(event, "STARTED", "started")
-
-    def task_succeeded(self, event: Mapping[str, Any]) -> None:
-        """The task has returned: SUCCESS."""
-        self._task(event, "SUCCESS", "succeeded")
-
-    def task_failed(self, event: Mapping[str, Any]) -> None:
-        """The task has raised: FAILURE."""
-        self._task(event, "FAILURE", "failed")
-
-    def task_rejected(self, event: Mapping[str, Any]) -> None:
-        """The worker does not want the task: REJECTED."""
-        self._task(event, "REJECTED", "rejected")
-
-    def task_revoked(self, event: Mapping[str, Any]) -> None:
-        """The task was called off: REVOKED."""
-        self._task(event, "REVOKED", "revoked")
-
-    def task_retried(self, event: Mapping[str, Any]) -> None:
-        """The task has failed and will be tried again: RETRY."""
-        self._task(event, "RETRY", "retried")
+    task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
+    task_received = taking("task-received", "A worker has received the task: RECEIVED.")
+    task_started = taking("task-started", "A worker has started the task: STARTED.")
+    task_succeeded = taking("task-succeeded", "The task has returned: SUCCESS.")
+    task_failed = taking("task-failed", "The task has raised: FAILURE.")
+    task_rejected = taking("task-rejected", "The worker does not want the task: REJECTED.")
+    task_revoked = taking("task-revoked", "The task was called off: REVOKED.")
+    task_retried = taking("task-retried", "The task has failed and will be tried again: RETRY.")
 
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
-        self._worker(event, True, True)
+        self._set_status(event, "alive", event)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._worker(event, True, False)
+        self._set_status(event, "alive", event)
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
-        """A worker has gone offline."""
-        self._worker(event, False, False)
+        """A worker has said goodbye: it has ended."""
+        self._set_status(event, "ended", event)
+
+    def worker_lost(self, event: Mapping[str, Any]) -> None:
+        """A worker has fallen silent without a goodbye: it is lost."""
+        self._set_status(event, "lost", event)
 
     # Queries.
 
@@ -2695,6 +2890,17 @@ class State:
         with self._lock:
             task = self.tasks.get(uuid)
             return None if task is None else {**task, "children": list(task["children"])}
+
+    def attempts(self, uuid: str) -> list[dict[str, Any]]:
+        """Return the deliveries of a task, oldest first.
+
+        Each is a dict of worker, pid, retries, state, received, started, ended (seconds since the epoch by the sender's
+        clock), exception, traceback; None stands for what is not known.
+        """
+        with self._lock:
+            task = self.tasks.get(uuid, {})
+            deliveries = self._deliveries.get(uuid) or split(task, self._sent.get(uuid, NO_KEYS))
+            return [attempt(merged([group])) for group in grouped(deliveries) if "sent" not in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2724,6 +2930,21 @@ class State:
             names = [task.get("name") for task in self.tasks.values()]
         return sorted({name for name in names if isinstance(name, str)})
 
+    def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
+        """Return name -> figures of the tasks in memory.
+
+        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        """
+        now = self.now() if now is None else now
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        with self._lock:
+            for task in self.tasks.values():
+                name = task.get("name")
+                if isinstance(name, str):
+                    by_name.setdefault(name, []).append(task)
+            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
@@ -2735,18 +2956,24 @@ class State:
         with self._lock:
             if hostname is not None:
                 return self._last.get(hostname)
-            return next((event for event in reversed(self.recent) if isinstance(event.get("hostname"), str)), None)
+            return next((event for event in reversed(self.recent) if process_of(event)[0] in self._last), None)
+
+    def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
+        return is_heard(worker, self.now() if now is None else now)
+
+    def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
+        worker = self.workers.get(task.get("worker", ""))
+        if worker is None or task["state"] in FINISHED:
+            return False
+        process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
+        return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
-        """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
-        now = time.time() if now is None else now
+        """Return the workers that are still heard from, see is_alive()."""
         with self._lock:
-            return [worker for worker in self.workers.values() if self._is_alive(worker, now)]
-
-    @staticmethod
-    def _is_alive(worker: Mapping[str, Any], now: float) -> bool:
-        freq = number(worker.get("freq"), 0.0)
-        return bool(now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE))
+            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
 
     def scale_graph(
         self,
@@ -2761,16 +2988,19 @@ class State:
         The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
         of an hour, by the quarter second.
         """
-        columns = self._tally(width, span, time.time() if now is None else now, types)
+        columns = self.counts(width, span, now, types)
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
-        """Return the counts that scale_graph() scales."""
+    def counts(
+        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
+    ) -> list[int]:
+        """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
+        now = self.now() if now is None else now
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
@@ -2790,6 +3020,8 @@ class State:
         with self._lock:
             self.clear_tasks(ready)
             self.workers.clear()
+            self._processes.clear()
+            self._gone.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2798,143 +3030,246 @@ class State:
         with self._lock:
             for uuid in [uuid for uuid, task in self.tasks.items() if not ready or task["state"] in FINISHED]:
                 self._forget(uuid)
-            if not ready:
-                self._orphans.clear()
 
-    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
-        """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
+    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any) -> Any:
+        """Return fun(*args, **kwargs), during which no event changes anything; then clear() if `clear_after`."""
         with self._lock:
             try:
-                return fun(*args)
+                return fun(*args, **kwargs)
             finally:
                 if clear_after:
                     self.clear()
 
     # From here on: what an event changes.
 
-    def _turn(self, now: float) -> None:
-        """Let events be counted in the tick of this time."""
-        tick = int(now / GRAPH_TICK)
-        self._tick = tick * GRAPH_TICK
-        self._counts = self._graph.setdefault(tick, {})
+    def _turn(self, event: Mapping[str, Any]) -> None:
+        """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
+        wall = time.time()
+        received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
+        self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
+        self._past = self.recorded or abs(received - wall) > LIVE
+        self._heard = received if self._past else self._began + time.monotonic()
+        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), {})
         if len(self._graph) > GRAPH_TICKS:
             del self._graph[next(iter(self._graph))]
 
-    def _count_first(self, kind: str) -> None:
+    def _count_first(self, type: str) -> None:
         """Count what may be the first event of its type in this tick."""
-        if kind not in self._counts and (len(self._counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
-            kind = ""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if type not in self._counts and (len(self._counts) >= MAX_TYPES or len(type) > MAX_TYPE):
+            type = ""
+        self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
-        hostname = event.get("hostname")
-        if not isinstance(hostname, str):
+    def _forget_last(self) -> None:
+        """Forget the last events of many hostnames at a time: to find the first takes long."""
+        many = len(self._last) - max(0, self.max_workers_in_memory)
+        self._last = dict(islice(self._last.items(), many, None))
+
+    def _revive(self, event: Mapping[str, Any]) -> None:
+        """Let the process that speaks be alive again, if it was not."""
+        hostname, pid = process_of(event)
+        if self._processes[hostname].get(pid, NO_FIELDS).get("status", "alive") != "alive":
+            self._set_status(event, "alive")
+
+    def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
+        """Note when a worker was heard, and how far its clock was ahead."""
+        worker["heard"] = self._heard
+        sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
+        worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
+
+    def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
+        """Give a process of a worker a status and fields.
+
+        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
+        """
+        hostname, pid = process_of(event)
+        if not hostname:
             return
-        known = self.workers.get(hostname)
-        worker = known or self._new_worker(hostname, event)
+        before = self.workers[hostname]["status"] if hostname in self.workers else ""
+        worker = self.workers.get(hostname) or self._new_worker(hostname, event)
         self.workers.move_to_end(hostname)  # now the last to be forgotten
-        take_fields(worker, event, NOT_WORKERS)
-        if not online:
-            worker["heard"] = -inf
-        if self.on_node_join and (joins or known is None and online):
+        processes = self._processes[hostname]
+        if pid not in processes and len(processes) >= MAX_PROCESSES:
+            del processes[next(iter(processes))]
+        process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
+        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+            one["status"] = status
+        take_fields(process, fields, NOT_WORKERS, fields)
+        gone = any(one["status"] != "alive" for one in processes.values())
+        (self._gone.add if gone else self._gone.discard)(hostname)
+        for one in sorted(processes.values(), key=last_word):
+            take_fields(worker, one, NO_KEYS, one)
+        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
             self.on_node_join(worker)
-        if self.on_node_leave and not online:
+        if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            self.workers.popitem(last=False)
-        worker = self.workers[hostname] = {"hostname": hostname, "heard": heard_at(event)}
+            gone = self.workers.popitem(last=False)[0]
+            del self._processes[gone]
+            self._gone.discard(gone)
+        worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
+        self._processes[hostname] = {}
+        self._set_clock(worker, event)
         return worker
 
-    def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
-        """Apply the event to its task: wholly if it is news, else only where something is missing."""
+    def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
+        """Let an event change its task: here in the usual case, of a task with one delivery."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
-            timestamp = number(timestamp, time.time())
-        hostname = event.get("hostname")
-        worker = self.workers.get(hostname) if isinstance(hostname, str) else None
-        known = self.tasks.get(uuid)
-        task = known or self._new_task(uuid, timestamp)
-        uuid = task["uuid"]  # the same str everywhere
-        news = is_news(task, event, state, transition)
-        take_fields(task, event, NOT_FIELDS, news)
-        if news:
-            task["timestamp"] = timestamp
-            clock = event.get("clock")
-            if clock is not None:
-                task["clock"] = clock
-            if hostname is not None and transition != "sent":
-                task["worker"] = hostname if worker is None else worker["hostname"]
-            if known:
-                self.tasks.move_to_end(uuid)  # now the newest
-            self._enter(uuid, task, state, known)
-        elif not known:
-            self._enter(uuid, task, "PENDING", None)
-        if transition == "sent":
-            if hostname is not None and timestamp >= task.get("sent", timestamp):
-                task["client"] = hostname
-        elif worker is None and isinstance(hostname, str):
-            self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
-        if transition:
-            latest = task.get(transition)
-            if latest is None or timestamp >= latest:
-                task[transition] = timestamp
-        parent = event.get("parent_id")
-        if isinstance(parent, str) and "parent_id" not in task:
-            self._adopt(uuid, task, parent)
+            timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        task = self.tasks.get(uuid)
+        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
+            before = None
+            task = self._new_task(uuid)
+            self._begin(task, event, timestamp)
+        elif task is not None and kind.follows and self._follows(task, event):
+            before = task["state"]
+        else:
+            self._take_unusual(uuid, event, kind, timestamp)
+            return
+        task["state"] = kind.state
+        task["timestamp"] = timestamp
+        clock = event.get("clock")
+        if clock is not None:
+            task["clock"] = clock
+        if kind.time:
+            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
+        for key, value in event.items():
+            if value is not None and key not in NOT_FIELDS:
+                task[key] = value
+        self._enter(task["uuid"], task, before)
+        if "parent_id" in task and before is None:
+            self._adopt(uuid, task["parent_id"])
 
-    def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
-        """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
+    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+        """Whether an event is simply the next of the only delivery of its task."""
+        uuid = task["uuid"]
+        return (
+            task["state"] not in FINISHED
+            and event.get("pid") == task.get("pid")
+            and event.get("hostname") == task.get("worker")
+            and uuid not in self._deliveries
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
+            and event.get("retries") in (None, task.get("retries"))
+            and "parent_id" not in event
+            and len(task) + len(event) < MAX_FIELDS
+        )
+
+    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Let an event change its task, whatever they are."""
+        task = self.tasks.get(uuid) or self._new_task(uuid)
+        uuid = task["uuid"]  # the same str everywhere
+        before, parent = task.get("state"), task.get("parent_id")
+        sent = self._sent.get(uuid, NO_KEYS)
+        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+            task = self._merge(task, event, kind, timestamp)
+        elif kind.time == "sent":
+            told = set(task)
+            take_sent(task, event, timestamp)
+            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
+        else:
+            if sent:
+                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
+            if before is None or sent is ALONE:
+                self._begin(task, event, timestamp)
+            take_event(task, event, kind, timestamp, sent)
+        self._enter(uuid, task, before)
+        if task.get("parent_id") is not parent:
+            self._disown(uuid, parent)
+            self._adopt(uuid, task.get("parent_id"))
+
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+        """Begin a delivery with an event of it; its process is known as a worker from now on."""
+        hostname, pid = process_of(event)
+        told["began"] = timestamp
+        if hostname:
+            if pid not in self._processes.get(hostname, ()):
+                self._set_status(event, "alive")
+            told["worker"] = self.workers[hostname]["hostname"]
+        if pid != NO_PID:
+            told["pid"] = pid
+        if told.get("clock") is not None and event.get("clock") is None:
+            del told["clock"]  # that of the task-sent
+
+    def _merge(
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
+    ) -> dict[str, Any]:
+        """Return a new dict for a task that is not simple, after its event."""
+        uuid = task["uuid"]
+        deliveries = self._deliveries.setdefault(uuid, [])
+        if not deliveries:
+            deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
+        told: dict[str, Any] | None = None
+        if kind.time != "sent":
+            process = process_of(event)
+            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
+            told = delivery_for(event, kind, mine)
+        if told is None:
+            told = {}
+            deliveries.append(told)
+            if kind.time != "sent":
+                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
+                self._begin(told, event, began)
+        if kind.time == "sent":
+            take_sent(told, event, timestamp)
+        else:
+            take_event(told, event, kind, timestamp, NO_KEYS)
+        if len(deliveries) > MAX_DELIVERIES:
+            deliveries.remove(min(deliveries, key=age_of))
+        record = self.tasks[uuid] = vars(Record())
+        record["uuid"], record["children"] = uuid, task["children"]
+        record.update(merged(grouped(deliveries)))
+        return record
+
+    def _new_task(self, uuid: str) -> dict[str, Any]:
+        """Make room for a task, and return it; _enter() enters it."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = vars(Record())
         task["uuid"] = uuid
-        task["state"] = "PENDING"
-        task["timestamp"] = timestamp
-        task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
+        task["children"] = self._children.get(uuid, NO_CHILDREN)
         return task
 
-    def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
-        """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
-        before, there = task["state"], self._classes.get(state, self._active)
-        task["state"] = state
-        if known:
-            here = self._classes.get(before, self._active)
+    def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
+        """List a task where those of its state are, and last of all; `before` is None if it is new."""
+        state = task["state"]
+        here, there = self._classes.get(before or state, self._active), self._classes.get(state, self._active)
+        if before is None:
+            self.tasks[uuid] = task
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
             if here is there:
                 return
             del here[uuid]
-        else:
-            self.tasks[uuid] = task
         there[uuid] = None
-        if state in FINISHED:
-            self._share(task)
+        if state in FINISHED:  # have what is equal in other tasks but once
+            if task.get("root_id") == uuid:
+                task["root_id"] = uuid
+            for key in ("name", "kwargs"):
+                if type(task.get(key)) is str and len(task[key]) <= MAX_TYPE:
+                    task[key] = sys.intern(task[key])
 
-    def _share(self, task: dict[str, Any]) -> None:
-        """Let the task have the same objects as others, where each event brought its own."""
-        if task.get("root_id") == task["uuid"]:
-            task["root_id"] = task["uuid"]
-        for key in ("name", "kwargs"):
-            value = task.get(key)
-            if type(value) is str and len(value) <= MAX_TYPE:
-                task[key] = self._common.setdefault(value, value)
-        if len(self._common) > MAX_COMMON:
-            self._common.clear()
+    def _adopt(self, uuid: str, parent: Any) -> None:
+        """Enter a task among the children of its parent, whether that is known yet or not."""
+        if isinstance(parent, str):
+            children = self._children.setdefault(parent, [])
+            insort(children, uuid)
+            if parent in self.tasks:
+                self.tasks[parent]["children"] = children
 
-    def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
-        """Enter the task among its parent's children, now or when the parent is heard of."""
-        task["parent_id"] = parent
-        if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-            children = self.tasks[parent]["children"]
-            if children:
-                children.append(uuid)
-            else:
-                self.tasks[parent]["children"] = [uuid]
-        else:
-            self._orphans.setdefault(parent, []).append(uuid)
+    def _disown(self, uuid: str, parent: Any) -> None:
+        """Enter a task no longer among its parent's children."""
+        if isinstance(parent, str):
+            children = self._children[parent]
+            del children[bisect_left(children, uuid)]
+            if not children:
+                del self._children[parent]
+                if parent in self.tasks:
+                    self.tasks[parent]["children"] = NO_CHILDREN
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -2943,16 +3278,11 @@ class State:
         self._forget(next(uuid for some in classes for uuid in some))
 
     def _forget(self, uuid: str) -> None:
-        task = self.tasks[uuid]
-        parent: str = task.get("parent_id", "")
-        siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, [])
-        if uuid in siblings:
-            siblings.remove(uuid)
-            if not siblings:
-                self._orphans.pop(parent, None)
-        if task["children"]:
-            self._orphans[uuid] = task["children"]
-        del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
+        task = self.tasks.pop(uuid)
+        del self._classes.get(task["state"], self._active)[uuid]
+        self._disown(uuid, task.get("parent_id"))
+        self._sent.pop(uuid, None)
+        self._deliveries.pop(uuid, None)
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
@@ -3221,7 +3551,7 @@ def task_text(task: Mapping[str, Any], now: float) -> str:
 
 def status_of(worker: Mapping[str, Any], now: float) -> str:
     """Return whether a worker is alive."""
-    return "alive" if State._is_alive(worker, now) else "gone"
+    return "alive" if is_heard(worker, now) else "gone"
 
 
 def heard_of(worker: Mapping[str, Any], now: float) -> str:
@@ -3306,7 +3636,7 @@ def outcome_style(task: Mapping[str, Any], now: float) -> str:
 
 def status_style(worker: Mapping[str, Any], now: float) -> str:
     """Return the style of a worker's status."""
-    return "green" if State._is_alive(worker, now) else "red"
+    return "green" if is_heard(worker, now) else "red"
 
 
 def type_style(event: Mapping[str, Any], now: float) -> str:
@@ -3704,7 +4034,7 @@ def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
     for key, page in PAGES.items():
         text = f" {key} {page.title} {page.count(live, stage.now)} "
         parts.append((1, text, "reverse") if page is stage.page else (4, text, ""))
-    rate = sum(live._tally(1, 5.0, stage.now)) / 5
+    rate = sum(live.counts(1, 5.0, stage.now)) / 5
     parts.append((3, f"{rate:,.0f}/s " if rate >= 10 or not rate else f"{rate:.1f}/s ", "bold"))
     troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
     parts += [
@@ -3722,7 +4052,7 @@ def graph_lines(stage: Stage, height: int) -> list[Line]:
     label = 10 if stage.columns >= 40 else 0
     width, now = stage.columns - label, ceil(stage.now)  # whole seconds: no column changes any more but the last
     levels = stage.live.scale_graph(width, 8 * height, width, now)
-    highest = max(stage.live._tally(width, width, now), default=0)
+    highest = max(stage.live.counts(width, width, now), default=0)
     labels = [f" {highest:,}/s", *[""] * (height - 2), f" {width} s"]
     bases = range(8 * (height - 1), -1, -8)
     bars = ["".join([BARS[max(0, min(8, level - base))] for level in levels]) for base in bases]
@@ -4466,7 +4796,7 @@ class Monitor:
     def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         now, state = time.monotonic(), self._state
-        counts = state._active or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
+        counts = any(state.iteractive()) or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
         status, table = self._source.status(), self._find(rows, columns, wall)
         picture = (state.event_count, self._table_of, self._view, rows, columns, status, counts and int(wall))
         if picture != self._drawn and now >= self._due and terminal.is_ready():
