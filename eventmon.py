@@ -69,7 +69,7 @@ import struct
 import sys
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
@@ -85,8 +85,6 @@ if TYPE_CHECKING:
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
-    Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
-    Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
     Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
     Line = list["Span"]
     Rows = list["Row"]
@@ -2374,17 +2372,12 @@ class Receiver:
 
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-MAX_COMMON = 1000  # names and the like that a State's tasks share
 MAX_LINES = 20  # of a failed command's standard error, the last ones
 MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
 MAX_PIPE = 1 << 20  # bytes that a pipe may hold
-MAX_RECENT = 1000  # events kept in State.recent
-WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
+
+MAX_FIELDS = 200  # of a task or a worker from its events
+MAX_TYPE = 100  # characters of an event type that is counted apart, and of a text that tasks share
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -2399,15 +2392,33 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
+ENDED = FINISHED | {"RETRY"}  # how a delivery ends
+WAITING = ENDED | {"PENDING", "RECEIVED"}  # a task that is in none of these runs
+Kind = namedtuple("Kind", ["state", "time", "rank"])  # of an event: what it makes of a task, the key of its time or ""
+KINDS = {type: Kind(state, type[5:], RANKS[state]) for type, state in TASK_STATES.items()}
 METHODS = {
     **{type: type.replace("-", "_") for type in TASK_STATES},
-    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline")},
+    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline", "lost")},
 }
+TIMES = tuple(type[5:] for type in TASK_STATES)  # a task's key for the time of each transition
 NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
-    + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
+    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
+    + ("children", *TIMES)
 )
-NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
+STAMPS = ("state", "timestamp", "clock")  # of the latest event
+OWN = frozenset((*STAMPS, "worker", "pid", "progress", "result", "runtime"))  # what a task has of its newest delivery only
+ERROR = frozenset(("exception", "traceback"))  # what a task has of one delivery, the newest that has any
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # of a task-sent
+NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
+NO_KEYS: frozenset[str] = frozenset()
+NO_PID = -1
+MAX_DELIVERIES = 100  # of a task
+MAX_PROCESSES = 100  # of a worker
+MAX_RECENT = 1000  # events kept in State.recent and State.notes
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+LIVE = 10.0  # an event that was received longer ago is from a recording
 TASK_FIELDS = (  # that most tasks have, in the order in which they get them
     ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
     + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
@@ -2421,9 +2432,27 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def heard_at(event: Mapping[str, Any]) -> float:
-    """Return when this machine received the event, now if that is not known."""
-    return number(event.get("local_received"), time.time())
+def retries_of(record: Mapping[str, Any]) -> int | None:
+    """Return which attempt an event or a delivery is of; None if it does not say."""
+    retries = record.get("retries")
+    return retries if type(retries) is int else None
+
+
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
+    hostname, pid = event.get("hostname"), event.get("pid")
+    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
+
+
+def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has been running at `now`; None if that is not known."""
+    state, started = task["state"], task.get("started")
+    if state in FINISHED:
+        runtime = number(task.get("runtime"), -1.0)
+        if runtime >= 0:
+            return runtime
+        now = task["timestamp"]
+    return None if started is None or state in WAITING and state not in FINISHED else max(0.0, now - started)
 
 
 class Record:
@@ -2435,15 +2464,15 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozenset[str], news: bool = True) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a task's or a worker's dict that has room for them.
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Any = True) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
 
-    Without `news` they only fill in what is missing.
+    If `over` is a set, they replace only what is in it, and else fill in what is missing.
     """
     room = MAX_FIELDS - len(record)
     crowded = len(event) > room  # else no field need be counted
     for key in event:
-        if key not in others and (news or key not in record):
+        if key not in others and (over is True or key not in record or key in over):
             value = event[key]
             if value is not None:
                 if crowded and key not in record:
@@ -2453,20 +2482,182 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozen
                 record[key] = value
 
 
-def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
-    """Whether the event is newer than all that is known of its task."""
-    attempt = event.get("retries")
-    if type(attempt) is int:
-        known = number(task.get("retries"), 0)
-        if attempt != known:
-            return attempt > known and (transition != "sent" or task["state"] == "PENDING")
-    before = task["state"]
-    if transition == "sent":
-        return bool(before == "PENDING")
-    higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(before, CUSTOM_RANK)
-    if higher or event.get("hostname") != task.get("worker"):
-        return higher
-    return before not in FINISHED or state == "RECEIVED"
+def take_event(
+    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, lower: Container[str] = NO_KEYS
+) -> None:
+    """Let an event change what is told of its delivery; what is in `lower` was not told by one of its events."""
+    before = told.get("state")
+    undone = before not in FINISHED or kind.rank >= RANKS[before]
+    if undone:
+        told["state"] = kind.state
+    told["timestamp"] = timestamp
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    if kind.time:
+        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
+    take_fields(told, event, NOT_FIELDS, undone or lower)
+
+
+class Delivery:
+    """One process getting a task; or one task-sent, which is like a delivery older than all others.
+
+    `told` is what its events told, as in a task's dict; `began` is the timestamp of the first.
+    """
+
+    __slots__ = ("began", "process", "sent", "told")
+
+    def __init__(self, process: tuple[str, float], began: float, told: dict[str, Any], sent: bool = False) -> None:
+        self.process = process
+        self.began = began
+        self.told = told
+        self.sent = sent
+
+    def age(self) -> tuple[Any, ...]:
+        """Return what sorts deliveries, the newest last."""
+        return not self.sent, retries_of(self.told) or 0, self.began, self.process
+
+    def progress(self) -> tuple[Any, ...]:
+        """Return what sorts those that joined each other, the one that got furthest last."""
+        state = self.told["state"]
+        return state in ENDED, RANKS.get(state, CUSTOM_RANK), self.told["timestamp"], self.process
+
+
+def delivery_of(event: Mapping[str, Any], kind: Kind, mine: list[Delivery]) -> Delivery | None:
+    """Return which delivery of its process an event belongs to; None if it begins one."""
+    retries = retries_of(event)
+    if kind.time == "received":
+        return None
+    if retries is not None:
+        same = [delivery for delivery in mine if (retries_of(delivery.told) or 0) == retries]
+        mine = same or [d for d in mine if retries_of(d.told) is None and d.told["state"] not in ENDED]
+    still = [delivery for delivery in mine if delivery.told["state"] not in ENDED]
+    waiting = [delivery for delivery in still if delivery.told["state"] == "RECEIVED"][:1]
+    running = [delivery for delivery in still if delivery.told["state"] != "RECEIVED"][-1:]
+    choices = waiting + running if kind.time == "started" else running + waiting
+    return next(iter(choices or mine[-1:]), None)
+
+
+def grouped(deliveries: Iterable[Delivery]) -> list[list[Delivery]]:
+    """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
+
+    What a process tells that never received the task itself joins a delivery of its hostname: the newest that had begun
+    by then.
+    """
+    ordered = sorted(deliveries, key=Delivery.age)
+    receivers = {delivery.process for delivery in ordered if "received" in delivery.told}
+    hosts = {hostname for hostname, _ in receivers}
+    joining = [d for d in ordered if not d.sent and d.process not in receivers and d.process[0] in hosts]
+    groups = [[delivery] for delivery in ordered if delivery not in joining]
+    for delivery in joining:
+        there = [group for group in groups if group[0].process in receivers and group[0].process[0] == delivery.process[0]]
+        begun = [group for group in there if group[0].began <= delivery.told["timestamp"]]
+        (begun[-1] if begun else there[0]).append(delivery)
+    return [sorted(group, key=Delivery.progress) if group[1:] else group for group in groups]
+
+
+def merged(deliveries: Iterable[Delivery]) -> dict[str, Any]:
+    """Return what all deliveries of a task together tell of it."""
+    shown: dict[str, Any] = {}
+    closed: frozenset[str] = NO_KEYS  # what older ones have no say in
+    for group in reversed(grouped(deliveries)):
+        for delivery in reversed(group):
+            told = delivery.told
+            for key, value in told.items():
+                if key in TIMES:
+                    shown[key] = max(value, shown.get(key, value))
+                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
+                    shown[key] = value
+            if not ERROR.isdisjoint(told):
+                closed |= ERROR
+        closed |= OWN
+    return shown
+
+
+def told_by_sent(event: Mapping[str, Any], timestamp: float) -> dict[str, Any]:
+    """Return what a task-sent tells of its task."""
+    told = {"state": "PENDING", "timestamp": timestamp, "sent": timestamp}
+    client = process_of(event)[0]
+    if client:
+        told["client"] = client
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    take_fields(told, event, NOT_SENT)
+    return told
+
+
+def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
+    """Whether a task with its new event still has at most one task-sent and one delivery, and its dict can tell them apart.
+
+    It can if the first event of the delivery has a time of its own, of which there is only one, and no attempt differs.
+    """
+    if not task.keys() & STAMPS and kind.time == "sent":
+        return True
+    same_attempt = (retries_of(event) or 0) == (retries_of(task) or 0)
+    if kind.time == "sent":
+        return "sent" not in task and same_attempt
+    if "state" not in task or "state" in sent:
+        return kind.time != "" and (not sent or same_attempt)
+    return (
+        kind.time not in (*task.keys(), "received")
+        and event.get("hostname") == task.get("worker")
+        and event.get("pid") == task.get("pid")
+        and event.get("retries") in (None, task.get("retries"))
+    )
+
+
+def split(task: Mapping[str, Any], sent: Container[str]) -> Iterator[Delivery]:
+    """Yield what a task's dict tells of its one task-sent and of its one delivery."""
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if sent:
+        retries = {"retries": task["retries"]} if "retries" in task else {}
+        by_sent = {**{key: value for key, value in told.items() if key in sent}, **retries}
+        yield Delivery((by_sent.get("client", ""), NO_PID), by_sent["sent"], {"state": "PENDING", **by_sent}, True)
+        told = {key: value for key, value in told.items() if key not in sent}
+    if "state" in told:
+        began = next(value for key, value in told.items() if key in TIMES)
+        yield Delivery((told.get("worker", ""), told.get("pid", NO_PID)), began, told)
+
+
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker, the one whose word is the last one last."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
+@lru_cache(1000)
+def shared(value: Any) -> Any:
+    """Return the same object for equal ones."""
+    return value
+
+
+def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what State.attempts() tells of a delivery."""
+    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
+    ended = next((told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED), None)
+    return {**{key: told.get(key) for key in keys}, "ended": ended}
+
+
+def is_heard(worker: Mapping[str, Any], now: float) -> bool:
+    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
+    freq = number(worker.get("freq"), 0.0)
+    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
+
+
+def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return what State.type_stats() tells of the tasks of one name."""
+    states = Counter(task["state"] for task in tasks)
+    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    failed = [task for task in tasks if task["state"] == "FAILURE"]
+    return {
+        "running": sum(n for state, n in states.items() if state not in WAITING),
+        "succeeded": states["SUCCESS"],
+        "failed": states["FAILURE"],
+        "retried": sum("retried" in task for task in tasks),
+        "mean": sum(times) / len(times) if times else None,
+        "p95": times[ceil(0.95 * len(times)) - 1] if times else None,
+        "max": times[-1] if times else None,
+        "last": max(task["timestamp"] for task in tasks),
+        "error": max(failed, key=lambda task: task["timestamp"]).get("exception") if failed else None,
+    }
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2480,14 +2671,21 @@ class Table(OrderedDict["str", "Any"]):
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
-    client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
+    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
+    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
+    their order, and it does not matter how those of several processes come in between each other.
+    A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
+    clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
+    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
     """
+
+    FINISHED = FINISHED  # the states in which a task ends
 
     def __init__(
         self,
@@ -2503,9 +2701,11 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.recorded = False
         self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
         self.workers: OrderedDict[str, dict[str, Any]] = Table()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
+        self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
         self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
@@ -2513,12 +2713,19 @@ class State:
         self._failed: OrderedDict[str, None] = OrderedDict()
         self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
-        self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
+        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
+        self._deliveries: dict[str, list[Delivery]] = {}  # uuid -> all, of tasks that are not one task-sent and one delivery
         self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
-        self._turn(0.0)
+        self._began = time.time() - time.monotonic()
+        self._turn({})
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        sizes = f"{self.event_count} events, {len(self.tasks)} tasks, {len(self.workers)} workers"
+        return f"<State: {sizes}, {self.evicted} evicted>"
 
     def __getstate__(self) -> bytes:
         import pickle
@@ -2532,83 +2739,90 @@ class State:
 
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
 
+    def now(self) -> float:
+        """Return the seconds since the epoch by the clock of this State, which nobody sets.
+
+        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
+        """
+        return self._heard if self._past else self._began + time.monotonic()
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            kind = event.get("type")
-            if not isinstance(kind, str):
-                kind = ""
-            heard = event.get("local_received")
-            if type(heard) is not float or not self._tick <= heard < self._tick + GRAPH_TICK:
-                heard = heard_at(event)
-                self._turn(heard if "local_received" in event else number(event.get("timestamp"), heard))
+            type = event.get("type")
+            if not isinstance(type, str):
+                type = ""
+            received = event.get("local_received")
+            if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
+                self._turn(event)
             try:
-                self._counts[kind] += 1
+                self._counts[type] += 1
             except KeyError:
-                self._count_first(kind)
+                self._count_first(type)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                self._last[hostname] = event
-                if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-                    many = len(self._last) - max(0, self.max_workers_in_memory)
-                    self._last = dict(islice(self._last.items(), many, None))
-                worker = self.workers.get(hostname)
-                if worker is not None:
-                    worker["heard"] = heard
-            method = METHODS.get(kind)
+                self._hear(hostname, event)
+            method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
-            elif kind.startswith("task-"):
-                self._task(event, kind[5:].upper())
+            elif type.startswith("task-"):
+                state = type[5:].upper()
+                self._task(event, Kind(state, "", RANKS.get(state, CUSTOM_RANK)))
+            if type == "" or not (type.startswith("task-") or type == "worker-heartbeat"):
+                self.notes.append(event)
 
     def task_sent(self, event: Mapping[str, Any]) -> None:
         """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
-        self._task(event, "PENDING", "sent")
+        self._task(event, KINDS["task-sent"])
 
     def task_received(self, event: Mapping[str, Any]) -> None:
         """A worker has received the task: RECEIVED."""
         self.task_count += 1
-        self._task(event, "RECEIVED", "received")
+        self._task(event, KINDS["task-received"])
 
     def task_started(self, event: Mapping[str, Any]) -> None:
         """A worker has started the task: STARTED."""
-        self._task(event, "STARTED", "started")
+        self._task(event, KINDS["task-started"])
 
     def task_succeeded(self, event: Mapping[str, Any]) -> None:
         """The task has returned: SUCCESS."""
-        self._task(event, "SUCCESS", "succeeded")
+        self._task(event, KINDS["task-succeeded"])
 
     def task_failed(self, event: Mapping[str, Any]) -> None:
         """The task has raised: FAILURE."""
-        self._task(event, "FAILURE", "failed")
+        self._task(event, KINDS["task-failed"])
 
     def task_rejected(self, event: Mapping[str, Any]) -> None:
         """The worker does not want the task: REJECTED."""
-        self._task(event, "REJECTED", "rejected")
+        self._task(event, KINDS["task-rejected"])
 
     def task_revoked(self, event: Mapping[str, Any]) -> None:
         """The task was called off: REVOKED."""
-        self._task(event, "REVOKED", "revoked")
+        self._task(event, KINDS["task-revoked"])
 
     def task_retried(self, event: Mapping[str, Any]) -> None:
         """The task has failed and will be tried again: RETRY."""
-        self._task(event, "RETRY", "retried")
+        self._task(event, KINDS["task-retried"])
 
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
-        self._worker(event, True, True)
+        self._set_status(event, "alive", told=True, joins=True)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._worker(event, True, False)
+        self._set_status(event, "alive", told=True)
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
-        """A worker has gone offline."""
-        self._worker(event, False, False)
+        """A worker has gone offline: it has ended."""
+        self._set_status(event, "ended", told=True)
+
+    def worker_lost(self, event: Mapping[str, Any]) -> None:
+        """A worker has fallen silent without a word: it is lost."""
+        self._set_status(event, "lost", told=True)
 
     # Queries.
 
@@ -2617,6 +2831,19 @@ class State:
         with self._lock:
             task = self.tasks.get(uuid)
             return None if task is None else {**task, "children": list(task["children"])}
+
+    def attempts(self, uuid: str) -> list[dict[str, Any]]:
+        """Return the deliveries of a task, oldest first.
+
+        Each is a dict of worker, pid, retries, state, received, started, ended (seconds since the epoch by the sender's
+        clock), exception, traceback; None stands for what is not known.
+        """
+        with self._lock:
+            task = self.tasks.get(uuid, {})
+            told = [merged(group) for group in grouped(self._deliveries.get(uuid, ())) if not group[0].sent]
+            if not told and task.get("state", "PENDING") != "PENDING":
+                told = [task]
+            return [attempt(record) for record in told]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2646,6 +2873,21 @@ class State:
             names = [task.get("name") for task in self.tasks.values()]
         return sorted({name for name in names if isinstance(name, str)})
 
+    def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
+        """Return name -> figures of the tasks in memory.
+
+        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        """
+        now = self.now() if now is None else now
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        with self._lock:
+            for task in self.tasks.values():
+                name = task.get("name")
+                if isinstance(name, str):
+                    by_name.setdefault(name, []).append(task)
+            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
@@ -2657,18 +2899,24 @@ class State:
         with self._lock:
             if hostname is not None:
                 return self._last.get(hostname)
-            return next((event for event in reversed(self.recent) if isinstance(event.get("hostname"), str)), None)
+            return next((event for event in reversed(self.recent) if process_of(event)[0] in self._last), None)
+
+    def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
+        return is_heard(worker, self.now() if now is None else now)
+
+    def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
+        worker = self.workers.get(task.get("worker", ""))
+        if worker is None or task["state"] in FINISHED:
+            return False
+        process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
+        return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
-        """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
-        now = time.time() if now is None else now
+        """Return the workers that are still heard from, see is_alive()."""
         with self._lock:
-            return [worker for worker in self.workers.values() if self._is_alive(worker, now)]
-
-    @staticmethod
-    def _is_alive(worker: Mapping[str, Any], now: float) -> bool:
-        freq = number(worker.get("freq"), 0.0)
-        return bool(now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE))
+            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
 
     def scale_graph(
         self,
@@ -2683,16 +2931,19 @@ class State:
         The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
         of an hour, by the quarter second.
         """
-        columns = self._tally(width, span, time.time() if now is None else now, types)
+        columns = self.counts(width, span, now, types)
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
-        """Return the counts that scale_graph() scales."""
+    def counts(
+        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
+    ) -> list[int]:
+        """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
+        now = self.now() if now is None else now
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
@@ -2712,6 +2963,7 @@ class State:
         with self._lock:
             self.clear_tasks(ready)
             self.workers.clear()
+            self._processes.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2723,114 +2975,180 @@ class State:
             if not ready:
                 self._orphans.clear()
 
-    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
-        """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
+    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any) -> Any:
+        """Return fun(*args, **kwargs), during which no event changes anything; then clear() if `clear_after`."""
         with self._lock:
             try:
-                return fun(*args)
+                return fun(*args, **kwargs)
             finally:
                 if clear_after:
                     self.clear()
 
     # From here on: what an event changes.
 
-    def _turn(self, now: float) -> None:
-        """Let events be counted in the tick of this time."""
-        tick = int(now / GRAPH_TICK)
-        self._tick = tick * GRAPH_TICK
-        self._counts = self._graph.setdefault(tick, {})
+    def _turn(self, event: Mapping[str, Any]) -> None:
+        """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
+        wall = time.time()
+        received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
+        self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
+        self._past = self.recorded or abs(received - wall) > LIVE
+        self._heard = received if self._past else self._began + time.monotonic()
+        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), {})
         if len(self._graph) > GRAPH_TICKS:
             del self._graph[next(iter(self._graph))]
 
-    def _count_first(self, kind: str) -> None:
+    def _count_first(self, type: str) -> None:
         """Count what may be the first event of its type in this tick."""
-        if kind not in self._counts and (len(self._counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
-            kind = ""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if type not in self._counts and (len(self._counts) >= MAX_TYPES or len(type) > MAX_TYPE):
+            type = ""
+        self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
-        hostname = event.get("hostname")
-        if not isinstance(hostname, str):
+    def _hear(self, hostname: str, event: Mapping[str, Any]) -> None:
+        """Note that something was heard from a hostname, and from a process of it."""
+        self._last[hostname] = event
+        if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
+            many = len(self._last) - max(0, self.max_workers_in_memory)
+            self._last = dict(islice(self._last.items(), many, None))
+        worker = self.workers.get(hostname)
+        if worker is None:
+            return
+        if worker["heard"] != self._heard:
+            self._set_clock(worker, event)
+        process = self._processes[hostname].get(process_of(event)[1])
+        if process is not None and process["status"] != "alive":  # it speaks again
+            self._set_status(event, "alive")
+
+    def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
+        """Note when a worker was heard, and how far its clock was ahead."""
+        worker["heard"] = self._heard
+        sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
+        worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
+
+    def _set_status(self, event: Mapping[str, Any], status: str, told: bool = False, joins: bool = False) -> None:
+        """Give a process of a worker a status, and what the event tells of the worker if that is `told`.
+
+        A worker shows the status and fields of its processes. One that is alive and told something last has the last word.
+        """
+        hostname, pid = process_of(event)
+        if not hostname:
             return
         known = self.workers.get(hostname)
+        before = known["status"] if known else ""
         worker = known or self._new_worker(hostname, event)
         self.workers.move_to_end(hostname)  # now the last to be forgotten
-        take_fields(worker, event, NOT_WORKERS)
-        if not online:
-            worker["heard"] = -inf
-        if self.on_node_join and (joins or known is None and online):
+        processes = self._processes[hostname]
+        if pid not in processes and len(processes) >= MAX_PROCESSES:
+            del processes[next(iter(processes))]
+        process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
+        if told:
+            take_fields(process, event, NOT_WORKERS)
+        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+            one["status"] = status
+        for one in sorted(processes.values(), key=last_word):
+            take_fields(worker, one, NO_KEYS)
+        if self.on_node_join and worker["status"] == "alive" and (joins or before != "alive"):
             self.on_node_join(worker)
-        if self.on_node_leave and not online:
+        if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            self.workers.popitem(last=False)
-        worker = self.workers[hostname] = {"hostname": hostname, "heard": heard_at(event)}
+            del self._processes[self.workers.popitem(last=False)[0]]
+        worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
+        self._processes[hostname] = {}
+        self._set_clock(worker, event)
         return worker
 
-    def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
-        """Apply the event to its task: wholly if it is news, else only where something is missing."""
+    def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
+        """Let an event change its task."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, time.time())
-        hostname = event.get("hostname")
-        worker = self.workers.get(hostname) if isinstance(hostname, str) else None
         known = self.tasks.get(uuid)
-        task = known or self._new_task(uuid, timestamp)
+        task = known or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
-        news = is_news(task, event, state, transition)
-        take_fields(task, event, NOT_FIELDS, news)
-        if news:
-            task["timestamp"] = timestamp
-            clock = event.get("clock")
-            if clock is not None:
-                task["clock"] = clock
-            if hostname is not None and transition != "sent":
-                task["worker"] = hostname if worker is None else worker["hostname"]
-            if known:
-                self.tasks.move_to_end(uuid)  # now the newest
-            self._enter(uuid, task, state, known)
-        elif not known:
-            self._enter(uuid, task, "PENDING", None)
-        if transition == "sent":
-            if hostname is not None and timestamp >= task.get("sent", timestamp):
-                task["client"] = hostname
-        elif worker is None and isinstance(hostname, str):
-            self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
-        if transition:
-            latest = task.get(transition)
-            if latest is None or timestamp >= latest:
-                task[transition] = timestamp
-        parent = event.get("parent_id")
-        if isinstance(parent, str) and "parent_id" not in task:
-            self._adopt(uuid, task, parent)
+        before, parent = task.get("state"), task.get("parent_id")
+        sent = self._sent.get(uuid, NO_KEYS)
+        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+            task = self._merge(task, event, kind, timestamp, sent)
+        elif kind.time == "sent":
+            told = told_by_sent(event, timestamp)
+            told = {key: value for key, value in told.items() if key not in task}
+            task.update(told)
+            self._sent[uuid] = shared(frozenset(told))
+        else:
+            if before is None or "state" in sent:
+                if event.get("clock") is None:
+                    task.pop("clock", None)
+                task.update(self._place(event))
+            take_event(task, event, kind, timestamp, sent)
+            if sent:
+                told_now = (key for key in event if event[key] is not None)
+                self._sent[uuid] = shared(sent.difference(told_now, STAMPS))
+        self._enter(uuid, task, before)
+        if task.get("parent_id") is not parent:
+            self._adopt(uuid, parent, task.get("parent_id"))
 
-    def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
+    def _place(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Return worker and pid, where a delivery that begins is; they are known from now on."""
+        hostname, pid = process_of(event)
+        if hostname and pid not in self._processes.get(hostname, ()):
+            self._set_status(event, "alive")
+        worker = {"worker": self.workers[hostname]["hostname"]} if hostname else {}
+        return worker if pid == NO_PID else {**worker, "pid": pid}
+
+    def _merge(
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]
+    ) -> dict[str, Any]:
+        """Return a new dict for a task with more than one delivery, after its event."""
+        uuid, process = task["uuid"], process_of(event)
+        deliveries = self._deliveries.get(uuid)
+        if deliveries is None:
+            deliveries = self._deliveries[uuid] = list(split(task, sent))
+            self._sent.pop(uuid, None)
+        if kind.time == "sent":
+            process, told = (process[0], NO_PID), told_by_sent(event, timestamp)
+            mine = [delivery for delivery in deliveries if delivery.sent and delivery.process == process]
+            delivery = None
+        else:
+            mine = [delivery for delivery in deliveries if not delivery.sent and delivery.process == process]
+            delivery = delivery_of(event, kind, mine)
+            told = delivery.told if delivery else self._place(event)
+            take_event(told, event, kind, timestamp)
+        if not delivery:
+            began = max([timestamp, *(delivery.began for delivery in mine)])
+            deliveries.append(Delivery(process, began, told, kind.time == "sent"))
+            if len(deliveries) > MAX_DELIVERIES:
+                deliveries.remove(min(deliveries, key=Delivery.age))
+        record = self.tasks[uuid] = vars(Record())
+        record["uuid"], record["children"] = uuid, task["children"]
+        record.update(merged(deliveries))
+        return record
+
+    def _new_task(self, uuid: str) -> dict[str, Any]:
         """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = vars(Record())
         task["uuid"] = uuid
-        task["state"] = "PENDING"
-        task["timestamp"] = timestamp
         task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
         return task
 
-    def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
-        """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
-        before, there = task["state"], self._classes.get(state, self._active)
-        task["state"] = state
-        if known:
+    def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
+        """List a task where those of its state are, and last of all; `before` is None if it is new."""
+        state = task["state"]
+        there = self._classes.get(state, self._active)
+        if before is None:
+            self.tasks[uuid] = task
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
             here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
-        else:
-            self.tasks[uuid] = task
         there[uuid] = None
         if state in FINISHED:
             self._share(task)
@@ -2842,21 +3160,28 @@ class State:
         for key in ("name", "kwargs"):
             value = task.get(key)
             if type(value) is str and len(value) <= MAX_TYPE:
-                task[key] = self._common.setdefault(value, value)
-        if len(self._common) > MAX_COMMON:
-            self._common.clear()
+                task[key] = shared(value)
 
-    def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
-        """Enter the task among its parent's children, now or when the parent is heard of."""
-        task["parent_id"] = parent
-        if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-            children = self.tasks[parent]["children"]
-            if children:
-                children.append(uuid)
+    def _adopt(self, uuid: str, before: Any, parent: Any) -> None:
+        """Enter a task among the children of its parent, now or when that is heard of, and no longer among others'."""
+        self._disown(uuid, before)
+        if isinstance(parent, str):
+            if parent not in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
+                insort(self._orphans.setdefault(parent, []), uuid)
+            elif self.tasks[parent]["children"]:
+                insort(self.tasks[parent]["children"], uuid)
             else:
                 self.tasks[parent]["children"] = [uuid]
-        else:
-            self._orphans.setdefault(parent, []).append(uuid)
+
+    def _disown(self, uuid: str, parent: Any) -> None:
+        """Enter a task no longer among its parent's children."""
+        if isinstance(parent, str):
+            siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, NO_CHILDREN)
+            at = bisect_left(siblings, uuid)
+            if siblings[at : at + 1] == [uuid]:
+                del siblings[at]
+            if parent in self._orphans and not siblings:
+                del self._orphans[parent]
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -2866,15 +3191,12 @@ class State:
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks[uuid]
-        parent: str = task.get("parent_id", "")
-        siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, [])
-        if uuid in siblings:
-            siblings.remove(uuid)
-            if not siblings:
-                self._orphans.pop(parent, None)
+        self._disown(uuid, task.get("parent_id"))
         if task["children"]:
             self._orphans[uuid] = task["children"]
         del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
+        self._sent.pop(uuid, None)
+        self._deliveries.pop(uuid, None)
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
@@ -2905,11 +3227,11 @@ STYLES = {
 }
 BARS = " ▁▂▃▄▅▆▇█"
 NOTHING: Facts = {}
-TOLD_FIRST = "message exception result args kwargs".split()
-SHOWN_APART = frozenset(  # of a task or an event
-    [*TOLD_FIRST, *(type[5:] for type in TASK_STATES)]
-    + "type timestamp hostname local_received local utcoffset clock uuid name state worker client traceback".split()
-    + "stderr parent_id root_id children heard status clock_offset loadavg".split()
+TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
+SHOWN_APART = re.compile(  # fields of a task, a worker or an event
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
+    "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
 INDENT = 12  # of a panel's text, for the label
 HINTS = {  # the most important first; each begins with its key
@@ -3081,7 +3403,7 @@ UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a func
 def field(record: Facts, key: str, now: float) -> str:
     """Return a field as people read it."""
     value = record.get(key)
-    return UNITS[key](value, now) if key in UNITS and number(value, -inf) > -inf else printable(value)
+    return UNITS[key](number(value, 0), now) if key in UNITS and number(value, inf) < inf else printable(value)
 
 
 def style_of(text: str) -> str:
@@ -3122,15 +3444,11 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 
 def seconds_run(task: Facts, stage: Stage) -> float:
-    """Return how long a task took, or has taken so far; -1 if it has not started, or waits for another attempt."""
-    runtime, started = number(task.get("runtime"), -1.0), task.get("started")
-    if task["state"] in State.FINISHED:
-        return runtime if runtime >= 0 or started is None else float(task["timestamp"] - started)
-    if started is None or task["state"] in ("PENDING", "RECEIVED", "RETRY"):
-        return -1.0
+    """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
     worker = worker_of(task, stage)
-    stopped = worker and stage.state.is_lost(task, stage.now)
-    return float((worker["heard"] if stopped else stage.now) - started + clock_error(worker))
+    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    seconds = seconds_taken(task, until + clock_error(worker))
+    return -1.0 if seconds is None else seconds
 
 
 def run_of(task: Facts, stage: Stage) -> str:
@@ -3164,30 +3482,44 @@ def detail_of(task: Facts, stage: Stage) -> str:
     return together(first, "←" if outcome and given else "", given)
 
 
-def reason_of(event: Facts, stage: Stage) -> str:
+def keys_of(record: Facts) -> list[str]:
+    """Return the keys of the fields that are not shown elsewhere."""
+    keys = [key for key in islice(record, 200) if record[key] is not None]
+    return [key for key in keys if not SHOWN_APART.fullmatch(printable(key))]
+
+
+def reason_of(event: Facts, now: float) -> str:
     """Return what an event tells beside its type, time, task and host: the reason first."""
     first = [printable(event.get(key)) for key in TOLD_FIRST]
-    keys = [key for key in islice(event, 200) if key not in SHOWN_APART and key != "pid" and event[key] is not None]
-    text = together(*first, *[f"{printable(key)}={field(event, key, stage.now)}" for key in keys])
+    rest = [f"{key}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
+    text = together(*first, *rest)
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def name_of(event: Facts, stage: Stage) -> str:
+def name_of(event: Facts, tasks: Facts) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
-    name = event.get("name") or known(stage.state.tasks, event.get("uuid")).get("name")
+    name = event.get("name") or known(tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
+
+
+def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
+    """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
+    now = time.time()
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    line = together(*first, printable(event.get("hostname")), reason_of(event, now))
+    return line if len(line) <= 200 else line[:199] + "…"
 
 
 def load_of(worker: Facts, stage: Stage) -> str:
     """Return the load of a worker's machine, over 1, 5 and 15 minutes; before it, if its clock is wrong."""
-    error, load = clock_error(worker), worker.get("loadavg")
+    error = clock_error(worker)
     wrong = f"clock {duration(abs(error))} {'ahead' if error > 0 else 'behind'}" if error else ""
-    return together(wrong, printable(load).strip("[]"))
+    return together(wrong, printable(worker.get("loadavg")).strip("[]"))
 
 
 def failed_of(kind: Facts, stage: Stage) -> str:
     """Return how many tasks of a kind have failed, and how many of a hundred that have ended."""
-    failed: int = kind["failed"]
+    failed = kind["failed"]
     return f"{failed:,} {failed / (failed + kind['succeeded']):4.0%}" if failed else "0"
 
 
@@ -3233,11 +3565,11 @@ WORKER_COLUMNS = (
     Column("LOAD", 0, load_of),
 )
 EVENT_COLUMNS = (
-    Column("TIME", 12, lambda event, stage: exact(event.get("timestamp"))[11:], style="dim", order=lambda event, stage: 0),
+    Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
     Column("TYPE", 14, "type", style=None, share=0.05),
-    Column("NAME", 16, name_of, share=0.1),
+    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
-    Column("DETAIL", 0, reason_of),
+    Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
 
 
@@ -3285,7 +3617,7 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
 
 def rest_of(record: Facts, stage: Stage) -> Items:
     """Yield the fields that are not shown elsewhere."""
-    return fields(record, [key for key in record if key not in SHOWN_APART], stage)
+    return fields(record, keys_of(record), stage)
 
 
 def trace(record: Facts, stage: Stage) -> Items:
@@ -3319,7 +3651,7 @@ def timeline(task: Facts, stage: Stage) -> Items:
     for _, event, _ in event_rows(task["uuid"], stage):
         if event.get("type") not in TASK_STATES:
             what = printable(event.get("type"))
-            moments.append((number(event.get("timestamp"), stage.now), what, reason_of(event, stage)))
+            moments.append((number(event.get("timestamp"), stage.now), what, reason_of(event, stage.now)))
     moments.sort(key=lambda moment: moment[0])
     for when, what, text in moments:
         yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width - INDENT], style_of(what))
@@ -3336,7 +3668,8 @@ def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator
 
 def family(uuid: str, stage: Stage) -> Items:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
-    tasks, root = stage.state.tasks, uuid
+    tasks = stage.state.tasks
+    root: Any = uuid
     for _ in range(MAX_DEPTH):
         parent = known(tasks, root).get("parent_id")
         root = parent if parent in tasks else root
@@ -3446,7 +3779,7 @@ def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
     if column.order:
         return column.order(record, stage)
     value = column.text(record, stage) if callable(column.text) else record.get(column.text)
-    return (0, -value, "") if number(value, inf) < inf else (1, 0, printable(value).lower())
+    return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
 
 
 def spans_of(row: Row, columns: Iterable[Column], stage: Stage) -> Line:
@@ -3566,7 +3899,7 @@ def header_lines(view: View, stage: Stage, height: int) -> list[Line]:
     states = sorted(tally, key=lambda name: order.index(name) if name in order else order.index("STARTED"))
     graph = graph_lines(stage)
     left = stage.width - sum(cells(span.text) for span in graph[0])
-    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, running), graph)]
+    now = [[*fit_line(line, left - 1), Span(" "), *bars] for line, bars in zip(now_lines(stage, running), graph)]
     line = [Span(f" {printable(name)} {tally[name]:,}  ", style_of(name)) for name in states]
     return [title_line(view, stage), *now, fit_line(line, stage.width, whole=True)][:height]
 
@@ -3676,7 +4009,7 @@ def tab(step: int, view: View, stage: Stage, rows: Rows) -> View:
     return move(links[:: step][0], view, stage, rows) if links else view
 
 
-def push(kind: str, subject: Any, view: View) -> View:
+def push(view: View, kind: str, subject: Any = None) -> View:
     """Open a layer above the others, unless it is the uppermost; of very many, some in the middle go."""
     first, *others = view.layers
     same = view.layers[-1][:2] == (kind, subject)
@@ -3686,7 +4019,7 @@ def push(kind: str, subject: Any, view: View) -> View:
 def enter(view: View, stage: Stage, rows: Rows) -> View:
     """Open what the cursor is on."""
     link = rows[locate(view, rows, 1)[0]].link if rows else None
-    return push(*link, view) if link else view
+    return push(view, *link) if link else view
 
 
 def show(kind: str, view: View, stage: Stage, rows: Rows) -> View:
@@ -3694,7 +4027,7 @@ def show(kind: str, view: View, stage: Stage, rows: Rows) -> View:
     about, subject = rows and rows[locate(view, rows, 1)[0]].link or view.layers[-1][:2]
     if about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
-    return push(kind, subject, view) if isinstance(subject, str) and about not in ("tasks", "events") else view
+    return push(view, kind, subject) if isinstance(subject, str) and about not in ("tasks", "events") else view
 
 
 def sort(step: int, view: View, stage: Stage, rows: Rows) -> View:
@@ -3762,7 +4095,7 @@ KEYS: dict[str, Callable[..., View]] = {
     "t": partial(show, "traceback"),
     "r": partial(show, "result"),
     "e": partial(show, "events"),
-    "?": lambda view, stage, rows: push("keys", None, view),
+    "?": lambda view, stage, rows: push(view, "keys"),
     "s": partial(sort, 1),
     "S": partial(sort, 0),
     "space": freeze,
@@ -4167,7 +4500,7 @@ class Monitor:
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
-        return min(MAX_SLEEP, max(FRAME_TIME, 1 - stage.now % 1))  # other threads may feed the State
+        return min(MAX_SLEEP, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
         """Wait for events, keys and signals."""
@@ -4224,8 +4557,7 @@ def print_lines(feed: Feed, state: State | None = None) -> None:
     take_any_text()
     for event in feed:
         if event is not None:
-            name = known(state.tasks, event.get("uuid")).get("name") if state else None
-            print(event_line(event, name) if state else json_line(event), flush=True)
+            print(event_line(event, state.tasks) if state else json_line(event), flush=True)
 
 
 def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str] = (), words: str = "") -> None:
@@ -4325,7 +4657,8 @@ def watch(options: Any) -> int:
     if len(files) == 2 and os.path.samefile(*files):
         raise Failure(f"{options.file} cannot be recorded into itself", 2)
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types, problems = State(), options.type or (), []
+    state, types = State(), options.type or ()
+    problems: list[str] = []
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
