@@ -3201,22 +3201,22 @@ class State:
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
-# All that is shown is a list of rows to move in: a table of tasks, names, workers or events, or a panel about one thing.
-Span = namedtuple("Span", "text style key", defaults=("", ""))  # the style is one of LOOKS; a click presses the key
+# All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
 Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
-Item = namedtuple("Item", "label text style link", defaults=("", None))  # the record of a panel's row; a label or None
-Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # the row, or if it is gone, that index
-Layer = namedtuple(  # an open list; `order` is the number of the column to sort by, None for the usual one
+Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
+Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
+Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
     "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
 )
-View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of the Stage then
+View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
 Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
 
 STYLES = {
     word: style
     for style, words in {
         "red": "LOST FAILURE task-failed worker-lost log-error log-critical",
-        "cyan": "STARTED task-started",
+        "cyan": "STARTED PROGRESS task-started task-progress",
         "yellow": "RETRY task-retried log-warning silent",
         "blue": "RECEIVED task-received",
         "dim": "PENDING task-sent worker-heartbeat worker-offline ended log-debug",
@@ -3225,6 +3225,7 @@ STYLES = {
     }.items()
     for word in words.split()
 }
+MAX_DETAIL = 65536  # characters of any value that is shown whole
 BARS = " ▁▂▃▄▅▆▇█"
 NOTHING: Facts = {}
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
@@ -3233,7 +3234,6 @@ SHOWN_APART = re.compile(  # fields of a task, a worker or an event
     "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
-INDENT = 12  # of a panel's text, for the label
 HINTS = {  # the most important first; each begins with its key
     "table": "q quit,? keys,enter details,/ filter,s sort,space freeze,c clear finished",
     "panel": "esc back,? keys,enter go there,tab next,/ find,e events,t traceback",
@@ -3323,20 +3323,18 @@ def fit(text: str, width: int, tail: bool = False) -> str:
     return text + " " * (width - cells(text))
 
 
-def fit_line(line: Iterable[Span], width: int, whole: bool = False) -> Line:
-    """Return a line filled up, in the style of its end, or cut to `width` columns; or with `whole` between two spans."""
+def fit_line(line: Iterable[Span], width: int) -> Line:
+    """Return a line filled up, in the style of its end, or cut to `width` columns."""
     fitted = [Span("")]
     for span in line:
-        room = min(width, cells(span.text))
-        if room and not (whole and room < cells(span.text)):
-            fitted.append(span._replace(text=fit(span.text, room)))
-            width -= room
+        fitted.append(span._replace(text=fit(span.text, min(width, cells(span.text)))))
+        width -= cells(fitted[-1].text)
     return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
 def wrap(value: Any, width: int) -> Iterator[str]:
     """Yield a value as printable lines of at most `width` columns, broken at a space where one is near."""
-    text = text_of(value, 65536)
+    text = text_of(value, MAX_DETAIL)
     for line in text.expandtabs(4).splitlines() or [""]:
         rest = printable(line, len(line)).rstrip()
         while (size := max(1, chars_in(rest, width))) < len(rest):
@@ -3344,7 +3342,7 @@ def wrap(value: Any, width: int) -> Iterator[str]:
             yield rest[:size].rstrip()
             rest = rest[size:]
         yield rest
-    if len(text) == 65536:
+    if len(text) == MAX_DETAIL:
         yield "… and more"
 
 
@@ -3407,8 +3405,8 @@ def field(record: Facts, key: str, now: float) -> str:
 
 
 def style_of(text: str) -> str:
-    """Return the style of a state, a status or an event's type."""
-    return STYLES.get(text.partition(" ")[0], "cyan")
+    """Return the style of what begins with a state, a status or an event's type."""
+    return STYLES.get(text.partition(" ")[0], "")
 
 
 # What is known of a task, a worker or an event: functions (record, stage) -> text.
@@ -3531,7 +3529,7 @@ def failed_of(kind: Facts, stage: Stage) -> str:
 # (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
 Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
 # `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
-Sheet = namedtuple("Sheet", "rows columns order empty", defaults=((), 0, ""))
+Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
@@ -3605,7 +3603,7 @@ def event_rows(subject: Any, stage: Stage) -> Rows:
     return [Row(id(event), event, ("event", event)) for event in reversed(wanted)]
 
 
-# Panels: their items, a value beside its label. A label of None is no label, not even room for one.
+# Panels: items, a value beside its label.
 
 
 def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
@@ -3615,46 +3613,38 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
             yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-def rest_of(record: Facts, stage: Stage) -> Items:
-    """Yield the fields that are not shown elsewhere."""
-    return fields(record, keys_of(record), stage)
-
-
 def trace(record: Facts, stage: Stage) -> Items:
     """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
-    text, style = record.get("traceback") or record.get("stderr") or "no traceback", ""
-    *lines, last = wrap(text, stage.width)
+    style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
+    *lines, last = text.splitlines() or [""]
     for line in lines:
-        if line.lstrip().startswith('File "'):
+        if line.startswith('  File "'):
             style = "dim" if re.search(r'"<|/lib(64)?/python|-packages/', line) else "bold"
-        yield Item(None, line, style)
-    yield Item(None, last, "red")
+        yield Item("", line, style=style)
+    yield Item("", last, style="red")
 
 
 def task_item(label: str, task: Facts, stage: Stage) -> Item:
     """Return an item about a task, which leads to it."""
-    state, name = state_of(task, stage), fit(printable(task.get("name")), 16, tail=True)
-    text = f"{state:<8} {name} {run_of(task, stage):>6}  {detail_of(task, stage)}"
-    return Item(label, text[: stage.width - INDENT], style_of(state), ("task", task["uuid"]))
+    name = fit(printable(task.get("name")), 16, tail=True)
+    text = f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6}  {detail_of(task, stage)}"
+    return Item(label, text[: stage.width], ("task", task["uuid"]))
 
 
 def timeline(task: Facts, stage: Stage) -> Items:
     """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
-    attempts = stage.state.attempts(task["uuid"])
-    moments = [(task["sent"], "PENDING", f"by {printable(task.get('client'))}")] if "sent" in task else []
+    attempts, moments = stage.state.attempts(task["uuid"]), []
     for index, attempt in enumerate(attempts, 1):
         where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
-        why = together(where, printable(attempt["exception"]))
-        for key, what in (("received", "RECEIVED"), ("started", "STARTED"), ("ended", attempt["state"])):
-            if attempt[key] is not None:
-                moments.append((attempt[key], printable(what), why if key == "ended" else where))
+        end = attempt["state"], together(where, printable(attempt["exception"]))
+        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
+            moments.append((attempt[key], printable(what), text))
     for _, event, _ in event_rows(task["uuid"], stage):
-        if event.get("type") not in TASK_STATES:
-            what = printable(event.get("type"))
-            moments.append((number(event.get("timestamp"), stage.now), what, reason_of(event, stage.now)))
-    moments.sort(key=lambda moment: moment[0])
+        if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
+            moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
+    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
     for when, what, text in moments:
-        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width - INDENT], style_of(what))
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
 
 
 def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
@@ -3671,21 +3661,20 @@ def family(uuid: str, stage: Stage) -> Items:
     tasks = stage.state.tasks
     root: Any = uuid
     for _ in range(MAX_DEPTH):
-        parent = known(tasks, root).get("parent_id")
-        root = parent if parent in tasks else root
+        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
     members = dict(islice(descendants(root, tasks, 0, set()), 100))
     if uuid not in members:  # it is large
         members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
     starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
-    ends = {member: start + max(0.0, seconds_run(tasks[member], stage)) for member, start in starts.items()}
+    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
     first = min(starts.values())
-    scale = max(1, stage.width - INDENT - 40) / max(1e-9, max(ends.values()) - first)
+    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
     for member, depth in members.items() if len(members) > 1 else ():
-        state, name = state_of(tasks[member], stage), printable(tasks[member].get("name"))
-        bar = " " * int((starts[member] - first) * scale) + "█" * ceil((ends[member] - starts[member]) * scale)
-        text = f"{fit('  ' * depth + name, 20)} {state:<8} {run_of(tasks[member], stage):>7} {bar}"
+        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
+        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
+        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
         label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        yield Item(label, text[: stage.width - INDENT], style_of(state), ("task", member))
+        yield Item(label, text[: stage.width], ("task", member))
 
 
 def task_panel(uuid: str, stage: Stage) -> Items:
@@ -3694,13 +3683,12 @@ def task_panel(uuid: str, stage: Stage) -> Items:
     if not task:
         yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    state = state_of(task, stage)
-    yield Item("state", together(state, run_of(task, stage), progress_of(task)), style_of(state))
-    yield from fields(task, ["name", "uuid", "worker", "client", *TOLD_FIRST], stage)
-    yield Item("since", exact(task.get("sent", task.get("received", task["timestamp"]))))
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
+    yield Item("latest", exact(task["timestamp"]))
     yield from timeline(task, stage)
     yield from family(uuid, stage)
-    yield from rest_of(task, stage)
+    yield from fields(task, keys_of(task), stage)
     if "traceback" in task or "stderr" in task:
         yield from trace(task, stage)
 
@@ -3710,46 +3698,40 @@ def worker_panel(name: str, stage: Stage) -> Items:
     worker, state = known(stage.state.workers, name), stage.state
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
-    yield Item("status", status_of(worker, stage), style_of(status_of(worker, stage)))
-    yield from fields(worker, ("hostname", "heard"), stage)
-    yield Item("load", load_of(worker, stage))
+    yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
     yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
-    yield from rest_of(worker, stage)
+    yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
 def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
     task = known(stage.state.tasks, event.get("uuid"))
-    yield Item("type", event.get("type"), style_of(printable(event.get("type"))))
+    yield Item("type", event.get("type"))
     yield Item("time", exact(event.get("timestamp")))
-    yield Item("received", exact(event.get("local_received")))
     if task:
         yield task_item("task", task, stage)
-    yield from fields(event, ["hostname", "name", "uuid", *TOLD_FIRST, "traceback", "stderr"], stage)
-    yield from rest_of(event, stage)
+    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
 
 
-def result_panel(uuid: Any, stage: Stage) -> Items:
-    """Yield the whole result of a task."""
-    yield Item(None, known(stage.state.tasks, uuid).get("result", "no result"))
-
-
+PANEL = (
+    Column("", 11, lambda item, stage: item.label, style="dim"),
+    Column("", 0, lambda item, stage: item.text, style=None),
+)
 SHEETS = {
     "tasks": Sheet(task_rows, TASK_COLUMNS, order=5, empty="no tasks yet: 4 shows every event"),
-    "names": Sheet(name_rows, NAME_COLUMNS, empty="no tasks yet: 4 shows every event"),
-    "workers": Sheet(worker_rows, WORKER_COLUMNS, empty="no workers yet: a Dispatcher with freq=2 is one"),
-    "events": Sheet(event_rows, EVENT_COLUMNS, empty="no events yet"),
-    "task": Sheet(task_panel),
-    "worker": Sheet(worker_panel),
-    "event": Sheet(event_panel),
-    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage)),
-    "result": Sheet(result_panel),
-    "keys": Sheet(lambda subject, stage: [Item(None, HELP)]),
+    "names": Sheet(name_rows, NAME_COLUMNS, order=0, empty="no tasks yet: 4 shows every event"),
+    "workers": Sheet(worker_rows, WORKER_COLUMNS, order=0, empty="no workers yet: a Dispatcher with freq=2 is one"),
+    "events": Sheet(event_rows, EVENT_COLUMNS, order=0, empty="no events yet"),
+    "task": Sheet(task_panel, PANEL),
+    "worker": Sheet(worker_panel, PANEL),
+    "event": Sheet(event_panel, PANEL),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
+    "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
-PAGES = dict(zip("1234", SHEETS))
 
 
-# Layers: which rows they have, and where the cursor is.
+# The lines of the screen.
 
 
 def settled(view: View, state: State) -> View:
@@ -3758,20 +3740,18 @@ def settled(view: View, state: State) -> View:
     return view if view.layers else view._replace(layers=(Layer(kind),))
 
 
-def change(view: View, **changes: Any) -> View:
-    """Change the uppermost layer."""
-    return view._replace(layers=(*view.layers[:-1], view.layers[-1]._replace(**changes)))
+def order_of(layer: Layer) -> Any:
+    """Return the number of the column that a table is sorted by; None for a panel."""
+    return SHEETS[layer.kind].order if layer.order is None else layer.order
 
 
-def order_of(layer: Layer) -> int:
-    """Return the number of the column that a table is sorted by."""
-    return SHEETS[layer.kind].order if layer.order is None else layer.order  # type: ignore[no-any-return]
-
-
-def cell(column: Column, record: Facts, stage: Stage) -> Span:
+def cell(column: Column, record: Any, stage: Stage) -> Span:
     """Return what a column shows of a record."""
     text = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
-    return Span(text, style_of(text) if column.style is None else column.style)
+    style = column.style
+    if style is None:
+        style = isinstance(record, Item) and record.style or style_of(text)
+    return Span(text, style)
 
 
 def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
@@ -3782,12 +3762,13 @@ def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
     return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
 
 
-def spans_of(row: Row, columns: Iterable[Column], stage: Stage) -> Line:
-    """Return what is shown of a row: of a table, these columns; of a panel, the label and the text."""
-    if not isinstance(row.record, Item):
-        return [cell(column, row.record, stage) for column in columns]
-    label, text, style, _ = row.record
-    return [Span("" if label is None else fit(label, INDENT), "dim"), Span(text, style)]
+def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
+    """Return the columns that are shown, each with its width: together, with a space behind each, at least `width`."""
+    kept = [column for column in columns if column.least <= width]
+    left = width - sum(column.width + 1 for column in kept)
+    sizes = [column.width + max(0, int(left * column.share)) for column in kept]
+    sizes[-1] = max(1, width - sum(sizes[:-1]) - len(sizes))
+    return list(zip(kept, sizes))
 
 
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
@@ -3797,163 +3778,146 @@ def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
         name, _, wanted = word.partition(":")
         named = [column for column in columns if column.heading.strip().lower() == name]
         some = [text for text in wanted.split(",") if text] or [""] if named else [word]
-        texts = [" ".join([span.text for span in spans_of(row, named or columns, stage)]).lower() for row in rows]
-        rows = [row for row, text in zip(rows, texts) if any(map(text.__contains__, some))]
+        texts = [" ".join([cell(column, row.record, stage).text for column in named or columns]) for row in rows]
+        rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
 
 def wrapped(items: Items, width: int) -> Items:
     """Yield the items of a panel, the label only beside the first line of each."""
-    for item in items:
-        for text in wrap(item.text, max(8, width - INDENT * (item.label is not None))):
-            yield item._replace(text=text)
-            item = item._replace(label=item.label and "")
+    for label, value, link, style in items:
+        for text in islice(wrap(value, width), 1 if link else None):
+            yield Item(label, text, link, style)
+            label = ""
 
 
 def rows_of(view: View, stage: Stage) -> Rows:
     """Return the rows of the uppermost layer, filtered and sorted."""
     layer, stage = view.layers[-1], stage._replace(**view.frozen)
-    kind = SHEETS[layer.kind]
-    rows = kind.rows(layer.subject, stage)
-    if not kind.columns:
-        items = enumerate(islice(wrapped(rows, stage.width), 2000))
+    sheet, order = SHEETS[layer.kind], order_of(layer)
+    rows = sheet.rows(layer.subject, stage)
+    if order is None:
+        items = enumerate(islice(wrapped(rows, sizes_of(sheet.columns, stage.width)[-1][1]), 2000))
         return filtered([Row(item.link or index, item, item.link) for index, item in items], layer, stage)
-    rows, column = filtered(rows, layer, stage), kind.columns[order_of(layer)]
-    return sorted(rows, key=lambda row: sort_key(column, row.record, stage), reverse=layer.reverse)
-
-
-def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
-    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
-    cursor = view.layers[-1].cursor
-    gone = max(0, min(cursor.index, len(rows) - 1))
-    index = next((index for index, row in enumerate(rows) if row.identity == cursor.identity), gone)
-    return index, max(0, min(index - min(cursor.line, room - 1), len(rows) - room))
+    rows = filtered(rows, layer, stage)
+    return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
 
 
 def layout(view: View, height: int) -> tuple[int, int, int, int]:
     """Return how many lines go to the header, the headings, the footer; and to the rows."""
-    header = min(4 if SHEETS[view.layers[-1].kind].columns else 1, height // 4)
+    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
     headings, footer = int(height > 5), int(height > 2)
     return header, headings, footer, height - header - headings - footer
 
 
-# The lines of the screen.
+def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
+    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
+    identity, index, line = view.layers[-1].cursor
+    gone = max(0, min(index, len(rows) - 1))
+    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
+    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
 
 
 def title_line(view: View, stage: Stage) -> Line:
     """Return the pages and how much they have, what went wrong, the rate, and the URL."""
-    live, line = stage.state, []
-    if view.frozen:
-        line.append(Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm", "space"))
+    live, status = stage.state, stage.status
     workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
-    numbers = (f"{len(live.tasks):,}", f"{len(live.task_types()):,}", workers, f"{live.event_count:,}")
-    for (page, kind), text in zip(PAGES.items(), numbers):
+    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
+    for index, (kind, many) in enumerate(counts.items(), 1):
         here = kind == view.layers[0].kind
-        text = f" {page} {kind.title()} {text} " if here or stage.width >= 64 else f" {page} "
-        line.append(Span(text, "reverse" if here else "", page))
-    losses = {name: stage.status.get(name, 0) for name in ("lost", "rejected", "malformed")}
-    line += [Span(f" {many:,} {name} ", "alarm") for name, many in (*losses.items(), ("evicted", live.evicted)) if many]
-    rate = f"{sum(live.counts(1, 5.0, stage.now)) / 5:,.1f}/s  "
-    url = printable(stage.status.get("url"))
-    left = stage.width - sum([cells(span.text) for span in line])
-    right = next((text for text in (rate + url, rate + url.partition("?")[0], rate) if cells(text) < left), "")
-    return [*line, Span(right.rjust(left), "dim")]
+        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
+        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
+    losses = {**{name: status.get(name) for name in ("lost", "rejected", "malformed")}, "evicted": live.evicted}
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+    left = max(0, stage.width - sum([cells(span.text) for span in line]))
+    rate = sum(live.counts(1, 5.0, stage.now)) / 5
+    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, running: Sequence[Facts]) -> list[Line]:
+def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
     """Return what runs, and for how long the longest has; and what has failed, and why."""
-    state, text = stage.state, f" {len(running):,} running"
-    if running:
-        task = max(running, key=lambda task: seconds_run(task, stage))
-        text += f", longest {printable(task.get('name'))} {run_of(task, stage)} on {printable(task.get('worker'))}"
-    failures = [task for task in state.tasks.values() if task["state"] == "FAILURE"]
+    tasks = stage.state.tasks
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
+    runs = [run for run in runs if run[0] >= 0]
+    running = f" {len(runs):,} running"
+    if runs:
+        seconds, uuid = max(runs)
+        task = tasks[uuid]
+        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
     ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
     if not ages:
-        return [[Span(text)], [Span(" no failures", "dim")]]
-    many, age = sum(age <= 60 for age in ages), min(ages)
-    task = failures[ages.index(age)]
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(age)} ago: "
-    return [[Span(text)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+        return [[Span(running)], [Span(" no failures", "dim")]]
+    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
 
 
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
     counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
-    most = max(1, *counts, 0)
+    most = max([1, *counts])
     drawn = width - next((index for index, count in enumerate(counts) if count), width)
     bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
     labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
-    return [[Span(bar, "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
+    return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
-def header_lines(view: View, stage: Stage, height: int) -> list[Line]:
-    """Return what stands above every table, as many lines of it as there is room for."""
-    if height < 2:
-        return [title_line(view, stage)] * height
-    tasks = stage.state.tasks
-    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    running = [tasks[uuid] for uuid, name in names.items() if name != "LOST" and seconds_run(tasks[uuid], stage) >= 0]
-    tally = Counter([*names.values(), *(task["state"] for uuid, task in tasks.items() if uuid not in names)])
+def header_lines(view: View, stage: Stage) -> list[Line]:
+    """Return what stands above every table."""
+    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
     order = list(STYLES)
-    states = sorted(tally, key=lambda name: order.index(name) if name in order else order.index("STARTED"))
+    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
     graph = graph_lines(stage)
-    left = stage.width - sum(cells(span.text) for span in graph[0])
-    now = [[*fit_line(line, left - 1), Span(" "), *bars] for line, bars in zip(now_lines(stage, running), graph)]
-    line = [Span(f" {printable(name)} {tally[name]:,}  ", style_of(name)) for name in states]
-    return [title_line(view, stage), *now, fit_line(line, stage.width, whole=True)][:height]
-
-
-def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
-    """Return the columns that are shown, each with its width: together, with a space between, at least `width`."""
-    kept = [column for column in columns if column.least <= width]
-    left = width - sum(column.width + 1 for column in kept)
-    sizes = [column.width + max(0, int(left * column.share)) for column in kept]
-    return list(zip(kept, [*sizes[:-1], max(0, width - sum(sizes[:-1]) - len(kept))]))
+    left = stage.width - sum([cells(span.text) for span in graph[0]])
+    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
+    return [title_line(view, stage), *now, [Span(f" {state} {tally[state]:,} ", style_of(state)) for state in states]]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
-    """Return the headings of a table, with a mark where it is sorted; or what a panel is about."""
-    kind, line = SHEETS[layer.kind], []
-    for column, width in sizes_of(kind.columns, stage.width):
-        index, text = kind.columns.index(column), column.heading
-        if index == order_of(layer):
+    """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
+    columns, order, line = SHEETS[layer.kind].columns, order_of(layer), []
+    if order is None:
+        return [Span(f" {layer.kind} {layer.subject if isinstance(layer.subject, str) else ''}", "heading")]
+    for column, width in sizes_of(columns, stage.width):
+        text, index = column.heading, columns.index(column)
+        if index == order:
             text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
-        line.append(Span(fit(text, width) + " ", "heading", f"sort {index}"))
-    return line or [Span(f" {layer.kind} {layer.subject if isinstance(layer.subject, str) else ''}", "heading")]
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - order}"))
+    return line
 
 
 def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Line:
     """Return a row as a line of the screen."""
-    line = spans_of(row, [column for column, _ in sizes], stage)
-    for index, (column, width) in enumerate(sizes):
-        text = line[index].text
-        text = text.rjust(width) if column.heading[0] == " " else text
-        line[index] = line[index]._replace(text=fit(text, width, column.tail) + " ")
+    line = []
+    for column, width in sizes:
+        text, style, _ = cell(column, row.record, stage)
+        text = text.rjust(width) if column.heading[:1] == " " else text
+        line.append(Span(fit(text, width, column.tail) + " ", style))
     return line
 
 
 def empty_lines(view: View, stage: Stage) -> list[Line]:
     """Return what to do about a table without rows."""
     layer, text = view.layers[-1], str(stage.status.get("empty", ""))
+    if stage.state.event_count:
+        text = SHEETS[layer.kind].empty
     if layer.filter:
         text = f"nothing matches {layer.filter} — Escape drops the filter"
-    elif stage.state.event_count:
-        text = SHEETS[layer.kind].empty
     return [[Span(line)] for line in wrap(text, stage.width)]
 
 
-def footer_line(view: View, index: int, many: int, width: int) -> Line:
-    """Return the filter, which row this is of how many, what the table is of, and keys."""
+def footer_line(view: View, index: int, many: int) -> Line:
+    """Return the filter, which row this is of how many, and keys."""
     layer = view.layers[-1]
-    place, text = f" {min(index + 1, many):,} of {many:,} ", printable(layer.filter)
-    if SHEETS[layer.kind].columns and layer.subject:
-        place += f" {layer.kind} of {printable(layer.subject)} "
-    text = fit(text, min(cells(text), width - cells(place) - 3), tail=True)
-    hints = "typing" if view.typing else "filter" if text else "table" if len(view.layers) == 1 else "panel"
-    spans = [Span(f"/{text}{'█' * view.typing} ", "bold")] if view.typing or text else []
-    spans += [Span(place, "bold"), *[Span(f" {hint} ", "dim", hint.split()[0]) for hint in HINTS[hints].split(",")]]
-    return fit_line(spans, width, whole=True)
+    hints = "typing" if view.typing else "filter" if layer.filter else "table" if len(view.layers) == 1 else "panel"
+    about = f" of {layer.subject}" if layer.kind in ("tasks", "events") and layer.subject else ""
+    text = f"/{printable(layer.filter)}{'█' * view.typing} " if view.typing or layer.filter else ""
+    line = [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold")]
+    return line + [Span(f" {hint} ", "dim", KEYS.get(hint.split()[0], "")) for hint in HINTS[hints].split(",")]
 
 
 def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
@@ -3963,88 +3927,92 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     """
     view = settled(view, stage.state)
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
+    sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
     header, headings, footer, room = layout(view, stage.height)
     rows = rows_of(view, stage) if rows is None else rows
     chosen, top = locate(view, rows, room)
-    sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
-    lines = header_lines(view, stage, header) + [heading_line(layer, stage)] * headings
+    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
     for index, row in enumerate(rows[top : top + room], top):
-        look = {"key": f"row {index}", "style": "selected"} if index == chosen else {"key": f"row {index}"}
-        lines.append([span._replace(**look) for span in fit_line(row_line(row, sizes, shown), stage.width)])
+        line = fit_line(row_line(row, sizes, shown), stage.width)
+        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
     lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
-    lines += [footer_line(view, chosen, len(rows), stage.width)] * footer
-    return [fit_line(line, stage.width) for line in lines]
+    return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
-# The keys: each makes a view of a view.
+# What keys and clicks do: functions (view, stage, rows, argument) -> view.
 
 
-def put(view: View, rows: Rows, index: int, line: int) -> View:
-    """Put the cursor on a row, to stay on that line of the layer; on the first, whichever comes to be the first."""
-    return change(view, cursor=Cursor(rows[index].identity, index, line) if index else Cursor())
+def change(view: View, **changes: Any) -> View:
+    """Change the uppermost layer."""
+    return view._replace(layers=(*view.layers[:-1], view.layers[-1]._replace(**changes)))
 
 
-def move(step: float, view: View, stage: Stage, rows: Rows) -> View:
+def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
-    room = layout(view, stage.height)[-1]
+    room, step = layout(view, stage.height)[-1], float(step)
     index, top = locate(view, rows, room)
     step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
-    line = int(max(0, min(index - top + step, room - 1)))
-    return put(view, rows, int(max(0, min(index + step, len(rows) - 1))), line) if rows else view
+    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
+    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
 
 
-def turn(kind: str, view: View, stage: Stage, rows: Rows) -> View:
+def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
     """Go to a page."""
     return view._replace(layers=(Layer(kind),))
 
 
-def tab(step: int, view: View, stage: Stage, rows: Rows) -> View:
+def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
-    kinds = list(PAGES.values())
-    kind = view.layers[-1].kind
-    if kind in kinds:
-        return turn(kinds[(kinds.index(kind) + step) % len(kinds)], view, stage, rows)
+    layer = view.layers[-1]
+    if order_of(layer) is not None:
+        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
     here, _ = locate(view, rows, 1)
-    links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * step > 0]
-    return move(links[:: step][0], view, stage, rows) if links else view
+    links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
+    return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
 
-def push(view: View, kind: str, subject: Any = None) -> View:
+def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -> View:
     """Open a layer above the others, unless it is the uppermost; of very many, some in the middle go."""
     first, *others = view.layers
     same = view.layers[-1][:2] == (kind, subject)
-    return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)), typing=False)
+    return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
+
+
+def link_of(view: View, rows: Rows) -> Any:
+    """Return kind and subject of what the cursor's row leads to, or None."""
+    return rows[locate(view, rows, 1)[0]].link if rows else None
 
 
 def enter(view: View, stage: Stage, rows: Rows) -> View:
     """Open what the cursor is on."""
-    link = rows[locate(view, rows, 1)[0]].link if rows else None
-    return push(view, *link) if link else view
+    link = link_of(view, rows)
+    return push(view, stage, rows, *link) if link else view
 
 
-def show(kind: str, view: View, stage: Stage, rows: Rows) -> View:
+def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
     """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
-    about, subject = rows and rows[locate(view, rows, 1)[0]].link or view.layers[-1][:2]
+    about, subject = link_of(view, rows) or view.layers[-1][:2]
     if about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
-    return push(view, kind, subject) if isinstance(subject, str) and about not in ("tasks", "events") else view
+    return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
 
 
-def sort(step: int, view: View, stage: Stage, rows: Rows) -> View:
+def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Sort the table by the next column; with 0 by the same one, the other way round."""
     layer = view.layers[-1]
-    columns = SHEETS[layer.kind].columns
-    order = (order_of(layer) + step) % max(1, len(columns))
-    return change(view, order=order, reverse=not step and not layer.reverse) if columns else view
+    order, many = order_of(layer), len(SHEETS[layer.kind].columns)
+    reverse = step == "0" and not layer.reverse
+    return view if order is None else change(view, order=(order + int(step)) % many, reverse=reverse)
 
 
 def freeze(view: View, stage: Stage, rows: Rows) -> View:
     """Let the picture stand still, or go on: a copy of the State is shown."""
     import pickle
 
-    view = put(view, rows, *locate(view, rows, 1)) if rows else view
-    copy = {} if view.frozen else {"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now}
-    return view._replace(frozen=copy)
+    view = move(view, stage, rows, 0)  # events are others in the copy: the cursor stays on the same index
+    if view.frozen:
+        return view._replace(frozen={})
+    return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
 def clear(view: View, stage: Stage, rows: Rows) -> View:
@@ -4065,72 +4033,76 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
     return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def click(line: int, column: int, view: View, stage: Stage, rows: Rows) -> View:
-    """Press the key of what is there on the screen."""
-    key = ""
-    for span in screen(view, stage, rows)[line] if line < stage.height else ():
-        key = span.key if column >= 0 else key
-        column -= cells(span.text)
-    return press(view._replace(typing=False), key, stage, rows)
+def edit(view: View, stage: Stage, rows: Rows) -> View:
+    """Begin to type a filter."""
+    return view._replace(typing=True)
 
 
-def choose(index: int, view: View, stage: Stage, rows: Rows) -> View:
+def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
     """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
-    chosen, top = locate(view, rows, layout(view, stage.height)[-1])
-    view = change(view, cursor=Cursor(rows[index].identity, index, index - top))
-    return enter(view, stage, rows) if index == chosen or isinstance(rows[index].record, Item) else view
+    here, _ = locate(view, rows, 1)
+    view = move(view, stage, rows, int(index) - here)
+    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
 
 
-KEYS: dict[str, Callable[..., View]] = {
-    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
-    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
-    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
-    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
-    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
-    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
-    **{page: partial(turn, kind) for page, kind in PAGES.items()},
-    **dict.fromkeys(("i", "enter", "^J", "^M", "KEY_ENTER"), enter),
-    **dict.fromkeys(("tab", "^I"), partial(tab, 1)),
-    "KEY_BTAB": partial(tab, -1),
-    "t": partial(show, "traceback"),
-    "r": partial(show, "result"),
-    "e": partial(show, "events"),
-    "?": lambda view, stage, rows: push(view, "keys"),
-    "s": partial(sort, 1),
-    "S": partial(sort, 0),
-    "space": freeze,
-    "c": clear,
-    "q": leave,
-    **dict.fromkeys(("esc", "^[", "M-"), back),  # M- is Escape with another key at once, or Alt
-    "/": lambda view, stage, rows: view._replace(typing=True),
-    # with numbers behind them: rows of the mouse's wheel, line and column of a click, what a click on a span means
-    "wheel": move,
-    "click": click,
-    "row": choose,
-    "sort": lambda index, view, stage, rows: sort(index - order_of(view.layers[-1]), view, stage, rows),
+def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
+    """Do what is there on the screen."""
+    action, left = "", int(column)
+    for span in screen(view, stage, rows)[int(line)]:
+        action = span.action if left >= 0 else action
+        left -= cells(span.text)
+    return press(view._replace(typing=False), action, stage, rows)
+
+
+ACTIONS: dict[str, Callable[..., View]] = {
+    action.__name__: action
+    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
 }
-EDITS: dict[str, Callable[[str], str]] = {
-    **dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), lambda text: text[:-1]),
-    **dict.fromkeys(("^U", "^[", "M-", "esc"), lambda text: ""),
-    **dict.fromkeys(("^J", "^M", "KEY_ENTER", "enter"), lambda text: text),
-    "^W": lambda text: re.sub(r"\S*\s*$", "", text),
+KEYS = {
+    "j": "move 1",
+    "k": "move -1",
+    "PgDn": "move 0.9",
+    "PgUp": "move -0.9",
+    "g": "move -inf",
+    "G": "move inf",
+    "1": "turn tasks",
+    "2": "turn names",
+    "3": "turn workers",
+    "4": "turn events",
+    "tab": "tab 1",
+    "shift-tab": "tab -1",
+    "enter": "enter",
+    "t": "show traceback",
+    "r": "show result",
+    "e": "show events",
+    "?": "push keys",
+    "/": "edit",
+    "s": "sort 1",
+    "S": "sort 0",
+    "space": "freeze",
+    "c": "clear",
+    "q": "leave",
+    "esc": "back",
 }
+NAMES = {"KEY_DOWN": "j", "KEY_UP": "k", "KEY_HOME": "g", "KEY_END": "G", "KEY_NPAGE": "PgDn", "^D": "PgDn"}
+NAMES |= {"KEY_PPAGE": "PgUp", "^I": "tab", "KEY_BTAB": "shift-tab", " ": "space", "^[": "esc", "M-": "esc"}
+NAMES |= dict.fromkeys(("i", "^J", "^M", "KEY_ENTER"), "enter") | dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), "backspace")
 
 
 def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
-    """Return the view after a key, given as curses calls it: "j", "^D", "KEY_UP"; or as "wheel 3", "click LINE COLUMN".
+    """Return the view after a key, as curses calls it ("j", "^D", "KEY_UP"), or an action ("move 3", "click LINE COLUMN").
 
     `rows` is as in screen(). One key changes the State: c clears it.
     """
-    view = settled(view, stage.state)  # on a page that a new event shall not change any more
-    if view.typing and (key in EDITS or len(key) == 1):
-        _, _, cursor, *_, text = view.layers[-1]  # the cursor stays on its row, or goes to the first that matches
-        text = EDITS[key](text) if key in EDITS else (text + key)[:100]
-        view = view._replace(typing=KEYS.get(key) not in (enter, back))
-        return change(view, filter=text, cursor=cursor._replace(index=0, line=0))
-    word, *numbers = key.split() or ["space"]
+    view, name = settled(view, stage.state), NAMES.get(key, key)  # on a page that no event shall change any more
+    text = view.layers[-1].filter
+    edits = {"esc": "", "enter": text, "backspace": text[:-1], "^U": "", "^W": re.sub(r"\S*\s*$", "", text)}
+    if view.typing and (name in edits or len(key) == 1):
+        view = view._replace(typing=name not in ("esc", "enter"))
+        return change(view, filter=edits.get(name, text + key)[:100], cursor=Cursor(view.layers[-1].cursor.identity))
+    action, *arguments = KEYS.get(name, name).split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
-    return KEYS[word](*map(int, numbers), view, stage, rows) if word in KEYS else view
+    return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
 
 
 def in_ascii(text: str) -> str:
@@ -4367,7 +4339,7 @@ class Terminal:
         with suppress(self._curses.error):
             _, column, line, _, button = self._curses.getmouse()
             clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-            yield f"click {line} {column}" if clicked else "wheel -3" if up else "wheel 3"
+            yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
 
 
 class Monitor:
