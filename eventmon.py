@@ -3489,7 +3489,7 @@ def keys_of(record: Facts) -> list[str]:
 def reason_of(event: Facts, now: float) -> str:
     """Return what an event tells beside its type, time, task and host: the reason first."""
     first = [printable(event.get(key)) for key in TOLD_FIRST]
-    rest = [f"{key}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
+    rest = [f"{printable(key)}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
     text = together(*first, *rest)
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
@@ -3599,7 +3599,8 @@ def event_rows(subject: Any, stage: Stage) -> Rows:
     recent = list(stage.state.recent)
     there = set(map(id, recent))
     events = [event for event in stage.state.notes if id(event) not in there] + recent
-    wanted = [event for event in events if subject in (None, event.get("uuid"), event.get("hostname"))]
+    about = [{value for value in map(event.get, ("uuid", "hostname")) if isinstance(value, str)} for event in events]
+    wanted = [event for event, names in zip(events, about) if subject is None or subject in names]
     return [Row(id(event), event, ("event", event)) for event in reversed(wanted)]
 
 
@@ -3674,7 +3675,7 @@ def family(uuid: str, stage: Stage) -> Items:
         bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
         text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
         label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        yield Item(label, text[: stage.width], ("task", member))
+        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
 
 
 def task_panel(uuid: str, stage: Stage) -> Items:
@@ -3874,14 +3875,15 @@ def header_lines(view: View, stage: Stage) -> list[Line]:
     graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
     now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
-    return [title_line(view, stage), *now, [Span(f" {state} {tally[state]:,} ", style_of(state)) for state in states]]
+    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
     """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
     columns, order, line = SHEETS[layer.kind].columns, order_of(layer), []
     if order is None:
-        return [Span(f" {layer.kind} {layer.subject if isinstance(layer.subject, str) else ''}", "heading")]
+        about = layer.subject if isinstance(layer.subject, str) else ""
+        return [Span(f" {layer.kind} {printable(about)}", "heading")]
     for column, width in sizes_of(columns, stage.width):
         text, index = column.heading, columns.index(column)
         if index == order:
@@ -4097,9 +4099,10 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     view, name = settled(view, stage.state), NAMES.get(key, key)  # on a page that no event shall change any more
     text = view.layers[-1].filter
     edits = {"esc": "", "enter": text, "backspace": text[:-1], "^U": "", "^W": re.sub(r"\S*\s*$", "", text)}
-    if view.typing and (name in edits or len(key) == 1):
-        view = view._replace(typing=name not in ("esc", "enter"))
-        return change(view, filter=edits.get(name, text + key)[:100], cursor=Cursor(view.layers[-1].cursor.identity))
+    if view.typing and (len(key) == 1 or name in edits):
+        text = (text + key)[:100] if len(key) == 1 else edits[name]
+        view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
+        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
     action, *arguments = KEYS.get(name, name).split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
