@@ -3651,10 +3651,10 @@ def test_each_colour_is_legible_on_black_on_dark_grey_and_on_white():
 class Terminal:
     """A command on a pseudo-terminal that is its controlling terminal: keys are typed, and what it writes is read."""
 
-    def __init__(self, command, size, environment):
+    def __init__(self, command, rows, columns, environment):
         self.ours, self.theirs = pty.openpty()
         self.raw = b""
-        self.set_size(*size)
+        self.resize(rows, columns)
         self.before = termios.tcgetattr(self.theirs)
         self.process = subprocess.Popen(
             command,
@@ -3664,53 +3664,52 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no lock can be held by another thread
         )
 
-    def set_size(self, rows, columns):
+    def resize(self, rows, columns):
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def type(self, keys):
         os.write(self.ours, keys.encode())
 
-    def read(self, seconds=0.0):
-        """Read what has been written, and go on until nothing is for so long; return all of it."""
-        while select.select([self.ours], [], [], seconds)[0]:
+    def screen(self, since=0, quiet=0.0):
+        """Return what has been written, without sequences; wait until nothing is for so many seconds."""
+        while select.select([self.ours], [], [], quiet)[0]:
             self.raw += os.read(self.ours, 65536)
-        return self.raw
+        return re.sub(r"\x1b(\[[?>]?[\d;]*[@-~]|[()].|[=>78M])", " ", self.raw[since:].decode("utf-8", "replace"))
 
     def wait_for(self, text, since=0):
         """Wait until a text has been written, whatever stands between its words."""
-        pattern = rb"\s*".join(re.escape(word.encode()) for word in text.split())
+        pattern = r"\s*".join(map(re.escape, text.split()))
+        return wait_until(lambda: re.search(pattern, self.screen(since)))
 
-        def found():
-            text = re.sub(rb"\x1b(\[[?>]?[\d;]*[@-~]|[()].|[=>78M])", b" ", self.read()[since:])
-            return re.search(pattern, text)
+    def press(self, keys, text):
+        self.type(keys)
+        return self.wait_for(text)
 
-        return wait_until(found)
-
-    def see(self, keys, text, without=""):
+    def see(self, keys, text, without="nothing"):
         """Type keys, and wait until the screen that is painted anew shows a text."""
         self.type(keys)
-        pattern = re.sub(r"\s+", "", text)
 
         def found():
-            since = len(self.read(0.05))
+            self.screen(0, 0.05)
+            since = len(self.raw)
             self.type("\f")
-            wait_until(lambda: len(self.read(0.05)) > since)
-            text = re.sub(r"\x1b(\[[?>]?[\d;]*[@-~]|[()].|[=>78M])|\s+", "", self.raw[since:].decode("utf-8", "replace"))
-            return pattern in text and not (without and without in text)
+            shown = wait_until(lambda: "".join(self.screen(since, 0.05).split()))
+            return "".join(text.split()) in shown and without not in shown
 
         wait_until(found)
 
     def is_restored(self):
         """Whether the terminal is as it was: the alternate screen and the mouse off, the cursor on, the line editing."""
-        found = re.findall(rb"\x1b\[\?([\d;]+)([hl])", self.read(0.1))
+        self.screen(0, 0.1)
+        found = re.findall(rb"\x1b\[\?([\d;]+)([hl])", self.raw)
         modes = {mode: end for modes, end in found for mode in modes.split(b";")}
         return termios.tcgetattr(self.theirs) == self.before and (modes[b"1049"], modes[b"1000"], modes[b"25"]) == (b"l", b"l", b"h")
 
 
 @contextmanager
-def terminal(*words, command=(), size=(24, 80), **environment):
+def terminal(*words, command=(), rows=24, columns=80, **environment):
     """eventmon.py, or another command, on a pseudo-terminal."""
-    it = Terminal([*command] or [sys.executable, str(MODULE), *words], size, environment)
+    it = Terminal([*command] or [sys.executable, str(MODULE), *words], rows, columns, environment)
     try:
         yield it
     finally:
@@ -3764,12 +3763,12 @@ def test_the_monitor_follows_the_size_of_the_terminal_however_often_it_changes(r
     with terminal("watch", recording) as it:
         it.wait_for("shop.charge")
         for rows, columns, text in ((40, 120, "clear finished"), (1, 8, "LOST"), (3, 20, "1 of 5"), (24, 80, "gamma@laptop")):
-            it.set_size(rows, columns)
+            it.resize(rows, columns)
             it.see("", text)
         for _ in range(100):
-            it.set_size(rng.randrange(1, 100), rng.randrange(1, 300))
+            it.resize(rng.randrange(1, 100), rng.randrange(1, 300))
             it.type(rng.choice(["j", "4", "1", "i", "?q", "/x\x1b", "s", "G"]))
-            it.read()
+            it.screen()
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(20) == 128 + signal.SIGTERM
 
@@ -3801,12 +3800,9 @@ def test_the_terminal_comes_back_after_an_exception():
 
 def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
     with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
-        it.type(f"{sys.executable} {MODULE} watch {recording}\n")
-        it.wait_for("shop.charge")
-        it.type("\x1a")
-        it.wait_for("topped")
-        it.type("stty -a\n")
-        it.wait_for(" icanon")
+        it.press(f"{sys.executable} {MODULE} watch {recording}\n", "shop.charge")
+        it.press("\x1a", "topped")
+        it.press("stty -a\n", " icanon")
         assert it.raw.rindex(b"\x1b[?1049l") > it.raw.rindex(b"\x1b[?1049h")
         since = len(it.raw)
         it.type("fg\n")
@@ -3821,7 +3817,7 @@ def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
 def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_attached_again(name, fresh):
     with terminal("watch") as it:
         it.wait_for("no events yet")
-        it.read(0.2)
+        it.screen(0, 0.2)
         since = len(it.raw)
         it.process.send_signal(getattr(signal, name))
         it.wait_for("no events yet", since)
@@ -3832,7 +3828,7 @@ def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_atta
 def test_colours_stand_on_the_terminals_own_background_and_can_be_switched_off(term, no_color, coloured, recording):
     with terminal("watch", recording, TERM=term, NO_COLOR=no_color) as it:
         it.wait_for("shop.charge")
-        it.read(0.1)
+        it.screen(0, 0.1)
         assert bool(re.search(rb"\x1b\[(\d+;)*3[0-8][;m]", it.raw)) == bool(coloured)
         assert not re.search(rb"\x1b\[(\d+;)*4[0-8][;m]", it.raw)
 
@@ -3840,18 +3836,18 @@ def test_colours_stand_on_the_terminals_own_background_and_can_be_switched_off(t
 def test_without_utf_8_the_monitor_draws_in_ascii(recording):
     with terminal("watch", recording, LC_ALL="C") as it:
         it.wait_for("RETRY ????.????")
-        it.read(0.1)
+        it.screen(0, 0.1)
         assert it.raw.isascii()
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown", "no-such-terminal", None])
 def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
     command = [*(() if term else ("env", "-u", "TERM")), sys.executable, str(MODULE), "watch", recording]
-    with terminal(command=command, TERM=str(term), size=(24, 300)) as it:
+    with terminal(command=command, TERM=str(term), columns=300) as it:
         it.wait_for("deploy-done")
         assert it.process.wait(20) == 0
         problem = {"dumb": "TERM=dumb cannot move the cursor", None: "TERM is not set"}.get(term, f"TERM={term} is not known")
-        assert it.read().count(f"eventmon: {problem}: printing lines instead of the monitor".encode()) == 1
+        assert it.screen().count(f"eventmon: {problem}: printing lines instead of the monitor") == 1
 
 
 def test_capture_events_prints_lines_where_there_is_no_terminal():
@@ -3885,7 +3881,7 @@ def test_capture_events_leaves_signals_and_files_as_they_were():
         it.see("?", "what has finished")
         it.type("qq")
         it.see("", "no events yet")
-        it.set_size(30, 90)
+        it.resize(30, 90)
         it.see("?", "what has finished")
         it.type("qq")
         it.wait_for("the same")
@@ -3907,7 +3903,7 @@ threading.Timer(0.3, setattr, (r, 'should_stop', True)).start(); eventmon.captur
 
 def test_the_monitor_says_how_to_send_to_another_url(url):
     other = url.partition("?")[0] + "?ttl=0&interface=127.0.0.1"
-    with terminal("watch", "--url", other, size=(24, 200)) as it:
+    with terminal("watch", "--url", other, columns=200) as it:
         it.wait_for(f"no events yet on {other} — try: python eventmon.py send hello --url '{other}'")
 
 
@@ -3919,8 +3915,8 @@ def test_ctrl_s_stops_the_picture_and_not_the_monitor():
             for size in ((20, 60), (24, 80)):
                 dispatcher.send("unseen-event")
                 assert dispatcher.flush(20) == 1
-                it.set_size(*size)
-        assert b"unseen" not in it.read()
+                it.resize(*size)
+        assert "unseen" not in it.screen()
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(20) == 128 + signal.SIGTERM
         assert it.is_restored()
@@ -3978,7 +3974,7 @@ def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
                 dispatcher.send("task-received", uuid=str(n), name="job")
                 if n % 100 == 0:
                     it.type("jk4j12G"[n // 100 % 7])
-                    it.read()
+                    it.screen()
             dispatcher.flush(20)
         it.see("", "4 Events 3,000", without="lost")
 
@@ -3986,13 +3982,13 @@ def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
 def test_a_file_is_shown_with_its_own_times_and_its_bad_lines_are_told_of(recording):
     with open(recording, "a") as file:
         file.write('nonsense\n{"type":"cut o')
-    with terminal("watch", recording, size=(24, 120)) as it:
+    with terminal("watch", recording, columns=120) as it:
         it.see("", "2 malformed")
         it.see("", "12:00:09 alpha@laptop 7.0s")
         since = len(it.raw)
         it.type("q")
         assert it.process.wait(20) == 0
-        assert len(re.findall(rb"line (20|21): ", it.read(0.1)[since:])) == 2
+        assert len(re.findall("line (20|21): ", it.screen(since, 0.1))) == 2
 
 
 # --- the command line ---
