@@ -72,7 +72,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
@@ -81,7 +81,7 @@ from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TypeVar
 
     Source = tuple[str, int]
@@ -1029,6 +1029,10 @@ class Dispatcher:
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
         return [sum(numbers) for numbers in self._window.lacking(time.monotonic())]
+
+    def watchers(self) -> list[Source]:
+        """Return where each live watcher answers from."""
+        return [watcher.address for watcher in self._window.live(time.monotonic()) if watcher.address]
 
     def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
         """Send an event and return it, or None if disabled or not of `groups`.
@@ -2444,9 +2448,6 @@ class Receiver:
 
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-MAX_LINES = 20  # of a failed command's standard error, the last ones
-MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
-MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -2544,7 +2545,7 @@ def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return True, attempt_of(told), told["began"], process_in(told)
 
 
-def progress_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
     state = told["state"]
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
@@ -2617,7 +2618,7 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
             begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
             (begun[-1] if begun else there[0]).append(told)
-    return [sorted(group, key=progress_of) if group[1:] else group for group in groups]
+    return [sorted(group, key=advance_of) if group[1:] else group for group in groups]
 
 
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -4736,10 +4737,18 @@ def watch(options: Any) -> int:
     return 0
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+
+
 def parse_field(word: str) -> tuple[str, Any]:
     """Return name and value of "name=text" or "name:=json"."""
     name, equals, text = word.partition("=")
-    if not equals or not name.rstrip(":"):
+    if not equals or not name.rstrip(":") or text.startswith("="):
         raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
     if not name.endswith(":"):
         return name, text
@@ -4749,6 +4758,19 @@ def parse_field(word: str) -> tuple[str, Any]:
         raise Failure(f"field is {word!r}: {problem}", 2) from None
 
 
+def parse_fields(words: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of an event from a command line."""
+    fields = dict(map(parse_field, words))
+    for wrong, message in (
+        (len(fields) < len(words), "a field is given twice"),
+        (fields.keys() & {"type", "blind"}, "a field cannot be called type or blind"),
+        (isinstance(fields.get("timestamp"), str), "timestamp is a text, expected seconds as in timestamp:=1.7e9"),
+    ):
+        if wrong:
+            raise Failure(message, 2)
+    return fields
+
+
 def send_lines(dispatcher: Dispatcher) -> int:
     """Send the NDJSON on standard input; return how many lines were bad."""
     failures = 0
@@ -4756,320 +4778,195 @@ def send_lines(dispatcher: Dispatcher) -> int:
     def report(problem: object) -> None:
         nonlocal failures
         failures += 1
-        complain(str(problem))
+        if failures <= MAX_TOLD:
+            complain(str(problem))
 
     for event in recorded("-", report):
         try:
             dispatcher.publish(event)
         except ValueError as problem:
             report(problem)
+    if failures > MAX_TOLD:
+        complain(f"and {failures - MAX_TOLD:,} more")
     return failures
 
 
 def send(options: Any) -> int:
-    """Send one event, or those on standard input, and say how many watchers confirmed."""
-    fields = dict(map(parse_field, options.field))
-    if "type" in fields:
-        raise Failure("a field is called type, which is the first argument", 2)
+    """Send an event, or those on standard input, and say how many watchers have everything."""
+    fields, failures = parse_fields(options.field), 0
     if options.type == "-" and fields:
         raise Failure("send - takes no fields", 2)
-    failures = 0
     with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
         if options.type == "-":
             failures = send_lines(dispatcher)
         else:
-            dispatcher._send(options.type, fields)
+            dispatcher.send(options.type, **fields)
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {stats['events']:,} {plural('event', stats['events'])}"
-    if watchers or not lacking:
-        report += f", confirmed by {watchers} {plural('watcher', watchers)}"
+    report = f"sent {counted(stats['events'], 'event')}, confirmed by {counted(watchers, 'watcher')}"
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {len(lacking)} {plural('watcher', len(lacking))} {verb} {max(lacking):,} datagrams"
+        report += f"; {counted(len(lacking), 'watcher')} {verb} {counted(max(lacking), 'datagram')}"
     if stats["rejected"]:
-        report += f"; {stats['rejected']} {plural('answer', stats['rejected'])} rejected: {dispatcher.problem}"
+        report += f"; {counted(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
     if sys.stderr:
         print(printable(report), file=sys.stderr, flush=True)
     return 1 if failures or lacking else 0
 
 
-# run. The command is a child in our process group: what is typed as a signal reaches it without us, and only what comes
-# from elsewhere is passed on.
+# run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
+
+TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
+SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
+MAX_PIPE = 1 << 20  # bytes that a pipe may hold
+MAX_TAIL = 65536  # bytes of standard error that are kept, and
+MAX_LINES = 20  # of these the last lines
 
 
-def signals_to_pass() -> set[int]:
-    """Return the signals that are passed on: all but those that cannot be, and those of our own faults."""
-    import signal
-
-    faults = ("KILL", "STOP", "SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS", "PIPE")
-    return {*map(int, signal.valid_signals())} - {getattr(signal, f"SIG{name}", 0) for name in faults}
-
-
-def in_foreground(*pids: int) -> bool:
-    """Whether what is typed at a terminal as a signal reaches one of these processes; 0 is this one."""
+def in_foreground() -> bool:
+    """Whether what is typed at a terminal as a signal reaches this process, and the command."""
     try:
         with open("/dev/tty", "rb") as tty:
-            return os.tcgetpgrp(tty.fileno()) in map(os.getpgid, pids)
+            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
     except OSError:
         return False
 
 
-def next_signal(signals: set[int]) -> tuple[int, bool]:
-    """Wait for a blocked signal, for a moment; return it, or 0, and whether it was typed, so that the command has it too."""
+@contextmanager
+def signals_passed_on(command: Any) -> Iterator[None]:
+    """Pass signals on to a command. One that comes when it has ended ends us."""
     import signal
 
-    typed = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
-    if hasattr(signal, "sigtimedwait"):
-        info = signal.sigtimedwait(signals, MAX_SLEEP)
-        if info is None:
-            return 0, False
-        return info.si_signo, info.si_signo in typed and info.si_code in (0x80, 0x10006)  # SI_KERNEL: Linux, FreeBSD
-    name = signal.sigwait(signals)  # macOS
-    return name, name in typed and in_foreground(0)
+    def pass_on(number: int, frame: object) -> None:
+        if signal.Signals(number).name in SENT or not in_foreground():
+            if command.poll() is not None:
+                raise SystemExit(128 + number)
+            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
+                command.send_signal(number)
+
+    numbers = [number for number in signal.Signals if number.name in TYPED + SENT]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # nobody else may
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else pass_on)  # ignored, as by nohup
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def follow(pid: int, signals: set[int]) -> int:
-    """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status."""
-    import signal
+def copied_streams() -> list[str]:
+    """Return which streams of a command are copied, to know its last lines: standard error, if it is no terminal.
 
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-        if not found:  # SIGCHLD tells, unless another thread has got it
-            name, has_it = next_signal(signals)
-            if name not in (0, signal.SIGCHLD) and not has_it:
-                try:
-                    os.kill(pid, name)
-                except PermissionError:
-                    pass  # it runs as another user
-        elif not os.WIFSTOPPED(status):
-            return status
-        elif os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
-            os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
-
-
-def copied_streams() -> list[int]:
-    """Return which streams of a command are copied to know its last lines: standard error, where it is no terminal.
-
-    And standard output, where it is the same file or pipe, so that the two keep their order.
+    And standard output where that is the same file, so that the two keep their order.
     """
-    from stat import S_ISCHR
-
     try:
         error = os.fstat(2)
-    except OSError:  # closed
+        if os.isatty(2) or sys.platform == "win32":
+            return []
+        return ["stderr", "stdout"] if os.path.samestat(os.fstat(1), error) else ["stderr"]
+    except OSError:  # one is closed
         return []
+
+
+def start(words: Sequence[str], **streams: Any) -> Any:
+    """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
+    from shutil import which
+    from subprocess import Popen
+
+    popen: Any = partial(Popen, close_fds=False, **streams)
     try:
-        same = os.path.samestat(os.fstat(1), error) and not S_ISCHR(error.st_mode)
-    except OSError:
-        same = False
-    return [] if os.isatty(2) else [2, 1] if same else [2]
-
-
-class Copier:
-    """Copies what comes through a pipe, `inlet`, to our standard error, and keeps the end of it."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self._ended = False
-        self._source, self.inlet = os.pipe()
-        self._stop, self._bell = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        """Copy until the pipe ends, or until what lies in it when finish() is called has been copied."""
-        poll, left = select.poll(), inf
-        for file in (self._source, self._stop):
-            poll.register(file, select.POLLIN)
-        while left > 0 and not self._ended:
-            ready = [file for file, _ in poll.poll()]
-            if self._source in ready:
-                self._copy()
-            if self._stop in ready:
-                left = min(left, MAX_PIPE) - MAX_COPIED if self._source in ready else 0
-
-    def _copy(self) -> None:
-        """Copy what is there."""
-        data = os.read(self._source, MAX_COPIED)
-        if not data:
-            self._close()
-        self._tail = (self._tail + data)[-MAX_COPIED:]
-        while data:
-            try:
-                data = data[os.write(2, data) :]
-            except BlockingIOError:
-                select.select([], [2], [])
-            except OSError as problem:
-                if isinstance(problem, BrokenPipeError):
-                    self._close()  # as our reader has gone, so has the command's
-                return
-
-    def _close(self) -> None:
-        source, self._source, self._ended = self._source, -1, True
-        if source >= 0:
-            os.close(source)
-
-    def finish(self) -> str:
-        """Return the last lines, when the command has ended; what its own children still write, another process copies.
-
-        A signal ends the wait for a standard error that takes nothing.
-        """
-        import signal
-
-        os.close(self._bell)
-        self._thread.join(0.1)
-        while self._thread.is_alive() and not signal.sigpending() & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
-            self._thread.join(0.1)
-        if not self._ended:
-            try:
-                spawn(["cat"], [(self._source, 0), (2, 1)], signals_to_pass())
-            except OSError:
-                pass  # where there is no cat, they find a broken pipe
-            self._close()
-        os.close(self._stop)
-        return b"\n".join(self._tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
-
-
-def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int]) -> int:
-    """Start a process with copies of files, (ours, its), and a mask of blocked signals; return its id."""
-    import errno
-    import signal
-
-    if not words[0]:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    options: Any = {
-        "file_actions": [(os.POSIX_SPAWN_DUP2, *pair) for pair in files],
-        "setsigmask": mask,
-        "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
-    }
-    try:
-        return os.posix_spawnp(words[0], words, os.environ, **options)
+        return popen(words)
     except OSError as problem:
         if problem.errno != errno.ENOEXEC:
             raise
-        from shutil import which
-
-        path = which(words[0]) or words[0]
-        with open(path, "rb") as file:
-            if b"\0" in file.readline(80):  # no script; shells look at as much
-                raise
-        return os.posix_spawn("/bin/sh", ["/bin/sh", path, *words[1:]], os.environ, **options)  # as shells do
+        return popen(["/bin/sh", which(words[0]) or words[0], *words[1:]])
 
 
-def peak_memory() -> dict[str, int]:
-    """Return the largest resident set of a child that has ended, in bytes, as a field, if the system tells it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit}
+def copy_errors(command: Any, pipe: int) -> str:
+    """Copy a pipe to standard error until the command has ended, and return its last lines.
+
+    What its own children write later, another process copies.
+    """
+    tail, data, has_ended = b"", b"-", False
+    with open(pipe, "rb", buffering=0) as source, suppress(OSError):  # whoever reads us has gone: the command finds a broken pipe, too
+        while data and not has_ended:
+            has_ended = command.poll() is not None
+            if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+                data = rest = source.read(MAX_PIPE)
+                tail = (tail + data)[-MAX_TAIL:]
+                while rest:
+                    rest = rest[os.write(2, rest) :]
+        if data:
+            start(["cat"], stdin=source, stdout=2)
+    return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
 
 
-def ending(code: int, tail: str = "") -> dict[str, Any]:
-    """Return how a command ended, as fields of its last event; a negative code is a signal's."""
+def ending(code: int, errors: str) -> dict[str, Any]:
+    """Return fields that tell how a command has ended; a negative code is a signal's."""
     import signal
 
-    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code, **peak_memory()}
+    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
+    with suppress(Exception):  # Windows has none
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        fields["peak_memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if code:
-        names = {int(name): name.name for name in signal.Signals}
-        fields["exception"] = f"exit status {code}" if code > 0 else names.get(-code, f"signal {-code}")
-    return {**fields, "stderr": tail} if code and tail else fields
+        names = {-number: number.name for number in signal.Signals}
+        fields["exception"] = f"exit status {code}" if code > 0 else names.get(code, f"signal {-code}")
+        fields.update({"stderr": errors} if errors else {})
+    return fields
 
 
-def start_posix(words: list[str], mask: Iterable[int]) -> Callable[[], dict[str, Any]]:
-    """Start a command while signals_to_pass() are blocked; return what waits for it, and returns its ending()."""
-    streams, copier = copied_streams(), None
+def run_command(words: Sequence[str]) -> dict[str, Any]:
+    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
+    streams, errors = copied_streams(), ""
+    pipe, inlet = os.pipe() if streams else (-1, -1)
     try:
-        copier = Copier() if streams else None
-    except RuntimeError:  # no more threads
-        streams = []
-    try:
-        pid = spawn(words, [(copier.inlet, stream) for stream in streams] if copier else (), mask)
-    finally:
-        if copier:
-            os.close(copier.inlet)
-
-    def wait() -> dict[str, Any]:
-        code = os.waitstatus_to_exitcode(follow(pid, signals_to_pass()))
-        return ending(code, copier.finish() if copier else "")
-
-    return wait
-
-
-def start_simply(words: list[str]) -> Callable[[], dict[str, Any]]:
-    """Do the same where there are no signals to pass on: on Windows, whose console tells the command of ctrl-C."""
-    from subprocess import Popen
-
-    process = Popen(words)
-
-    def wait() -> dict[str, Any]:
-        while True:
-            try:
-                return ending(process.wait())
-            except KeyboardInterrupt:
-                pass
-
-    return wait
-
-
-def run_task(words: list[str], options: Any, start: Callable[[list[str]], Callable[[], dict[str, Any]]]) -> int:
-    """Run a command that is started by start(), send the events of a task for it, and return its exit status."""
-    from shlex import join
-    from uuid import uuid4
-
-    name = options.name or os.path.basename(words[0])
-    fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
-    dispatcher, uuid, began = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
-    try:
-        wait = start(words)
+        command = start(words, **dict.fromkeys(streams, inlet))
     except OSError as problem:
-        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
-        complain(f"{words[0]}: {reason}")
-        wait = partial(dict, exit_status=status, exception=reason)
-    # In a thread, since a resolver may take long.
-    teller = threading.Thread(target=dispatcher._begin_task, args=(uuid, fields), daemon=True)
-    try:
-        teller.start()
-    except RuntimeError:  # no more threads
-        teller.run()
-    outcome = wait()
-    if teller.ident:
-        teller.join(0.2)
-    if teller.is_alive():
-        _dispatchers.discard(dispatcher)  # whose close() would wait for the resolver
-    else:
-        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
-        dispatcher.close()
-    return int(outcome["exit_status"])
+        is_missing = isinstance(problem, FileNotFoundError)
+        reason = "not found" if is_missing else str(problem.strerror)
+        hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
+        complain(f"{words[0]}: {reason}{hint}")
+        return {"exit_status": 127 if is_missing else 126, "exception": reason}
+    with signals_passed_on(command):
+        if streams:
+            os.close(inlet)
+            errors = copy_errors(command, pipe)
+        return ending(command.wait(), errors)
 
 
 def run(options: Any) -> int:
     """Run COMMAND as if it were run alone, and send the events of a task for it."""
-    import signal
+    from shlex import join
+    from uuid import uuid4
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise Failure("no command to run, expected run -- COMMAND", 2)
-    if not hasattr(os, "posix_spawnp"):
-        return run_task(words, options, start_simply)
-    held = signals_to_pass()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # or some systems would drop it, though it is blocked
-    try:
-        return run_task(words, options, partial(start_posix, mask=mask))
-    finally:
-        while signal.sigpending() & held:
-            signal.sigwait(held)  # too late for the command
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    uuid, began = str(uuid4()), time.monotonic()
+    with Dispatcher(options.url, key=options.key) as dispatcher:
+
+        def tell(type: str, **fields: Any) -> None:
+            with suppress(Exception):  # whatever of ours fails is nothing to the command
+                dispatcher.send(type, uuid=uuid, **fields)
+
+        name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
+        tell("task-received", name=name, args=args, kwargs="{}", retries=0)
+        tell("task-started")
+        outcome = run_command(words)
+        status = int(outcome["exit_status"])
+        tell("task-failed" if status else "task-succeeded", **outcome, runtime=time.monotonic() - began)
+    return status
 
 
-# check. It sends by hand, so that nothing is repaired and each datagram tells its own story.
+# check
 
 REASONS = {  # the name of an error of the system -> what it means, and what to do
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
@@ -5084,945 +4981,402 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENOBUFS": "the system has no buffer for it",
     "EAFNOSUPPORT": "this machine has no IPv4",
 }
-SIZES = sorted({MAX_DATAGRAM, 8192, MAX_LOOPBACK, 65507})  # bytes; the last one is the most that UDP can
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
-ANSWERS_TIME = 0.1  # for the answers of others
-LISTEN_TIME = 0.6  # two heartbeats of every sender
-TRIES = 11  # datagrams of which the median time is told
+LISTEN_TIME = 0.6  # two beats of every sender
+MAX_SKEW = 15  # seconds that clocks may differ: half of what a key allows
 
 
-def in_words(problem: Exception, url: Url) -> str:
-    """Return what an error of the system means."""
-    import errno
-
+def in_words(problem: BaseException | None, url: Url) -> str:
+    """Return what an error of the system means, and what to do."""
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "") if isinstance(problem, OSError) else ""
+    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
     if name == "EADDRNOTAVAIL" and on_loopback(url):
         return "the loopback interface is down, or has no such address: sudo ip link set lo up"
-    if not name and is_group(url.host) and not is_address(url.interface):
-        name = "ENODEV"  # socket.if_nametoindex() tells no number
     where = url.interface if is_group(url.host) else url.host
     return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
 
 
-def instead(url: Url) -> str:
-    """Return what to use where multicast does not work; nothing for who does without it already."""
-    ways = f"watch udp://0.0.0.0:{url.port}, send to udp://ADDRESS-OF-THE-WATCHER:{url.port}"
-    return f"; try another interface below, or unicast: {ways}" if is_group(url.host) else ""
-
-
-def endpoint(source: Source) -> str:
-    """Return a source as text."""
-    return "{}:{}".format(*source)
-
-
-class Probe:
-    """Sends datagrams to a URL, each a stream of its own, and finds who hears them: we, or others, who confirm."""
+class Trial:
+    """A URL that is tried: what sends to it, what listens there, and what others say, once it listens."""
 
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
-        self.watchers: dict[int, Source] = {}  # others who have confirmed
-        self.confirmed: dict[int, set[bytes]] = {}  # what each of them has
-        self.hosts: set[str] = set()  # that other events name
+        self.is_group = is_group(self.url.host)
+        self.leaves = self.is_group and not on_loopback(self.url)  # so that what is heard here proves nothing about there
+        self.dispatcher = Dispatcher(url, key=key)
         self.receiver = Receiver(url, key=key)
         self.listens = False
-        self.link: Any = None
-        self._key = key
-        self._sent: set[bytes] = set()
-        self._heard: set[bytes] = set()
+        self.others: set[str] = set()
 
-    def __enter__(self) -> Probe:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        return self
+    def listen(self, longest: float, fill: Any = None) -> bool:
+        """Listen for so many seconds, or until our event with this field has come."""
+        end = time.monotonic() + longest
+        for event in self.receiver.itercapture(timeout=longest, wakeup=False):
+            ahead = event.timestamp - event["local_received"]
+            if event.get("hostname") != self.dispatcher.hostname:
+                clock = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
+                self.others.add(f"{printable(event.get('hostname'))}{clock}")
+            elif event.get("fill") == fill:
+                return True
+            if time.monotonic() > end:
+                break
+        return False
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.receiver.close()
-        if self.link:
-            self.link.close()
-
-    def send(self, size: int = 0) -> bytes:
-        """Send an event in a datagram of `size` bytes, or of as few as will do; return the name of its stream."""
-        stream = os.urandom(8).hex().encode()
-        self._sent.add(stream)
-        event = Event("eventmon-check", hostname=default_hostname(), pid=os.getpid(), stream=stream.decode(), fill="")
-        short = len(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
-        event["fill"] = "x" * (size - short)
-        self.link.socket.sendto(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key), self.link.target)
-        return stream  # without a heartbeat, which would tell other watchers of what has been lost
-
-    def hear(self, seconds: float, streams: set[bytes] | None = None) -> set[bytes]:
-        """Listen so long, or until the streams have arrived; return those that have."""
-        now = time.monotonic()
-        end = now + seconds
-        while now < end and not (streams and streams <= self._heard):
-            if self.listens:
-                for event in self.receiver.itercapture(1, 0.01, wakeup=False):
-                    self._take(event)
-            else:
-                wait_for(end - now, self.link.socket)
-            with suppress(OSError):
-                while True:
-                    self._heed(*self.link.socket.recvfrom(65536))
-            now = time.monotonic()
-        return self._heard & (streams or set())
-
-    def _take(self, event: Event) -> None:
-        stream = event.get("stream")
-        if event.type == "eventmon-check" and isinstance(stream, str) and stream.isascii():
-            self._heard.add(stream.encode())
-        else:
-            self.hosts.add(printable(event.get("hostname")) or "somebody")
-
-    def _heed(self, data: bytes, source: Source) -> None:
-        try:
-            frame = parse_frame(unseal(data, self._key)[0])
-        except WireError:
-            return
-        if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver.name:
-            self.watchers[frame.numbers[1]] = source
-            self.confirmed.setdefault(frame.numbers[1], set()).add(frame.stream)
-            if not self.listens and frame.numbers[0]:
-                self._heard.add(frame.stream)
-
-    def others(self) -> list[str]:
-        """Return where other streams come from."""
-        return [endpoint(source) for name, source in self.receiver.sources() if name.encode() not in self._sent]
-
-    def far(self) -> list[int]:
-        """Return the watchers on other machines."""
-        ours = {address for _, address, _, _ in interfaces()}
-        return [name for name, (host, _) in self.watchers.items() if host not in ours and not host.startswith("127.")]
-
-    def leaves(self) -> bool:
-        """Whether datagrams leave this machine, so that to hear them here proves nothing about there."""
-        return self.listens and is_group(self.url.host) and not on_loopback(self.url)
+    def arrives(self, fill: str) -> bool:
+        """Send an event with this field; return whether we hear it or, if we cannot listen, a watcher confirms it."""
+        self.dispatcher.send("eventmon-check", fill=fill)
+        return self.listen(HEAR_TIME, fill) if self.listens else self.dispatcher.flush(HEAR_TIME) > 0
 
 
-Step = namedtuple("Step", ["verdict", "name", "text"])  # "ok", "note" or "wrong"; what was tried; what came of it
+def try_open(trial: Trial) -> str:
+    """Open a socket that sends."""
+    Link(trial.url).close()
+    where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
+    return f"a socket that sends {where}" + (", to this machine alone: ttl=0" if trial.leaves and not trial.url.ttl else "")
 
 
-def open_steps(probe: Probe) -> Iterator[Step]:
-    """Open what sends and what listens."""
-    url, group = probe.url, is_group(probe.url.host)
+def try_join(trial: Trial) -> str:
+    """Open a socket that listens, unless another watcher has the port of a unicast URL."""
     try:
-        probe.link = Link(url)
-    except (OSError, UnicodeError) as problem:
-        yield Step("wrong", "open", in_words(problem, url))
-        return
-    yield Step("ok", "open", f"a socket that sends on interface {url.interface}" if group else "a socket that sends")
-    try:
-        probe.receiver.fileno()
-        probe.listens = True
-        yield Step("ok", "join", f"{'group' if group else 'address'} {url.host}, port {url.port}")
+        trial.receiver.fileno()
     except OSError as problem:
-        verdict, more = ("wrong", "") if group else ("ok", "; whoever watches there is to confirm")
-        yield Step(verdict, "join", in_words(problem, url) + more)
+        if trial.is_group:
+            raise
+        return f"{in_words(problem, trial.url)}; whoever watches there is to confirm"
+    trial.listens = True
+    return f"{'group' if trial.is_group else 'address'} {trial.url.host}, port {trial.url.port}"
 
 
-def send_steps(probe: Probe) -> Iterator[Step]:
-    """Send a small datagram and wait for it."""
-    url = probe.url
-    try:
-        stream = probe.send()
-    except OSError as problem:
-        yield Step("wrong", "send", in_words(problem, url) + instead(url))
-        return
-    yield Step("ok", "send", "the system took a datagram")
-    if probe.hear(HEAR_TIME, {stream}):
-        here = "it has come back on this machine" if probe.leaves() else "it has arrived"
-        yield Step("ok", "receive", here if probe.listens else "a watcher has confirmed it")
-    elif not probe.listens:
-        where = f"python eventmon.py watch --url udp://0.0.0.0:{url.port}"
-        yield Step(
-            "wrong",
-            "receive",
-            f"nobody confirms it: start {where} there, with the same key if any, and let UDP through its firewall",
-        )
-    else:
-        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-        yield Step("wrong", "receive", f"it does not come back: {causes}{instead(url)}")
+def try_send(trial: Trial) -> str:
+    """Send an event."""
+    trial.dispatcher.send("eventmon-check")
+    trial.dispatcher.flush(HEAR_TIME)
+    if not trial.dispatcher.stats["datagrams"]:
+        raise Failure(in_words(trial.dispatcher.problem, trial.url))
+    return "the system took a datagram"
 
 
-def size_step(probe: Probe) -> Step:
-    """Send datagrams of several sizes."""
-    sent, problem = {}, ""
-    for size in SIZES:
-        try:
-            sent[probe.send(size)] = size
-        except OSError as error:
-            problem = in_words(error, probe.url)
-            break
-    heard, far = probe.hear(HEAR_TIME, {*sent}), probe.far()
-    if far:
-        probe.hear(ANSWERS_TIME)
-        heard = set.intersection(heard, *(probe.confirmed[name] for name in far))
-    arrived = {sent[stream] for stream in heard}
-    lacking = [size for size in SIZES if size not in arrived]
-    where = " to every watcher on another machine" if far else " on this machine" if probe.leaves() else ""
-    needed = MAX_LOOPBACK if on_loopback(probe.url) else MAX_DATAGRAM
-    if not lacking:
-        return Step("ok", "sizes", f"up to {SIZES[-1]:,} bytes{where}, all that UDP can")
-    text = f"{lacking[0]:,} bytes do not arrive{where}" + (f": {problem}" if problem else "")
-    if lacking[0] > needed:
-        return Step("ok", "sizes", f"up to {max(arrived):,} bytes; {text}, and are not needed")
-    return Step("wrong", "sizes", f"{text}; a tunnel or VPN with a small MTU, perhaps")
+def try_receive(trial: Trial) -> str:
+    """Receive an event."""
+    port = trial.url.port
+    if trial.arrives("-"):
+        here = "it has come back on this machine" if trial.leaves else "it has arrived"
+        return here if trial.listens else "a watcher has confirmed it"
+    if not trial.listens:
+        there = f"start python eventmon.py watch --url udp://0.0.0.0:{port} there"
+        raise Failure(f"nobody confirms it: {there}, with the same key if any, and let UDP through its firewall")
+    causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
+    ways = f"watch udp://0.0.0.0:{port}, send to udp://ADDRESS-OF-THE-WATCHER:{port}"
+    raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {ways}")
 
 
-def buffer_step(probe: Probe) -> Step:
+def try_sizes(trial: Trial) -> str:
+    """Receive an event that takes about the largest datagram that is sent to this URL."""
+    size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
+    if not trial.arrives("x" * (size - 4 * MAX_HEADER)) or trial.leaves and trial.dispatcher.stats["behind"]:
+        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+    return f"up to {size:,} bytes in a datagram"
+
+
+def try_buffer(trial: Trial) -> str:
     """Compare the receive buffer with what was asked for."""
-    got = probe.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    got = trial.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) if trial.listens else BUFFER
     got //= 2 if sys.platform == "linux" else 1  # which counts twice what it grants
-    if got >= BUFFER:
-        return Step("ok", "buffer", f"{BUFFER:,} bytes, as asked for")
-    limit = {"linux": "net.core.rmem_max", "darwin": "kern.ipc.maxsockbuf"}.get(sys.platform, "the system's limit")
-    return Step(
-        "note", "buffer", f"{got:,} bytes of {BUFFER:,}, so bursts are repaired: sudo sysctl -w {limit}={BUFFER}"
-    )
+    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+    return f"{got:,} bytes" + (more if got < BUFFER else "")
 
 
-def ttl_step(probe: Probe) -> Step:
-    """Say how far datagrams go."""
-    url = probe.url
-    if not is_group(url.host):
-        return Step("ok", "ttl", str(url.ttl or "the system's own"))
-    if on_loopback(url):
-        return Step("ok", "ttl", f"{url.ttl}: nothing leaves this machine")
-    if not url.ttl:
-        return Step("note", "ttl", "0: no other machine hears this; ttl=1 reaches the network segment")
-    hops = url.ttl - 1
-    routers = f"through {hops} {plural('router', hops)} that forward multicast" if hops else "the network segment"
-    return Step("ok", "ttl", f"{url.ttl}: {routers}")
+def try_others(trial: Trial) -> str:
+    """Listen for a moment, and say who else is there."""
+    if trial.listens:
+        trial.listen(LISTEN_TIME)
+    watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
+    texts = [f"{counted(senders, 'Dispatcher')} and {counted(len(watchers) - trial.listens, 'watcher')} beside this one"]
+    if trial.leaves:
+        texts.append("only a watcher on another machine proves that anything gets there")
+        texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
+    if trial.others:
+        texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
+    for end in (trial.receiver, trial.dispatcher):
+        if end.stats["rejected"]:
+            texts.append(f"{counted(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
+    return "; ".join(texts)
 
 
-def time_step(probe: Probe) -> Step:
-    """Measure how long a datagram takes."""
-    times = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        try:
-            probe.hear(HEAR_TIME, {probe.send()})
-        except OSError as problem:
-            return Step("note", "time", in_words(problem, probe.url))
-        times.append(time.perf_counter() - start)
-    way = "from send to receive" if probe.listens else "there and back"
-    return Step("ok", "time", f"{sorted(times)[TRIES // 2] * 1000:.3f} ms {way}, the median of {TRIES}")
+STEPS: tuple[Callable[[Trial], str], ...]
+STEPS = (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others)
 
 
-def some(names: Iterable[str]) -> str:
-    """Return the first few names."""
-    first, few = sorted(names), 5
-    return ", ".join(first[:few]) + (", …" if len(first) > few else "")
-
-
-def told(noun: str, names: Iterable[str]) -> str:
-    """Return how many there are, and which."""
-    found = list(names)
-    return f"{len(found)} {plural(noun, len(found))}: {some(found)}" if found else "nobody else"
-
-
-def company_steps(probe: Probe) -> Iterator[Step]:
-    """Listen for a moment, and tell who else is there."""
-    probe.hear(LISTEN_TIME)
-    if probe.listens:
-        streams = probe.others()
-        yield Step(
-            "ok", "sending", told("Dispatcher", streams) + (f"; events from {some(probe.hosts)}" if probe.hosts else "")
-        )
-    watchers = told("watcher", map(endpoint, probe.watchers.values()))
-    if not probe.leaves() or probe.far():
-        yield Step("ok", "watching", watchers)
-    else:
-        more = "nobody on another machine, so it is not proven that anything gets there: watch there, and check again"
-        yield Step("note", "watching", f"{watchers}; {more}")
-    rejected = probe.receiver.stats["rejected"]
-    if rejected:
-        yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: {probe.receiver.problem}")
-
-
-def check_steps(probe: Probe, whole: bool = True) -> Iterator[Step]:
-    """Try a URL step by step, as far as it works; or only whether it does."""
-    for steps in (open_steps, send_steps):
-        for step in steps(probe):
-            yield step
-            if step.verdict == "wrong":
+def check_steps(url: str, key: bytes, steps: Sequence[Callable[[Trial], str]] = STEPS) -> Iterator[tuple[str, str, str]]:
+    """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
+    trial = Trial(url, key)
+    with trial.dispatcher, trial.receiver:
+        for step in steps:
+            name = step.__name__[4:]
+            try:
+                yield "ok", name, step(trial)
+            except (OSError, UnicodeError, Failure) as problem:
+                yield "wrong", name, in_words(problem, trial.url)
                 return
-    if whole:
-        yield size_step(probe)
-        if probe.listens:
-            yield buffer_step(probe)
-        yield ttl_step(probe)
-        yield time_step(probe)
-        yield from company_steps(probe)
-
-
-def interfaces() -> Iterator[tuple[str, str, int, str]]:
-    """Yield name, address ("" if it has none), ttl to use and what is to be said of each network interface."""
-    try:
-        from fcntl import ioctl
-    except ImportError:  # Windows
-        for address in socket.gethostbyname_ex(socket.gethostname())[2]:
-            yield address, address, 1, ""
-        return
-    linux = sys.platform == "linux"
-    addresses, flags = (0x8915, 0x8913) if linux else (0xC0206921, 0xC0206911)  # SIOCGIFADDR, SIOCGIFFLAGS
-
-    def ask(what: int, name: str) -> bytes:
-        try:
-            return bytes(ioctl(sock, what, struct.pack("16s24x" if linux else "16s16x", os.fsencode(name))))
-        except OSError:  # it has none, or is gone
-            return bytes(40)
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            (flag,) = struct.unpack_from("H", ask(flags, name), 16)
-            host = socket.inet_ntoa(ask(addresses, name)[20:24])
-            loopback, multicast = flag & 8, flag & (0x1000 if linux else 0x8000)
-            fault = "down" if not flag & 1 else "" if multicast or loopback else "no multicast"
-            yield name, "" if host == "0.0.0.0" else host, 0 if loopback else 1, fault
-
-
-def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
-    """Yield a line for each interface that the URL does not use; and, if `trying`, whether it works."""
-    group = url.host if is_group(url.host) else parse_url(DEFAULT_URL).host
-    for name, address, ttl, fault in interfaces():
-        if is_group(url.host) and url.interface in (name, address):
-            continue
-        other = f"udp://{group}:{url.port}?interface={address or name}&ttl={ttl}"
-        line = f"  {printable(name):<12} {address or 'no address':<15}  '{other}'"
-        if not is_host(address or name):
-            fault = "a name that no URL can hold"
-        elif trying and not fault:
-            with Probe(other, key) as probe:
-                *_, last = check_steps(probe, whole=False)
-            fault = "works on this machine" if last.verdict == "ok" else f"{last.name}: {last.text}"
-        yield f"{line}  {fault}".rstrip()
 
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
     take_any_text()
-    url, key = url_from(options.url), key_from(options.key)
+    url, key, verdict = url_from(options.url), key_from(options.key), ""
+    parts = parse_url(url)
     origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
-    with Probe(url, key) as probe:
-        print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
-        works = True
-        for verdict, name, text in check_steps(probe):
-            print(f"{verdict:<5} {name:<8} {text}", flush=True)
-            works = works and verdict != "wrong"
-        lines = [*interface_lines(probe.url, key, options.all_interfaces)]
-    if lines:
-        tried = "" if options.all_interfaces else ", on which nothing was sent (--all-interfaces does)"
-        print(f"other interfaces{tried}:", *lines, sep="\n")
-    return 0 if works else 1
+    print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
+    for verdict, name, text in check_steps(url, key):
+        print(f"{verdict:<5} {name:<7} {text}", flush=True)
+    group = parts.host if is_group(parts.host) else parse_url(DEFAULT_URL).host
+    names = [name for _, name in socket.if_nameindex()]
+    if sys.platform == "win32":  # where only addresses will do
+        names = socket.gethostbyname_ex(socket.gethostname())[2]
+    print("interfaces" + ("" if options.all_interfaces else ", of which --all-interfaces tries each") + ":")
+    for name in filter(is_host, names):
+        other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
+        if options.all_interfaces:
+            *_, (_, step, text) = check_steps(other, key, STEPS[:4])
+            outcome = f"  {step}: {text}"
+        print(f"  {name:<10} '{other}'{outcome}", flush=True)
+    return 0 if verdict == "ok" else 1
 
 
-# Processes of our own, for the demo and the bench.
-
-CHILD = """import sys; sys.path.pop(0)  # deaf to what lies where it is run
-from importlib import machinery, util; import json
-loader = machinery.SourceFileLoader("eventmon", sys.argv[1])
-module = util.module_from_spec(util.spec_from_loader("eventmon", loader))
-sys.modules["eventmon"] = module
-loader.exec_module(module)
-for answer in getattr(module, sys.argv[2])(*json.loads(input())): print(json.dumps(answer), flush=True)
-"""
-ANSWER_TIME = 20.0  # the longest that one of them may take to answer
+# demo
 
 
-def own_url(n: int) -> str:
-    """Return a URL, the n-th, where nobody listens; on the loopback interface with ttl 0, since nothing else is said."""
-    from random import randrange
+def serve(events: Dispatcher) -> NoReturn:
+    """Be a shop, for ever, with what goes well and wrong in one."""
+    import logging
+    from random import random
 
-    return f"udp://239.255.{randrange(256)}.{n}:{randrange(20000, 60000)}"
+    log = logging.Logger("shop", logging.INFO)  # noqa: LOG001 - of our own
+    log.addHandler(log_handler()(events))
 
-
-def launch(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
-    """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
-    from subprocess import PIPE, Popen
-
-    words = [sys.executable, "-c", CHILD, os.path.abspath(__file__), function.__name__]
-    process: Any = Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
-    try:
-        print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
-    except BrokenPipeError:
-        pass  # it has failed, which answer() tells
-    return process
-
-
-def answer(process: Any) -> Any:
-    """Return the next thing that a process yields, or raise Failure."""
-    timer = threading.Timer(ANSWER_TIME, process.kill)
-    timer.start()
-    try:
-        line = process.stdout.readline()
-    finally:
-        timer.cancel()
-    if line:
-        return json.loads(line)
-    process.kill()
-    errors = process.stderr.read().splitlines() or [f"it has ended, or gave no answer in {ANSWER_TIME:.0f} s"]
-    raise Failure(f"a process of our own has failed: {errors[-1]}", 1)
-
-
-def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, None, None]:
-    """Yield what a function of this file yields in a process that lives until close(); or raise Failure."""
-    with launch(function, *args) as process:
-        try:
-            while True:
-                yield answer(process)
-        finally:
-            process.kill()
-
-
-# The demo: a shop, with what goes well and wrong in one.
-
-LIFE = 15.0  # seconds, of the worker that dies without a word
-
-
-class Shop:
-    """What the demo's workers do."""
-
-    def __init__(self, events: Dispatcher) -> None:
-        import logging
-        import random
-
-        self.events = events
-        self.random = random.Random()
-        self.log = logging.Logger("shop")  # noqa: LOG001 - of our own
-        self.log.addHandler(log_handler()(events))
-        for name in ("order", "charge", "resize", "report"):
-            setattr(self, name, events.task(f"shop.{name}")(getattr(self, name)))
-
-    def chance(self, share: float) -> bool:
-        """Whether what happens in so many cases happens in this one."""
-        return self.random.random() < share
-
-    def pause(self, longest: float) -> None:
-        """Take some time."""
-        time.sleep(self.random.uniform(longest / 5, longest))
-
-    def serve(self) -> NoReturn:
-        """Work for ever."""
-        while True:
-            try:
-                work = self.random.choice(
-                    (self.order, self.order, self.stock, lambda number: list(self.report(number)))
-                )
-                work(self.random.randrange(1000, 10000))
-            except (OSError, ValueError):
-                pass  # the events have told of it
-            self.pause(1)
-
-    def order(self, number: int) -> str:
-        """Have an order paid and sent: a chain of tasks."""
-        self.events.send("order-placed", order=number, cents=number // 2)
-        self.charge(number, cents=number // 2)
-        for width in (200, 800):
-            self.resize(f"photo-{number}.jpg", width)
-        self.mail(f"customer-{number}@example.com")
-        return "sent"
-
-    def charge(self, order: int, cents: int) -> dict[str, int]:
-        """Ask the bank for the money."""
-        self.pause(0.8)
-        if self.chance(0.2):
+    @events.task("shop.charge")
+    def charge(order: int, cents: int) -> dict[str, int]:
+        time.sleep(random())
+        if random() < 0.2:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    def resize(self, photo: str, width: int) -> str:
-        """Resize a photo."""
-        self.pause(0.5)
-        if self.chance(0.05):
-            raise ValueError(f"{photo} is no JPEG file")
-        return f"{photo}@{width}"
-
-    def mail(self, to: str) -> None:
-        """Send a mail, at the third attempt at the latest."""
-        from uuid import uuid4
-
-        uuid, order = str(uuid4()), _current_task.get()
-        above = {"parent_id": order.uuid, "root_id": order.root_id} if order else {}
+    def mail(to: str, uuid: str | None = None) -> None:
         for retries in range(3):
-            self.events._begin_task(uuid, {"name": "mail.send", "args": repr((to,)), "retries": retries, **above})
-            self.pause(0.6)
-            if retries == 2 or self.chance(0.7):
-                self.events._end_task("task-succeeded", uuid, {"result": "'250 OK'"})
-                return
-            self.events._end_task("task-retried", uuid, {"exception": "TimeoutError('mail.example.com')"})
-            self.pause(1)
+            with events.task("mail.send", uuid, args=repr((to,)), retries=retries) as task:
+                time.sleep(random())
+                if random() < 0.6:
+                    return
+                log.warning("no answer from %s, attempt %d", to, retries + 1)
+                task.retried(TimeoutError("mail.example.com"))
+            uuid = task.uuid
 
-    def stock(self, number: int) -> None:
-        """Read a long list, and say how far it is."""
-        with self.events.task("shop.stock", args=repr((f"stock-{number}.csv",))) as task:
+    @events.task("shop.order")
+    def order(number: int) -> str:
+        events.send("order-placed", order=number)
+        charge(number, cents=number // 2)
+        mail(f"customer-{number}@example.com")
+        return "sent"
+
+    def stock(number: int) -> None:
+        with events.task("shop.stock", args=repr((number,))) as task:
             for row in range(20):
-                self.pause(0.4)
+                time.sleep(random() / 2)
                 task.progress((row + 1) / 20)
-                if self.chance(0.05):
-                    self.log.warning("stock-%d.csv: row %d has no price", number, row)
 
-    def report(self, number: int) -> Iterator[str]:
-        """Yield the lines of a report, one after the other."""
-        for hour in range(8, 20):
-            self.pause(0.3)
-            yield f"report {number}, {hour}:00"
+    while True:
+        with suppress(ConnectionRefusedError):  # the events have told of it
+            (order if random() < 0.7 else stock)(int(1000 + 9000 * random()))
+        time.sleep(random())
 
 
-def demo_worker(url: str, key: str, name: str, life: float) -> Iterator[Any]:
-    """Work in three threads until standard input ends, or for `life` seconds."""
-    events = Dispatcher(url, f"{name}@demo", freq=1, key=bytes.fromhex(key))
-    events.send("deploy-done", version=__version__)
-    for _ in range(3):
-        threading.Thread(target=Shop(events).serve, daemon=True).start()
-    if life:
-        timer = threading.Timer(life, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-    yield "ready"
-    sys.stdin.read()
-    events.close()
+def demo_worker(options: Any) -> int:
+    """Work in three threads until standard input ends, or until it is time to die."""
+    with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
+        for _ in range(3):
+            threading.Thread(target=serve, args=(events,), daemon=True).start()
+        if options.worker == "gamma":
+            threading.Timer(15, os._exit, (1,)).start()
+        sys.stdin.read()
+    os._exit(0)
 
 
 def demo(options: Any) -> int:
-    """Show a shop at work: worker processes, on a URL of their own, and what watch makes of them."""
-    options.url = options.url or own_url(1)
+    """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
+    from random import randrange
+    from subprocess import DEVNULL, PIPE, Popen
+
+    if options.worker:
+        return demo_worker(options)
+    options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
     parse_url(options.url)
-    args = options.url, key_from(options.key).hex()
-    workers = [launch(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
-    try:
-        for worker in workers:
-            answer(worker)
+    in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
+    words = [sys.executable, *([__file__] if os.path.isfile(__file__) else ["-c", in_zip]), "demo", "--url", options.url]
+    words += ["--key-file", options.key_file] if options.key_file else []
+    with ExitStack() as stack:
+        for name in ("alpha", "beta", "gamma"):
+            worker = Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL)
+            stack.callback(worker.communicate)
+            stack.callback(worker.kill)
         return watch(options)
-    finally:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.communicate()
 
 
-# The bench. What a user would write by hand is measured in the same run, in turns, so that the ratio can be trusted.
-
-QUIET_TIME = 5.0  # without an event, after which its watcher says what it has
-UUID = "5d0c91aa"
-BURST = 50  # events that are received together: few enough for the smallest usual buffer
-PINGS = 50  # in a row: few enough that all find the two processes on the same cores
-TASK: dict[str, dict[str, Any]] = {  # the events of a task
-    "task-received": {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0},
-    "task-started": {},
-    "task-succeeded": {"result": "'photo.webp'", "runtime": 0.25},
-}
+def whole_number(word: str) -> int:
+    """Return a whole number from the command line, not negative."""
+    if not word.isdecimal():
+        raise ValueError
+    return int(word)
 
 
-def measured(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
-    """Return a row of the bench, of the best figures."""
-    best = max if unit == "/s" else min
-    figure, naive = best(ours), best(by_hand, default=None)
-    return {"what": what, "figure": figure, "naive": naive, "ratio": naive and figure / naive, "unit": unit, **more}
+def seconds(word: str) -> float:
+    """Return a number from the command line, not negative."""
+    if not word.replace(".", "", 1).isdecimal():
+        raise ValueError
+    return float(word)
 
 
-def seconds_for(work: Callable[[], object], times: int = 1) -> float:
-    """Return how long some work takes, on average."""
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - start) / times
+Command = namedtuple("Command", ["work", "help", "arguments"])
 
-
-def core_share(work: Callable[[], object]) -> float:
-    """Return how many percent of a core this process takes while it does some work."""
-    cpu = time.process_time()
-    wall = seconds_for(work)
-    return 100 * (time.process_time() - cpu) / wall
-
-
-def send_by_hand(url: Url, n: int) -> float:
-    """Send `n` events with the fields of a Dispatcher's, one to a datagram; return events a second."""
-    who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": 0.0}
-    group = socket.gethostbyname(url.host), url.port
-    with udp_socket(url) as sock:
-        sock.setblocking(True)
-        start = time.perf_counter()
-        for i in range(n):
-            event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "uuid": UUID, "progress": i}
-            sock.sendto(json.dumps(event).encode(), group)
-        return n / (time.perf_counter() - start)
-
-
-def send_many(url: str, key: str, n: int, together: int, hearer: Iterator[Any] | None = None) -> tuple[float, int]:
-    """Send `n` events; return events a second until they are sent, or hear() has them, and how many it lacks."""
-    if hearer:
-        next(hearer)
-    with Dispatcher(url, buffer_group=("task",) if together > 1 else (), buffer_limit=together, key=key) as events:
-        start = time.perf_counter()
-        for i in range(n):
-            events.send("task-progress", uuid=UUID, progress=i)
-        events.flush(0)
-        count, end = next(hearer) if hearer else (n, time.perf_counter())
-    return count / (end - start), n - count
-
-
-def take(state: State, events: Iterable[Event]) -> None:
-    """Give events to a State."""
-    for event in events:
-        state.event(event)
-
-
-def take_by_hand(tasks: dict[str, Any], events: Iterable[Event]) -> None:
-    """Keep what events say of tasks in a plain dict."""
-    for event in events:
-        tasks.setdefault(event["uuid"], {}).update(event)
-
-
-def hear(url: str, key: str, n: int, idle: float = 0.0) -> Iterator[Any]:
-    """Yield when it listens, how many of `n` events a State has taken and when, what it takes of a core while idle."""
-    state = State()
-    with Receiver(url, {"*": state.event}, key=key) as receiver:
-        receiver.fileno()
-        yield "listening"
-        take(state, receiver.itercapture(n, QUIET_TIME))
-        yield state.event_count, time.perf_counter() - (QUIET_TIME if state.event_count < n else 0)
-        receiver.capture(timeout=SETTLE)
-        yield core_share(partial(receiver.capture, timeout=idle))
-
-
-def send_rows(url: str, other: Url, key: str, n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure sending, to nobody and to the State of another process, beside plain JSON on a socket."""
-    from contextlib import closing
-
-    for kind, many, together in (("one event a datagram", n, 1), ("buffered", n * 5 // 2, 24)):
-        by_hand, alone, heard = [], [], []
-        for _ in range(rounds):
-            by_hand.append(send_by_hand(other, n))
-            alone.append(send_many(url, key, many, together)[0])
-            with closing(child(hear, url, key, many)) as hearer:
-                heard.append(send_many(url, key, many, together, hearer))
-        rates, lost = zip(*heard)
-        yield measured(f"send, {kind}", "/s", alone, by_hand)
-        yield measured(f"send to State, {kind}", "/s", rates, by_hand, lost=sum(lost))
-
-
-def receive_row(url: str, other: Url, key: str, n: int, rounds: int) -> dict[str, Any]:
-    """Measure how fast what waits in a socket is received, beside recvfrom() and json.loads()."""
-    ours, by_hand = [], []
-    with Receiver(url, key=key) as receiver, Dispatcher(url, key=key) as events, listen(other) as sock:
-        receiver.fileno()
-        for _ in range(rounds):
-            spent = bare = 0.0
-            for i in range(n):
-                for _ in range(BURST):
-                    events.send("task-progress", uuid=UUID, progress=i)
-                send_by_hand(other, BURST)
-                spent += seconds_for(lambda: deque(receiver.itercapture(BURST, QUIET_TIME), maxlen=0))
-                bare += seconds_for(lambda: json.loads(sock.recvfrom(65536)[0]), BURST) * BURST
-            ours.append(n * BURST / spent)
-            by_hand.append(n * BURST / bare)
-    return measured("receive, one event a datagram", "/s", ours, by_hand)
-
-
-def take_rate(taking: Callable[[list[Event]], None], n: int) -> float:
-    """Have the events of `n` tasks taken, which share no string, as from the network; return events a second."""
-    spent, who = 0.0, {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0}
-    for start in range(0, n, 1000):
-        tasks = [(kind, f"task-{i}", TASK[kind]) for i in range(start, min(start + 1000, n)) for kind in TASK]
-        bodies = [format_json({"type": kind, "uuid": uuid, "clock": 1, **who, **more}) for kind, uuid, more in tasks]
-        spent += seconds_for(partial(taking, [parse_event(parse_json(body)) for body in bodies]))
-    return n * len(TASK) / spent
-
-
-def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure how fast a State takes the events of `n` tasks, and in how much memory, beside a plain dict."""
-    import tracemalloc
-
-    ours, by_hand, sizes = [], [], []
-    for _ in range(rounds):
-        ours.append(take_rate(partial(take, State(max_tasks_in_memory=n)), n))
-        by_hand.append(take_rate(partial(take_by_hand, {}), n))
-    yield measured("State.event", "/s", ours, by_hand)
-    state, n = State(max_tasks_in_memory=n), max(1, n // 4)
-    state.recent = deque(maxlen=0)  # which is as large for any number of tasks
-    for taking in (partial(take, state), partial(take_by_hand, {})):
-        tracemalloc.start()
-        take_rate(taking, n)
-        sizes.append(tracemalloc.get_traced_memory()[0] / n)
-        tracemalloc.stop()
-    yield measured("State, memory of a finished task", "bytes", sizes[:1], sizes[1:])
-
-
-def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure what the monitor asks of a State with `n` tasks, 50 of them running, beside going through them all."""
-    from operator import itemgetter
-
-    state, now, tasks = State(max_tasks_in_memory=n), time.time(), []
-    for i in range(n):
-        kind = "task-succeeded" if i % max(1, n // 50) else "task-started"
-        tasks.append(Event(kind, uuid=f"task-{i}", timestamp=now - 60 + 60 * i / n, hostname="alpha@laptop"))
-    take(state, tasks)
-    when, ages, on = itemgetter("timestamp"), [now - task["timestamp"] for task in tasks], "task-started"
-
-    def query(what: str, asking: Callable[[], object], looking: Callable[[], object]) -> dict[str, Any]:
-        pairs = [(seconds_for(asking, 20) * 1e6, seconds_for(looking) * 1e6) for _ in range(rounds)]
-        return measured(f"State.{what}", "us", *zip(*pairs))
-
-    yield query("tasks_by_time(limit=50)", lambda: [*state.tasks_by_time(50)], lambda: sorted(tasks, key=when)[:-51:-1])
-    yield query("iteractive()", lambda: [*state.iteractive()], lambda: [task for task in tasks if task["type"] == on])
-    yield query("scale_graph()", lambda: state.scale_graph(now=now), lambda: Counter(int(a) for a in ages if a < 60))
-
-
-def peer() -> socket.socket:
-    """Return a bare UDP socket with a port of its own."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(ANSWER_TIME)
-    sock.bind(("127.0.0.1", 0))
-    return sock
-
-
-def pong(url: str, key: str, n: int, address: Sequence[Any]) -> Iterator[Any]:
-    """Yield where it listens, answer what ping() sends, and yield the median seconds that an event took."""
-    delays: list[float] = []
-
-    def answer(event: Event) -> None:
-        delays.append(time.perf_counter() - event["sent"])
-        sock.send(bytes(200))
-
-    with Receiver(url, {"ping": answer}, key=key) as receiver, peer() as sock:
-        receiver.fileno()
-        sock.connect(tuple(address))
-        yield sock.getsockname()
-        for _ in range(n):
-            receiver.capture(PINGS, QUIET_TIME)
-            for _ in range(PINGS):
-                sock.send(sock.recv(2048))
-        yield sorted(delays)[len(delays) // 2]
-
-
-def ping(url: str, key: str, n: int) -> tuple[float, float]:
-    """Send events, and then datagrams, each after an answer, `n` times; return the median microseconds of one way."""
-    from contextlib import closing
-
-    trips = []
-    with peer() as sock, closing(child(pong, url, key, n, sock.getsockname())) as answers:
-        sock.connect(tuple(next(answers)))
-        with Dispatcher(url, key=key) as events:
-            for _ in range(n):
-                for _ in range(PINGS):
-                    events.send("ping", sent=time.perf_counter())
-                    sock.recv(2048)
-                for _ in range(PINGS):
-                    start = time.perf_counter()
-                    sock.send(bytes(200))
-                    sock.recv(2048)
-                    trips.append((time.perf_counter() - start) / 2)
-        return next(answers) * 1e6, sorted(trips)[len(trips) // 2] * 1e6
-
-
-def import_row(rounds: int) -> dict[str, Any]:
-    """Measure our import, without site packages, which import much of it, beside that of what a user would import."""
-    import py_compile
-    from subprocess import PIPE, run
-    from tempfile import TemporaryDirectory
-
-    def milliseconds(names: str) -> float:
-        code = f"import sys; sys.path[0] = sys.argv[1]; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
-        return float(run([sys.executable, "-S", "-c", code, folder], stdout=PIPE, check=False).stdout) * 1000
-
-    with TemporaryDirectory() as folder:
-        py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
-        pairs = [(milliseconds("eventmon"), milliseconds("socket, json, threading")) for _ in range(rounds)]
-    return measured("import eventmon", "ms", *zip(*pairs))
-
-
-def bench_rows(url: str, other: str, key: str, scale: float) -> Iterator[dict[str, Any]]:
-    """Measure everything, by way of `url`, and what is sent by hand by way of the other one."""
-    from contextlib import closing
-
-    thousand, rounds, seconds = max(1, int(1000 * scale)), min(5, max(1, int(5 * scale))), 2 * min(1.0, scale)
-    yield from send_rows(url, parse_url(other), key, 40 * thousand, rounds)
-    yield receive_row(url, parse_url(other), key, thousand // 10, rounds)
-    yield from state_rows(40 * thousand, min(3, rounds))
-    yield from query_rows(100 * thousand, rounds)
-    pings = [ping(url, key, max(1, thousand // 50)) for _ in range(rounds)]
-    yield measured("latency, send to handler", "us", *zip(*pings))
-    yield import_row(3 * rounds)
-    with closing(child(hear, url, key, 1, seconds)) as hearer, Dispatcher(url, key=key) as events:
-        next(hearer)
-        events.send("hello")
-        next(hearer)
-        time.sleep(SETTLE)
-        yield measured("idle Dispatcher", "%", [core_share(partial(time.sleep, seconds))])
-        yield measured("idle watcher", "%", [next(hearer)])
-
-
-def bench_line(what: str, figure: float, naive: float | None, ratio: float | None, unit: str, lost: int = 0) -> str:
-    """Return a row of the bench as a line of its table: of a figure three digits, or all of a large one."""
-    unit = unit if unit in ("/s", "%") else f" {unit}"
-    parts = (figure, unit), (naive, unit), (ratio, "x")
-    cells = ["-" if n is None else f"{n:,.0f}{end}" if n >= 100 else f"{n:.3g}{end}" for n, end in parts]
-    return "{:<36}{:>14}{:>14}{:>11}".format(what, *cells) + (f"  {lost:,} lost" if lost else "")
-
-
-def bench(options: Any) -> int:
-    """Measure this machine, on a group of its own, and beside each figure what a user would write by hand."""
-    import platform
-
-    url, other = (options.url or own_url(n) for n in (1, 2))
-    parse_url(url)
-    if not options.json:
-        system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        print(f"eventmon {__version__}, {platform.python_implementation()} {platform.python_version()}, {system}")
-        print(f"{'':<36}{'eventmon':>14}{'by hand':>14}{'ratio':>11}", flush=True)
-    for result in bench_rows(url, other, key_from(options.key).hex(), options.scale):
-        print(json.dumps(result) if options.json else bench_line(**result), flush=True)
-    return 0
-
-
-def amount(word: str) -> float:
-    """Return a number from the command line that is not negative."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", word):
-        return float(word)
-    from argparse import ArgumentTypeError
-
-    raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
-
-
-def whole(word: str) -> int:
-    """Return a whole number from the command line that is not negative."""
-    if amount(word).is_integer():
-        return int(float(word))
-    from argparse import ArgumentTypeError
-
-    raise ArgumentTypeError(f"{word!r} is not a whole number")
-
-
-WATCHING: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--json", {"action": "store_true", "help": "print each event as a line of JSON"}),
-    ("--plain", {"action": "store_true", "help": "print each event as a line of text"}),
-    ("--record", {"metavar": "FILE", "help": "append every event to FILE as NDJSON"}),
-    ("--type", {"action": "append", "metavar": "GLOB", "help": "only these types, as in 'task-*'; may be repeated"}),
-    ("--limit", {"type": whole, "metavar": "N", "help": "stop after N events"}),
-    ("--timeout", {"type": amount, "metavar": "S", "help": "stop after S seconds without an event"}),
-    ("--no-history", {"action": "store_true", "help": "begin with what is sent from now on"}),
+FLAG: dict[str, Any] = {"action": "store_true"}
+WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--json", "print each event as a line of JSON", FLAG),
+    ("--plain", "print each event as a line of text", FLAG),
+    ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
+    ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
+    ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
+    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": seconds}),
+    ("--no-history", "begin with what is sent from now on", FLAG),
 )
-COMMANDS: dict[str, Any] = {  # name -> what does it, two examples, exit status, arguments
-    "watch": (
+COMMANDS = {  # help: a summary, and what is said below the arguments
+    "watch": Command(
         watch,
-        ("watch", "watch --json --type 'task-*' | jq .uuid"),
-        "0, also when ctrl-C or the end of a pipe ends it",
-        (("file", {"nargs": "?", "metavar": "FILE", "help": "show recorded NDJSON instead of the network"}), *WATCHING),
+        """Show what is heard, or what FILE holds, until the user or a limit ends it.
+
+examples:
+  python eventmon.py watch
+  python eventmon.py watch --json --type 'task-*' | jq .uuid
+
+exit status: 0, also when ctrl-C or the end of a pipe ends it; 1 for a failure, 2 for wrong usage""",
+        (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
     ),
-    "send": (
+    "send": Command(
         send,
-        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
-        "0 when the system has taken every event",
+        """Send an event, or those on standard input, and say how many watchers have everything.
+
+examples:
+  python eventmon.py send deploy-done version=1.2 seconds:=8.5
+  python eventmon.py send - < recorded.jsonl
+
+exit status: 0 when every event is sent and no watcher lacks one; 1 for a failure, 2 for wrong usage""",
         (
-            ("type", {"metavar": "TYPE", "help": "the event's type, or - for NDJSON on standard input"}),
-            ("field", {"nargs": "*", "default": [], "metavar": "FIELD", "help": "name=text, or name:=json"}),
+            ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
+            ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
         ),
     ),
-    "run": (
+    "run": Command(
         run,
-        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
-        "the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed",
+        """Run COMMAND as if it were run alone, and send the events of a task for it.
+
+examples:
+  python eventmon.py run -- make test
+  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
+
+exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed""",
         (
-            ("--name", {"help": "of the task (default: the command's)"}),
-            ("command", {"nargs": "...", "metavar": "-- COMMAND", "help": "the command and its arguments"}),
+            ("--name", "of the task (default: the command's)", {}),
+            ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
         ),
     ),
-    "check": (
+    "check": Command(
         check,
-        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
-        "0 when the URL works",
-        (("--all-interfaces", {"action": "store_true", "help": "send on the other interfaces, too"}),),
+        """Try the URL in force step by step, and say what is wrong and what to do.
+
+examples:
+  python eventmon.py check
+  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
+
+exit status: 0 when the URL works; 1 for a failure, 2 for wrong usage""",
+        (("--all-interfaces", "try each interface, too", FLAG),),
     ),
-    "demo": (demo, ("demo", "demo --plain --limit 20"), "0", WATCHING),
-    "bench": (
-        bench,
-        ("bench", "bench --json --scale 0.1"),
-        "0",
-        (
-            ("--json", {"action": "store_true", "help": "print each row as a line of JSON"}),
-            ("--scale", {"type": amount, "default": 1.0, "metavar": "X", "help": "how much: 1 takes about 25 s"}),
-        ),
+    "demo": Command(
+        demo,
+        """Show a shop at work: three worker processes, on a URL of their own, and the monitor.
+
+examples:
+  python eventmon.py demo
+  python eventmon.py demo --plain --limit 20
+
+exit status: 0; 1 for a failure, 2 for wrong usage""",
+        (*WATCHING, ("--worker", "==SUPPRESS==", {})),
     ),
 }
 
 
-def parser() -> Any:
-    """Return the parser of the command line."""
+def parse_words(name: str, words: Sequence[str]) -> Any:
+    """Return the options in the words behind the name of a command."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            complain(message)
-            raise SystemExit(2)
+            raise Failure(message, 2)
 
-    top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
-    top.add_argument("--version", action="version", version=f"eventmon {__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    for name, (work, examples, status, arguments) in COMMANDS.items():
-        summary = work.__doc__.partition("\n")[0]
-        lines = "".join(f"\n  python eventmon.py {example}" for example in examples)
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"examples:{lines}\n\nexit status: {status}; 1 for a failure, 2 for wrong usage",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(file=None, field=[], run=work)
-        where = "one of its own" if work in (demo, bench) else f"$EVENTMON_URL or {DEFAULT_URL}"
-        sub.add_argument("--version", action="version", version=f"eventmon {__version__}")
-        sub.add_argument("--url", help=f"where events are sent (default: {where})")
-        sub.add_argument(
-            "--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)"
-        )
-        forms = sub.add_mutually_exclusive_group() if "--plain" in dict(arguments) else sub
-        for argument, options in arguments:
-            (forms if argument in ("--json", "--plain") else sub).add_argument(argument, **options)
-    return top
+    summary, _, more = COMMANDS[name].help.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=more, formatter_class=form)
+    parser.set_defaults(file=None, json=False)
+    parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
+    parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
+    parser.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
+    for argument, text, settings in COMMANDS[name].arguments:
+        parser.add_argument(argument, help=text, **settings)
+    options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
+    if options.json and options.plain:
+        raise Failure("--json and --plain exclude each other", 2)
+    return options
 
 
 def read_key_file(path: str) -> bytes:
-    """Return the key in a file, without the white space around it; of a text in UTF-8 or UTF-16 with a mark, the text."""
+    """Return the key in a file, without white space around it."""
     with open(path, "rb") as file:
-        key = file.read().removeprefix(b"\xef\xbb\xbf")
-    if key[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with suppress(UnicodeError):
-            key = key.decode("utf-16").encode()
-    if not key.strip():
+        key = file.read().removeprefix(b"\xef\xbb\xbf").strip()
+    if not key:
         raise Failure(f"key file {path} is empty", 1)
-    return key.strip()
+    return key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
-    options = None
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
-        options, rest = parser().parse_known_args(argv)
-        if not hasattr(options, "run"):
-            raise Failure(f"no command, expected one of {', '.join(COMMANDS)}; see --help", 2)
-        if rest and (options.run is not send or rest[0].startswith("-")):
-            raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
-        options.field = [*options.field, *rest]  # argparse leaves those behind an option
+        if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
+            lines = [f"eventmon {__version__}"]
+            if name != "--version":
+                lines += (f"  {name:<6} {command.help.splitlines()[0]}" for name, command in COMMANDS.items())
+                lines.append("python eventmon.py COMMAND --help says more")
+            print(*lines, sep="\n")
+            return 0
+        if name not in COMMANDS:
+            raise Failure(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help", 2)
+        options = parse_words(name, words)
         options.key = read_key_file(options.key_file) if options.key_file else None
-        return int(options.run(options))
+        return int(COMMANDS[name].work(options))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        return int(stop.code or 0)
     except Failure as failure:
         complain(failure.args[0])
         return int(failure.args[1])
     except KeyboardInterrupt:
-        return 0 if options and options.run in (watch, demo) else 1
+        return 0 if name in ("watch", "demo") else 1
     except BrokenPipeError as problem:  # whoever read us has gone; let the interpreter's last flush find no pipe
         if problem.filename:
             complain(describe(problem))
             return 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ValueError as problem:
-        complain(str(problem))
-        return 2
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         complain(describe(problem))
-        return 1
+        return 2 if isinstance(problem, ValueError) else 1
 
 
 if __name__ == "__main__":

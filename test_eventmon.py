@@ -1,5 +1,9 @@
-"""The specification of eventmon.py, in the order of the module: each test's name is a sentence about it."""
+"""The specification of eventmon.py, in the order of the module: each test's name is a sentence about it.
 
+    python test_eventmon.py [--json] [--scale X]      runs the benchmark instead, without pytest
+"""
+
+import argparse
 import asyncio
 import calendar
 import codecs
@@ -16,6 +20,7 @@ import math
 import os
 import pathlib
 import pickle
+import platform
 import random
 import re
 import select
@@ -32,14 +37,12 @@ import traceback
 import tracemalloc
 import weakref
 from collections import Counter, deque
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from types import SimpleNamespace
-
-import pytest
 
 import eventmon
 from eventmon import DEFAULT_URL, Dispatcher, Event, Receiver, State, main
@@ -52,17 +55,257 @@ except ImportError:
     pty = None
 
 MODULE = pathlib.Path(eventmon.__file__).resolve()
+numbers = count(os.getpid())
+
+
+def new_url():
+    """A group and a port that nobody else uses, on the loopback interface."""
+    number = next(numbers)
+    group, port = f"239.255.{number // 200 % 200}.{1 + number % 200}", 20000 + number % 20000
+    return f"udp://{group}:{port}?interface=127.0.0.1&ttl=0"
+
+
+# --- the benchmark ---
+# A row is a generator: round by round it yields our figure and that of what a user would write by hand.
+
+
+def seconds_for(work, times=1):
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def echo(port):
+    """In a process of its own: count events; answer each ping with the count, and each bare datagram with itself."""
+    state, sock = State(), socket.socket(type=socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", port))
+    receiver = Receiver(handlers={"ping": lambda event: sock.send(b"%d" % state.event_count), "*": state.event})
+    receiver.fileno()
+    threading.Thread(target=receiver.capture, daemon=True).start()
+    threading.Thread(target=lambda: [sock.send(sock.recv(999)) for _ in count()], daemon=True).start()
+    sock.send(b"ready")
+    sys.stdin.read()  # until the benchmark ends
+
+
+@contextmanager
+def partner(**options):
+    """Yield a Dispatcher that an echo() hears, and a function that sends it a ping, or a bare datagram, and waits."""
+    url = new_url()
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, Dispatcher(url, **options) as events:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(20)
+        words = [sys.executable, __file__, "--echo", str(sock.getsockname()[1])]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, "EVENTMON_URL": url}) as process:
+            sock.connect(sock.recvfrom(999)[1])
+            yield events, lambda data=b"": int(((sock.send(data) if data else events.send("ping")), sock.recv(999))[1])
+            process.kill()
+
+
+@contextmanager
+def by_hand():
+    """Yield a function that sends `n` events without eventmon, and the URL to which it sends them."""
+    url = new_url()
+    who = {"hostname": eventmon.default_hostname(), "pid": os.getpid(), "utcoffset": 0.0, "uuid": "5d0c91aa"}
+    where = eventmon.parse_url(url)
+
+    def send(n):
+        for i in range(n):
+            event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "progress": i}
+            sock.sendto(json.dumps(event).encode(), where[:2])
+
+    with eventmon.udp_socket(where) as sock:
+        sock.setblocking(True)
+        yield send, url
+
+
+def send_ours(events, n):
+    for i in range(n):
+        events.send("task-progress", uuid="5d0c91aa", progress=i)
+
+
+def send_row(n, heard, **options):
+    """Events a second: sent, or `heard`, which is to be in the State of another process."""
+    with ExitStack() as stack:
+        events, ping = stack.enter_context(partner(**options)) if heard else (Dispatcher(new_url(), **options), int)
+        send, _ = stack.enter_context(by_hand())
+        for rounds in count(1):
+            ours = seconds_for(lambda: (send_ours(events, n), events.flush(0), ping()))
+            if heard and ping() < n * rounds:
+                print(f"{n * rounds - ping():,} events were lost", file=sys.stderr)
+            yield n / ours, n / seconds_for(lambda: send(n))
+
+
+def receive_row(n, burst=50):
+    """Events a second that wait in a socket, where so many together find room in the smallest usual buffer."""
+    url = new_url()
+    with Receiver(url) as receiver, Dispatcher(url) as events, by_hand() as (send, other):
+        receiver.fileno()
+        with eventmon.listen(eventmon.parse_url(other)) as sock:
+            while True:
+                ours = naive = 0.0
+                for _ in range(n // burst):
+                    send_ours(events, burst)
+                    ours += seconds_for(lambda: deque(receiver.itercapture(burst, 5), maxlen=0))
+                    send(burst)
+                    naive += seconds_for(lambda: json.loads(sock.recvfrom(65536)[0]), burst) * burst
+                yield n / ours, n / naive
+
+
+def take_ours(state, events):
+    for event in events:
+        state.event(event)
+
+
+def take_by_hand(tasks, events):
+    for event in events:
+        tasks.setdefault(event["uuid"], {}).update(event)
+
+
+def take(taking, n):
+    """Have the events of `n` tasks taken, which come from JSON a thousand at a time; return the seconds."""
+    who = {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0, "clock": 1, "timestamp": 1.7e9}
+    received = {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0}
+    steps = ("received", received), ("started", {}), ("succeeded", {"result": "'photo.webp'", "runtime": 0.25})
+    seconds = 0.0
+    for start in range(0, n, 333):
+        pairs = [(f"task-{i}", step) for i in range(start, min(n, start + 333)) for step in steps]
+        dicts = ({"type": f"task-{subject}", "uuid": uuid, **who, **more} for uuid, (subject, more) in pairs)
+        events = [Event(**json.loads(json.dumps(fields))) for fields in dicts]
+        seconds += seconds_for(lambda events=events: taking(events))
+    return seconds
+
+
+def state_row(n):
+    """Events a second that a State takes, and a dict of dicts."""
+    while True:
+        seconds = take(partial(take_ours, State(max_tasks_in_memory=n)), n), take(partial(take_by_hand, {}), n)
+        yield 3 * n / seconds[0], 3 * n / seconds[1]
+
+
+def memory_row(n):
+    """Bytes for each finished task."""
+    while True:
+        sizes = []
+        for taking in partial(take_ours, State(max_tasks_in_memory=n)), partial(take_by_hand, {}):
+            tracemalloc.start()
+            take(taking, n)
+            sizes.append(tracemalloc.get_traced_memory()[0] / n)
+            tracemalloc.stop()
+        yield tuple(sizes)
+
+
+def query_row(n, ask, look):
+    """Microseconds of a question to a State of `n` tasks, 50 of which are running, and to a list of them."""
+    state, now = State(max_tasks_in_memory=n), time.time()
+    kinds = ["task-succeeded" if i % max(1, n // 50) else "task-started" for i in range(n)]
+    tasks = [Event(kind, uuid=str(i), timestamp=now - 60 + 60 * i / n, hostname="a") for i, kind in enumerate(kinds)]
+    take_ours(state, tasks)
+    while True:
+        yield 1e6 * seconds_for(lambda: ask(state), 20), 1e6 * seconds_for(lambda: look(tasks))
+
+
+def latency_row(n):
+    """Microseconds from send to a handler in another process, and of a bare datagram: half of the way and back."""
+    with partner() as (_, ping):
+        while True:
+            pairs = [(seconds_for(ping), seconds_for(lambda: ping(b"1")) / 2) for _ in range(n)]
+            ours, naive = (sorted(column)[n // 2] * 1e6 for column in zip(*pairs))
+            yield ours - naive, naive  # the answer to an event is a bare datagram
+
+
+def start_row(*words):
+    """Milliseconds of a process, and of one that imports what any such tool needs."""
+    bare = "-c", "import socket, json, threading, select"
+    options = {"cwd": MODULE.parent, "stdout": subprocess.DEVNULL, "env": {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}}
+    while True:
+        runs = ([sys.executable, *arguments] for arguments in (words, bare))
+        yield tuple(1e3 * seconds_for(lambda run=run: subprocess.run(run, check=True, **options)) for run in runs)
+
+
+def idle_row(seconds):
+    """Percent of a core."""
+    url = new_url()
+    with Dispatcher(url) as events, Receiver(url) as receiver:
+        receiver.fileno()
+        events.send("hello")
+        while True:
+            before = time.process_time()
+            receiver.capture(timeout=seconds)
+            yield 100 * (time.process_time() - before) / seconds, None
+
+
+def rows(scale):
+    """Yield what each row measures, its unit, and the row."""
+    n = max(50, int(10_000 * scale))
+    for how, options in (("one event a datagram", {}), ("buffered", {"buffer_group": ["task"]})):
+        yield f"send, {how}", "/s", send_row(n, False, **options)
+        yield f"send to State, {how}", "/s", send_row(n, True, **options)
+    yield "receive, one event a datagram", "/s", receive_row(n)
+    yield "State.event", "/s", state_row(n)
+    yield "State, memory of a finished task", " bytes", memory_row(n)
+    asks = {
+        "tasks_by_time(50)": lambda tasks: sorted(tasks, key=lambda task: task["timestamp"])[:-51:-1],
+        "iteractive()": lambda tasks: [task for task in tasks if task["type"] == "task-started"],
+        "scale_graph()": lambda tasks: Counter(int(task["timestamp"]) for task in tasks),
+    }
+    for name, look in asks.items():
+        ask = eval(f"lambda state: list(state.{name})")
+        yield f"State.{name} of {10 * n:,}", " us", query_row(10 * n, ask, look)
+    yield "latency, send to handler", " us", latency_row(max(10, n // 50))
+    yield "python eventmon.py --version", " ms", start_row(str(MODULE), "--version")
+    yield "python -m eventmon --version", " ms", start_row("-m", "eventmon", "--version")
+    yield "idle Dispatcher and Receiver", " %", idle_row(2 * min(1.0, scale))
+
+
+def machine():
+    cpu = pathlib.Path("/proc/cpuinfo")
+    model = re.search("model name\\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    python = f"{platform.python_implementation()} {platform.python_version()} on {platform.system()}"
+    return f"eventmon {eventmon.__version__}, {python}, {os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+
+
+def benchmark():
+    """Measure this machine: the best of a few rounds, in turns with what a user would write by hand."""
+    parser = argparse.ArgumentParser(description=benchmark.__doc__)
+    parser.add_argument("--json", action="store_true", help="print each row as a line of JSON")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="how much work: 1 takes about a minute")
+    parser.add_argument("--echo", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.echo:
+        return echo(options.echo)
+    if not options.json:
+        print(f"{machine()}\n\n| | eventmon | by hand | ratio |\n|---|--:|--:|--:|", flush=True)
+    for what, unit, row in rows(options.scale):
+        end, pairs = time.monotonic() + 3 * options.scale, []
+        with closing(row):
+            while len(pairs) < 2 or time.monotonic() < end and len(pairs) < 20:
+                pairs.append(next(row))
+        best = max if unit == "/s" else min
+        ours, naive = (None if None in column else best(column) for column in zip(*pairs))
+        cells = {"eventmon": ours, "by hand": naive, "ratio": naive and ours / naive}
+        if options.json:
+            print(json.dumps({"what": what, "unit": unit.strip(), **cells}), flush=True)
+        else:
+            shown = ("" if n is None else f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in cells.values())
+            print("| {} | {}{unit} | {}{unit} | {} |".format(what, *shown, unit=unit).replace(f"| {unit} |", "| |"), flush=True)
+
+
+
+if __name__ == "__main__":
+    sys.exit(benchmark())
+
+import pytest  # noqa: E402 - the benchmark does without it
+
 README = MODULE.with_name("README.md").read_text(encoding="utf-8")
 SOURCE = ("127.0.0.1", 4711)
 STREAM = b"0123456789abcdef"
-numbers = count(os.getpid())
 
 
 @pytest.fixture(autouse=True)
 def url(monkeypatch):
     """A group and port of its own for each test, also for the processes it starts."""
-    number = next(numbers)
-    where = f"udp://239.255.{number // 200 % 200}.{1 + number % 200}:{20000 + number % 20000}?interface=127.0.0.1&ttl=0"
+    where = new_url()
     monkeypatch.setenv("EVENTMON_URL", where)
     monkeypatch.delenv("EVENTMON_KEY", raising=False)
     return where
@@ -3385,8 +3628,6 @@ def test_a_bad_line_of_send_is_named_and_the_rest_is_sent():
         (["run", "--"], 2),
         (["run", "--nonsense", "true"], 2),
         (["run", "--url", "x", "true"], 2),
-        (["bench", "--scale", "x"], 2),
-        (["bench", "--scale", "0", "--url", "http://x"], 2),
     ],
 )
 def test_an_error_is_one_line_and_a_status(words, status, capsys):
@@ -3434,7 +3675,7 @@ def test_help_and_version_go_to_standard_output(capsys):
     assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    for name in ("watch", "send", "run", "demo", "check", "bench"):
+    for name in ("watch", "send", "run", "demo", "check"):
         assert re.search(rf"^ +{name} ", listed, re.MULTILINE)
         assert main([name, "--help"]) == 0
         text = capsys.readouterr().out
@@ -3989,73 +4230,14 @@ def test_the_shop_of_the_demo_has_chains_retries_failures_progress_and_a_worker_
         next(worker)
 
 
-BENCH = [
-    "send, one event a datagram",
-    "send to State, one event a datagram",
-    "send, buffered",
-    "send to State, buffered",
-    "receive, one event a datagram",
-    "State.event",
-    "State, memory of a finished task",
-    "State.tasks_by_time(limit=50)",
-    "State.iteractive()",
-    "State.scale_graph()",
-    "latency, send to handler",
-    "import eventmon",
-    "idle Dispatcher",
-    "idle watcher",
-]
-
-
-def test_bench_measures_everything_beside_what_a_user_would_write_by_hand(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "json.py").write_text("this is not the module json")
-    module = shutil.copy(MODULE, tmp_path / "folder" / "renamed.py")
-    command = [sys.executable, module, "bench", "--json", "--scale", "0.02"]
-    done = subprocess.run(command, cwd=tmp_path, timeout=30, capture_output=True, check=False)
+def test_the_benchmark_runs_without_pytest_and_measures_what_the_readme_tells(tmp_path):
+    words = [sys.executable, "-S", __file__, "--json", "--scale", "0.01"]  # -S: no site-packages, and so no pytest
+    done = subprocess.run(words, cwd=tmp_path, timeout=60, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["what"] for row in rows] == BENCH
-    for row in rows:
-        assert row["figure"] > 0, row
-        assert row["unit"] in ("/s", "bytes", "us", "ms", "%"), row
-        assert row.get("lost", 0) == 0, row
-        if row["what"].startswith("idle"):
-            assert row["naive"] is row["ratio"] is None
-        else:
-            assert row["ratio"] == pytest.approx(row["figure"] / row["naive"])
-
-
-def test_bench_prints_a_table_with_a_key_as_well(tmp_path):
-    (tmp_path / "key").write_bytes(b"\xff secret")
-    status, out, errors = run("bench", "--scale", "0.02", "--key-file", str(tmp_path / "key"))
-    assert (status, errors) == (0, [])
-    system, head, *lines = out.decode().splitlines()
-    assert eventmon.__version__ in system
-    assert head.split("  ")[-1].strip() == "ratio"
-    assert [line[:36].strip() for line in lines] == BENCH
-    assert {len(line) for line in (head, *lines)} == {len(head)}  # and nothing is said to be lost
-
-
-def test_a_process_of_the_bench_that_fails_or_hangs_is_one_line(monkeypatch, url):
-    with pytest.raises(eventmon.Failure, match="scheme"):
-        next(eventmon.child(eventmon.hear, "http://x", "", 1))
-    hearer = eventmon.child(eventmon.hear, url, "", 1)
-    assert next(hearer) == "listening"
-    monkeypatch.setattr(eventmon, "ANSWER_TIME", 0.1)
-    with pytest.raises(eventmon.Failure, match="no answer"):
-        next(hearer)
-
-
-def test_a_process_of_the_bench_ends_with_its_generator(monkeypatch, url):
-    processes = []
-    monkeypatch.setattr(
-        subprocess.Popen, "kill", lambda self, kill=subprocess.Popen.kill: (processes.append(self), kill(self))
-    )
-    hearer = eventmon.child(eventmon.hear, url, "", 1)
-    assert next(hearer) == "listening"
-    hearer.close()
-    assert [process.returncode is not None for process in processes] == [True]
+    measured = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(row["eventmon"] > 0 for row in measured)
+    told = re.findall(r"^\| ([^|]+) \| [0-9,.]+(/s| [a-z%]+) \| .* \| .* \|$", README, re.MULTILINE)
+    assert [(row["what"], row["unit"]) for row in measured] == [(what, unit.strip()) for what, unit in told]
 
 
 def test_every_public_name_is_there_and_documented():
