@@ -1390,9 +1390,9 @@ class Dispatcher:
                 window.waited(since, now)
                 self._ask(now)
 
-    def _pause(self, now: float) -> float:
+    def _pause(self, now: float, longest: float = 0.01) -> float:
         """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(0.01, max(0.001, (now - self._window.advanced_at) / 2))
+        return min(longest, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
@@ -1418,7 +1418,7 @@ class Dispatcher:
                 if enough or now >= start + timeout:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(self._pause(now))
+            time.sleep(self._pause(now, 0.04))  # the thread sees to the rest
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
@@ -1933,7 +1933,8 @@ class Receiver:
 
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
-    MAX_QUEUED = 8 << 20  # bytes read and not delivered yet, from which on no more is read
+    MAX_AHEAD = 32  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
+    MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
     MAX_READ = 32  # datagrams that are read at a time
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
@@ -1963,7 +1964,6 @@ class Receiver:
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
         self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
-        self._senders: OrderedDict[Stream, float] = OrderedDict()  # of these, who has sent data lately -> when
         self._unconfirmed: dict[Stream, None] = {}
         self._broken: dict[Stream, None] = {}  # streams with gaps
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
@@ -2069,6 +2069,9 @@ class Receiver:
                 found = bool(self._queue)
                 if found:
                     self._parse()
+                    for _ in range(self.MAX_AHEAD):
+                        if self._queued > self.MAX_QUEUED or not self._read(0.0, self.MAX_READ):
+                            break
                 else:
                     found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
                 # whoever does not want to wait reads what is no event for 20 ms at most
@@ -2331,7 +2334,6 @@ class Receiver:
         start = self._displaced.pop(frame.stream, start)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
-        self._senders[stream] = now
         self._plan_ack(stream, now)
         return stream
 
@@ -2342,7 +2344,7 @@ class Receiver:
         if len(self._displaced) > 16 * self.MAX_STREAMS:
             del self._displaced[next(iter(self._displaced))]
             self._crowded_until = now + 60
-        for known in (self._unconfirmed, self._broken, self._senders, self._announced):
+        for known in (self._unconfirmed, self._broken, self._announced):
             known.pop(stream, None)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
@@ -2376,14 +2378,8 @@ class Receiver:
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
         """Confirm what has come of a stream, also as part of a NAK, if there is a socket to send it with."""
-        now = time.monotonic()
-        if stream.cost:
-            self._senders[stream] = now
-            self._senders.move_to_end(stream)
-        while self._senders and next(iter(self._senders.values())) < now - 0.5:
-            self._senders.popitem(last=False)
         window = stream.window
-        room = min(self._space // 2, ROOM) // max(1, len(self._senders))  # shared by who sends at the same time
+        room = min(self._space // 2, ROOM) // max(1, len(self._unconfirmed))  # shared by who sends at the same time
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
         stream.cost, stream.ack_at = 0, inf
