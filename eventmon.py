@@ -58,6 +58,13 @@ of a process, and 32 hex digits of the HMAC-SHA-256 of everything else.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - which says what is wrong
+    raise (SystemExit if __name__ == "__main__" else ImportError)("eventmon needs Python 3.9 or newer")
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # this file's folder, in which the user may have a random.py
+
 import atexit
 import errno
 import json
@@ -66,7 +73,6 @@ import re
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 from bisect import bisect_right
