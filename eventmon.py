@@ -962,6 +962,9 @@ class Dispatcher:
 
         if freq is not None and not freq >= 0:
             raise ValueError(f"freq is {freq!r}, expected seconds")
+        groups, buffer_group = frozenset(groups or ()), frozenset(buffer_group)
+        again = partial(type(self), url, hostname, enabled=enabled, groups=groups, buffer_group=buffer_group, freq=freq)
+        self._again = partial(again, buffer_limit=buffer_limit, key=key, max_wait=max_wait, max_repr=max_repr)
         self.url = url_from(url)
         self.enabled = False
         self.on_enabled: set[Callable[[], object]] = set()
@@ -970,8 +973,8 @@ class Dispatcher:
         self._url = parse_url(self.url)
         self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
         self._name = hostname
-        self._groups = frozenset(groups or ())
-        self._buffered = frozenset(buffer_group)
+        self._groups = groups
+        self._buffered = buffer_group
         self._buffer_limit = max(1, buffer_limit)
         self._freq = freq
         self._key = key_from(key)
@@ -1147,20 +1150,23 @@ class Dispatcher:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        return self._again, ()  # pickled or copied, it is a new one
+
     def __repr__(self) -> str:
         return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
 
     # From here on: an event on its way to the kernel.
 
-    def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False) -> Event | None:
-        known = self._look_up(type)
+    def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
+        known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
         if known is None:
             return None
         ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
-        self._post(format_json(event), known.buffered)
+        self._post(format_json(event), known.buffered or hold)
         return event
 
     def _look_up(self, type: Any) -> Known | None:
@@ -1482,16 +1488,18 @@ class Dispatcher:
 
     # The worker and its tasks.
 
-    def _sends_tasks(self) -> bool:
-        """Whether it is worth while to tell more of a task."""
+    def sends_tasks(self) -> bool:
+        """Whether the events of tasks are sent."""
         return self.enabled and (not self._groups or "task" in self._groups)
 
-    def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
-        self._send("task-received", {"uuid": uuid, **fields})
+    def begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
+        """Send task-received, with `fields`, and task-started, together in a datagram; errors as in send()."""
+        self._send("task-received", {"uuid": uuid, **fields}, hold=True)
         self._send("task-started", {"uuid": uuid})
         self._count_task(1, 0)
 
-    def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+    def end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+        """Send how a task ended; never raises."""
         self._count_task(-1, 1)
         self._send_quietly(type, {"uuid": uuid, **outcome})
 
@@ -1550,9 +1558,7 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
-MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
-MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
+# The screen alone uses these three.
 
 
 def weight(value: Any, most: int, depth: int = 0) -> int:
@@ -1606,14 +1612,26 @@ def start_of(pieces: Iterable[str], limit: int) -> str:
     return "".join(taken)[:limit]
 
 
-BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
+# From here on: tasks and logs.
+
+MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
+MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
+STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
+_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)  # the last one that began here
+_logging: ContextVar[bool] = ContextVar("eventmon_logging", default=False)  # whether a LogHandler is at work
 
 
-def repr_brackets(value: Any) -> Sequence[str] | None:
-    """Return what stands around the items of a value in its repr, None if it has none, or is of a class of the user's."""
-    if type(value) is tuple and len(value) == 1:
-        return "(", ",)"
-    return BRACKETS.get(type(value)) if value or type(value) is not set else None
+def start_of_value(value: Any, limit: int, left: Iterator[int]) -> Any:
+    """Return a copy of a value that takes no more items than are `left`, nor characters of a text than `limit`."""
+    kind = type(value)
+    if kind in (str, bytes):
+        return value[:limit]
+    if kind is dict:
+        pairs = ((key, value[key]) for key, _ in zip(value, left))
+        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for key, item in pairs}
+    if kind in (list, tuple, set):
+        return kind(start_of_value(item, limit, left) for item, _ in zip(value, left))
+    return value
 
 
 def cut(text: str, limit: int) -> str:
@@ -1622,194 +1640,187 @@ def cut(text: str, limit: int) -> str:
 
 
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
-    """Return the repr of `value`, visibly shortened; of a large list, tuple, dict, set or text no more of it is made."""
-    try:
-        large = weight(value, 4 * limit) > 4 * limit
-        text = start_of(spell(value, limit, readable, repr_brackets), limit + 1) if large else readable(value)
-    except Exception:  # noqa: BLE001 - of a class of the user's, or another thread changes the value
-        text = readable(value)
-    return cut(text, limit)
+    """Return the repr of a value, visibly cut where it has more than `limit` characters; no more of it is made."""
+    with suppress(Exception):  # a value inside itself, or one that another thread changes
+        value = start_of_value(value, limit, iter(range(limit)))
+    return cut(readable(value), limit)
 
 
-def traceback_of(problem: BaseException) -> str:
-    """Return the end of an exception's traceback."""
+OUR_FRAME = re.compile(  # in a traceback, which may be that of an exception group
+    rf'^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n(\1    .*\n)*',
+    re.MULTILINE,
+)
+
+
+def traceback_of(problem: BaseException, inside: bool = False) -> str:
+    """Return the end of an exception's traceback, without our frames.
+
+    An exception that leaves a task `inside` another takes the text along: the outer one only adds its own frames.
+    """
+    import linecache
     import traceback
 
     try:
-        lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
+        told: tuple[int, str] = vars(problem).pop("_eventmon", (0, ""))
+        start, text = told  # from this traceback object on
+        node, outer = problem.__traceback__, ""
+        while start and node and id(node) != start:
+            frame, line = node.tb_frame, node.tb_lineno
+            source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
+            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n    {source}\n'
+            node = node.tb_next
+        if not (start and node):
+            lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
+            text = OUR_FRAME.sub("", "\n" + "".join(lines))
+        elif text.count('  File "') < MAX_FRAMES / 2:
+            causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
+            text = causes + header + OUR_FRAME.sub("", outer) + rest if header else text  # that of an exception group
+        text = text[-MAX_TRACEBACK:]
+        if inside:
+            vars(problem)["_eventmon"] = id(problem.__traceback__), text
+        return text.lstrip("\n")
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
-        lines = [readable(problem)]
-    return "".join(lines)[-MAX_TRACEBACK:]
+        return readable(problem)
 
 
-def running(task: Task | None) -> Task | None:
-    """Return a task, or the one around it, that has not ended."""
-    for _ in range(MAX_DEPTH):  # who enters a task inside itself makes a circle
-        if task is None or not task._ended:
-            return task
-        task = task._outer
-    return None
+def reserve(calls: int) -> None:
+    """Raise RecursionError, without these frames, unless the stack has room for so many calls."""
+    try:
+        if calls:
+            reserve(calls - 1)
+    except RecursionError as problem:
+        raise problem.with_traceback(None) from None
 
 
 class Task:
     """One task, or by way of a decorated function one at each call; made by Dispatcher.task().
 
-    As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds) or
-    task-failed (exception, traceback, runtime), and lets the exception pass. A decorated function, coroutine function,
-    generator function (also an async one) or method adds args, kwargs and result, each shortened to the Dispatcher's
-    `max_repr` characters of repr; a generator is a task from its first value to its last, or until it is closed.
-    A task inside another, in the same context (see contextvars), has it as parent_id, and the outermost as root_id.
-    `uuid` is its name among all tasks.
+    As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds),
+    task-failed (exception, traceback, runtime) or, after retried(), task-retried, and lets the exception pass. A
+    decorated function, coroutine function, generator function (also an async one) or method adds args, kwargs and
+    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to its
+    last, or until it is closed. A task that begins while another runs in the same context (see contextvars) has the
+    innermost one as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
         from uuid import uuid4
 
         self.name = name
-        self.uuid = uuid or str(uuid4())
-        self.root_id = self.uuid
-        self._dispatcher = dispatcher
-        self._given = uuid
-        self._fields = fields
-        self._outer: Task | None = None  # the one in which this one runs just now
-        self._inner: Task | None = None  # the one that is open in it while it is suspended
-        self._ended = False
-        self._result: dict[str, Any] = {}
+        self.uuid = self.root_id = uuid or str(uuid4())
+        self._dispatcher, self._given, self._fields = dispatcher, uuid, fields
+        self._outer: Task | None = None  # the one in which this one began
+        self._is_parent = True
+        self._ended = self._retried = False
+        self._outcome: dict[str, Any] = {}
 
-    def progress(self, fraction: float, **fields: Any) -> None:
-        """Send task-progress: `fraction` of the work, 0 to 1, is done."""
+    def running(self) -> Task | None:
+        """Return this task or, if it has ended, the innermost one around it that has not."""
+        task: Task | None = self
+        while task and task._ended:
+            task = task._outer
+        return task
+
+    def progress(self, fraction: Any, **fields: Any) -> None:
+        """Send task-progress: `fraction` of the work, any number from 0 to 1, is done."""
+        with suppress(Exception):  # what is no number is sent as it is
+            fraction = float(fraction)
         self._dispatcher.send("task-progress", uuid=self.uuid, progress=fraction, **fields)
 
     def retried(self, exception: BaseException | None = None) -> None:
-        self._retried = exception
+        """Say that this attempt failed and another follows: the task ends with task-retried, however it ends."""
+        self._retried, self._outcome = True, {} if exception is None else self._failure(exception)
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        parent = _current_task.get()
+        reserve(STACK)
+        last = _current_task.get()
+        outer = last.running() if last else None
         fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
-        fields.update(root_id=parent.root_id if parent else self.uuid, parent_id=parent.uuid if parent else None)
+        fields.update(root_id=outer.root_id if outer else self.uuid, parent_id=outer.uuid if outer else None)
         fields.update(self._fields)
-        self.root_id = fields["root_id"]
-        self._ended = False
-        self._start = time.monotonic()
-        self._dispatcher._begin_task(self.uuid, fields)
-        outer = running(parent)
-        self._outer = outer if outer is not self else None
-        _current_task.set(self)
+        self._dispatcher.begin_task(self.uuid, fields)
+        self.root_id, self._outer, self._start = fields["root_id"], outer, time.monotonic()
+        self._ended, self._retried, self._outcome = False, False, {}
+        if self._is_parent:
+            _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        outer = running(self._outer)
-        if _current_task.get() is self:  # else another one has begun since, or this is the context of another thread
-            _current_task.set(outer)
-        self._ended, self._outer = True, outer  # so that no chain of ended ones grows
-        outcome = {**self._result, "runtime": time.monotonic() - self._start}
-        # Nobody wants more of a generator: that is no failure.
-        if problem is None or isinstance(problem, GeneratorExit):
-            self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
-        else:
-            if self._dispatcher._sends_tasks():
-                text = shortened(problem, self._dispatcher.max_repr)
-                outcome.update(exception=text, traceback=traceback_of(problem))
-            self._dispatcher._end_task("task-failed", self.uuid, outcome)
+        outer, self._outer, self._ended = self._outer, None, True
+        self._outer = outer.running() if outer else None  # so that no chain of ended ones grows
+        if _current_task.get() is self:  # else another one has begun since, or this is another context
+            _current_task.set(self._outer)
+        failed = problem is not None and not isinstance(problem, GeneratorExit)  # which ends a generator, no failure
+        outcome = {"runtime": time.monotonic() - self._start, **(self._failure(problem) if failed else {})}
+        type = "task-retried" if self._retried else "task-failed" if failed else "task-succeeded"
+        self._dispatcher.end_task(type, self.uuid, {**outcome, **self._outcome})
 
-    def _suspend(self) -> None:
-        """Let others begin where this task began: who iterates a generator is no part of it."""
-        self._inner = _current_task.get()
-        _current_task.set(running(self._outer))
-
-    def _resume(self) -> None:
-        """Let others begin inside this task again."""
-        self._outer = running(_current_task.get())
-        _current_task.set(self._inner)
+    def _failure(self, problem: Any) -> dict[str, str]:
+        """Return what is told of an exception."""
+        text = self._brief(problem)
+        nested = self._outer is not None or not self._is_parent  # of a generator nobody knows
+        return {"exception": text, "traceback": traceback_of(problem, nested)} if text else {}
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher._sends_tasks() else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
 
-    def _call(self, args: Any, kwargs: Any) -> Task:
+    def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
         """Return the task of one call of a decorated function."""
         fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
-        return Task(self._dispatcher, self.name, self._given, fields)
+        task = Task(self._dispatcher, self.name, self._given, fields)
+        task._is_parent = is_parent
+        return task
 
     def _returned(self, result: Any) -> Any:
-        self._result = {"result": self._brief(result)}
+        self._outcome["result"] = self._brief(result)
         return result
 
     def __call__(self, function: Function) -> Function:
         """Decorate a function, coroutine function, generator function or method."""
         import inspect
 
-        whole: Any = function
-        if isinstance(function, (classmethod, staticmethod)):
-            return type(whole)(self(whole.__func__))  # type: ignore[no-any-return]
-        if not callable(whole):
-            raise TypeError(f"a task is {readable(whole)}, expected a function")
-        kinds = (
-            (inspect.isasyncgenfunction, self._wrap_async_generator),
-            (inspect.isgeneratorfunction, self._wrap_generator),
-            (inspect.iscoroutinefunction, self._wrap_coroutine),
-        )
-        forms = whole, type(whole).__call__  # that of an object may be of any kind
-        wrap = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), self._wrap_function)
-        return wraps(whole)(wrap(whole))  # type: ignore[return-value]
+        body: Any = function
+        if isinstance(body, (classmethod, staticmethod)):
+            return type(body)(self(body.__func__))  # type: ignore[return-value]
+        if not callable(body):
+            raise TypeError(f"a task is {readable(body)}, expected a function")
 
-    def _wrap_function(self, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def in_task(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(function(*args, **kwargs))
+                return task._returned(body(*args, **kwargs))
 
-        return call
-
-    def _wrap_coroutine(self, function: Any) -> Any:
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def in_task_async(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(await function(*args, **kwargs))
+                return task._returned(await body(*args, **kwargs))
 
-        return call
+        def in_task_generator(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs, is_parent=False) as task:
+                return task._returned((yield from body(*args, **kwargs)))
 
-    def _wrap_generator(self, function: Any) -> Any:
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs) as task:
-                generator = function(*args, **kwargs)
-                step, value = generator.send, None
-                while True:
-                    try:
-                        item = step(value)
-                    except StopIteration as stop:
-                        return task._returned(stop.value)
-                    task._suspend()
-                    try:
-                        step, value = generator.send, (yield item)
-                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
-                        step, value = generator.throw, problem
-                    item = None  # which may be large
-                    task._resume()
-
-        return generate
-
-    def _wrap_async_generator(self, function: Any) -> Any:
-        async def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs) as task:
-                generator = function(*args, **kwargs)
-                hooks = sys.get_asyncgen_hooks()
-                sys.set_asyncgen_hooks(
-                    None, None
-                )  # an event loop that ends closes this one alone, which closes the other
-                step = generator.asend(None)
+        async def in_task_async_generator(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs, is_parent=False):
+                generator, hooks = body(*args, **kwargs), sys.get_asyncgen_hooks()
+                sys.set_asyncgen_hooks(None, None)  # at its end the event loop closes this one, and this one the other
+                step = generator.__anext__()
                 sys.set_asyncgen_hooks(*hooks)
                 while True:
                     try:
                         item = await step
                     except StopAsyncIteration:
                         return
-                    task._suspend()
                     try:
                         step = generator.asend((yield item))
                     except BaseException as problem:  # noqa: BLE001 - for the generator to see
                         step = generator.athrow(problem)
-                    item = None
-                    task._resume()
 
-        return generate
+        kinds: Any = (
+            (inspect.isasyncgenfunction, in_task_async_generator),
+            (inspect.isgeneratorfunction, in_task_generator),
+            (inspect.iscoroutinefunction, in_task_async),
+        )
+        forms = body, type(body).__call__  # that of an object may be of any kind
+        wrap: Any = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), in_task)
+        return wraps(function)(wrap)  # type: ignore[return-value]
 
 
 @lru_cache(None)
@@ -1818,10 +1829,9 @@ def log_handler() -> type:
     import logging
 
     class LogHandler(logging.Handler):
-        """Sends log records as events: "log-warning" with logger, message, the current task's uuid, and exception.
+        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
 
-        Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event of a record, by the
-        record's own arguments or by the report of a failure, is not sent.
+        Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
         """
 
         __qualname__ = "LogHandler"
@@ -1829,10 +1839,9 @@ def log_handler() -> type:
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
-            self._busy = threading.local()
 
         def createLock(self) -> None:
-            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for it for ever."""
+            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for ever."""
             self.lock = None
 
         def handle(self, record: Any) -> Any:
@@ -1844,29 +1853,24 @@ def log_handler() -> type:
 
         def emit(self, record: logging.LogRecord) -> None:
             """Send the record."""
-            if getattr(self._busy, "now", False):
+            if _logging.get():
                 return
-            self._busy.now = True
+            token = _logging.set(True)
             try:
-                self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", self._fields(record))
+                fields: Any = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
+                last, problem = _current_task.get(), record.exc_info and record.exc_info[1]
+                task = last.running() if last else None
+                if task:
+                    fields["uuid"] = task.uuid
+                if problem or record.exc_text:
+                    fields["exception"] = traceback_of(problem, task is not None) if problem else record.exc_text
+                with suppress(ValueError):  # closed, or too large
+                    self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
-                try:
+                with suppress(Exception):  # there may be no standard error to tell of it
                     self.handleError(record)
-                except Exception:  # noqa: BLE001, S110 - there may be no standard error to tell of it
-                    pass
             finally:
-                self._busy.now = False
-
-        def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
-            fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-            if record.exc_text:
-                fields["exception"] = record.exc_text
-            elif record.exc_info and self.formatter:
-                fields["exception"] = self.formatter.formatException(record.exc_info)
-            elif record.exc_info and record.exc_info[1]:
-                fields["exception"] = traceback_of(record.exc_info[1])
-            task = _current_task.get()
-            return {**fields, "uuid": task.uuid} if task else fields
+                _logging.reset(token)
 
     return LogHandler
 
@@ -1879,7 +1883,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # for pydoc
-
 
 
 # --- Receiver -----------------------------------------------------------------------------------------------------
@@ -4803,20 +4806,16 @@ def run(options: Any) -> int:
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise Failure("no command to run, expected run -- COMMAND", 2)
+    name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
     uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-
-        def tell(type: str, **fields: Any) -> None:
-            with suppress(Exception):  # whatever of ours fails is nothing to the command
-                dispatcher.send(type, uuid=uuid, **fields)
-
-        name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
-        tell("task-received", name=name, args=args, kwargs="{}", retries=0)
-        tell("task-started")
+        with suppress(Exception):  # whatever of ours fails is nothing to the command
+            dispatcher.begin_task(uuid, {"name": name, "args": args, "kwargs": "{}", "retries": 0})
         outcome = run_command(words)
-        status = int(outcome["exit_status"])
-        tell("task-failed" if status else "task-succeeded", **outcome, runtime=time.monotonic() - began)
-    return status
+        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
+        with suppress(Exception):
+            dispatcher.end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
+    return int(outcome["exit_status"])
 
 
 # check

@@ -9,11 +9,11 @@ import asyncio
 import calendar
 import codecs
 import contextvars
+import copy
 import errno
 import gc
 import heapq
 import inspect
-import io
 import json
 import linecache
 import logging
@@ -34,13 +34,16 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import weakref
 import zipapp
 from collections import Counter, deque
 from contextlib import ExitStack, closing, contextmanager, suppress
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from types import SimpleNamespace
 
 import eventmon
@@ -1995,216 +1998,233 @@ def test_a_worker_has_a_heartbeat():
     assert expected <= events[1].keys()
 
 
-def test_a_task_tells_how_it_went():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        with dispatcher.task("job", uuid="u1", queue="q") as task:
-            task.progress(0.5, step="half")
-            with dispatcher.task("inner") as inner:
-                pass
-        events = list(receiver.itercapture(limit=7, timeout=20))
-    assert [event.subject for event in events] == [
-        "received",
-        "started",
-        "progress",
-        "received",
-        "started",
-        "succeeded",
-        "succeeded",
-    ]
-    assert {"name": "job", "uuid": "u1", "queue": "q", "retries": 0, "root_id": "u1"}.items() <= events[0].items()
-    assert {"progress": 0.5, "step": "half"}.items() <= events[2].items()
-    assert (events[3]["parent_id"], events[3]["root_id"], events[3]["uuid"]) == ("u1", "u1", inner.uuid)
-    assert events[6]["uuid"] == "u1"
-    assert events[6]["runtime"] >= events[5]["runtime"] >= 0
-
-
-def test_a_task_that_raises_has_failed():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-        with pytest.raises(ZeroDivisionError), dispatcher.task("job"):
-            1 / 0  # noqa: B018
-        *_, event = receiver.itercapture(limit=3, timeout=20)
-    assert event.type == "task-failed"
-    assert event["exception"] == "ZeroDivisionError('division by zero')"
-    assert "1 / 0" in event["traceback"]
-
-
-def test_a_task_never_replaces_the_exception_that_ended_it():
-    dispatcher = Dispatcher()
-    with pytest.raises(RuntimeError, match="mine"), dispatcher.task("job"):
-        dispatcher.close()
-        raise RuntimeError("mine" * 10**6)
-    with pytest.raises(ValueError, match="closed"), dispatcher.task("job"):
-        pass
-    assert eventmon._current_task.get() is None
-
-
-def test_a_decorated_function_or_coroutine_function_is_a_task_at_each_call():
-    with Receiver() as receiver, Dispatcher() as dispatcher:
-        receiver.fileno()
-
-        @dispatcher.task("add")
-        def add(a, b=0):
-            """Add."""
-            return "x" * 5000 if a == "long" else a + b
-
-        @dispatcher.task("wait")
-        async def wait(seconds):
-            await asyncio.sleep(seconds)
-            return "waited"
-
-        assert (add(1, b=2), len(add("long")), asyncio.run(wait(0))) == (3, 5000, "waited")
-        assert (add.__name__, add.__doc__) == ("add", "Add.")
-        events = list(receiver.itercapture(limit=9, timeout=20))
-    assert events[0]["args"] == "(1,)"
-    assert events[0]["kwargs"] == "{'b': 2}"
-    assert events[2]["result"] == "3"
-    assert len(events[5]["result"]) == 1024
-    assert events[5]["result"].endswith("…")
-    assert events[8]["result"] == "'waited'"
-    assert len({event["uuid"] for event in events}) == 3
+# --- Task, LogHandler ---
 
 
 @contextmanager
-def telling():
+def telling(**options):
     """A Dispatcher, and a function that returns its next events."""
-    with Receiver() as receiver, Dispatcher() as dispatcher:
+    with Receiver() as receiver, Dispatcher(**options) as dispatcher:
         receiver.fileno()
-        yield dispatcher, lambda n: list(receiver.itercapture(limit=n, timeout=20))
+        yield dispatcher, lambda n=math.inf: receiver.itercapture(limit=n, timeout=20)
 
 
-def subjects(events):
-    return [(event.subject, event.get("result")) for event in events]
+def told(work, **options):
+    """The events that work(dispatcher) sends."""
+    with telling(**options) as (dispatcher, next_events):
+        work(dispatcher)
+        dispatcher.send("end")
+        return list(takewhile(lambda event: event.type != "end", next_events()))
 
 
-def test_methods_are_tasks_and_keep_their_names_signatures_and_docstrings():
-    with telling() as (dispatcher, next_events):
+def test_a_task_tells_how_it_went():
+    def work(dispatcher):
+        with dispatcher.task("job", uuid="u", queue="q", retries=1) as task:
+            task.progress(0.5, step="half")
+        with suppress(ZeroDivisionError), task:
+            1 / 0  # noqa: B018
+        with suppress(KeyError), task:
+            task.retried(OSError("busy"))
+            raise KeyError("k")
+        with task:
+            task.retried()
 
-        class Shop:
-            def __repr__(self):
-                return "Shop()"
+    events = told(work)
+    ends = [event.subject for event in events if event.subject not in ("received", "started")]
+    assert ends == ["progress", "succeeded", "failed", "retried", "retried"]
+    assert {event["uuid"] for event in events} == {"u"}
+    first = {"name": "job", "queue": "q", "retries": 1, "args": "()", "kwargs": "{}", "root_id": "u", "parent_id": None}
+    assert first.items() <= events[0].items()
+    assert {"progress": 0.5, "step": "half"}.items() <= events[2].items()
+    succeeded, failed, retried, again = events[3], *events[6::3]
+    assert all(event["runtime"] >= 0 for event in (succeeded, failed, retried, again))
+    assert (failed["exception"], retried["exception"]) == ("ZeroDivisionError('division by zero')", "OSError('busy')")
+    assert "1 / 0" in failed["traceback"]
+    assert not {"exception", "traceback"} & (succeeded.keys() | again.keys())
 
-            @dispatcher.task("sell")
-            def sell(self, item, *, price: int = 5):
-                """Sell it."""
-                return price
 
-            @dispatcher.task("open")
-            @classmethod
-            def open(cls):
-                return cls
+def test_the_progress_of_a_task_is_any_number():
+    class Single:  # as numpy's float32
+        def __float__(self):
+            return 0.5
 
-            @staticmethod
-            @dispatcher.task("close")
-            def close():
-                return "closed"
+    values = {0: 0, Single(): 0.5, Decimal("0.1"): 0.1, Fraction(1, 4): 0.25, 10**400: 10**400, "half": "half"}
+    events = told(lambda dispatcher: [dispatcher.task("job").progress(value) for value in values])
+    assert [event["progress"] for event in events] == list(values.values())
 
-        assert (Shop().sell("tea", price=7), Shop.open(), Shop().close()) == (7, Shop, "closed")
+
+class Odd(Exception):
+    """An exception that no traceback can be made of."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_a_task_never_replaces_the_exception_that_ended_it():
+    def work(dispatcher):
+        for problem in (Odd(), SyntaxError("x", ("f", 1, 2, 3)), RuntimeError("mine" * 10**6)):
+            with pytest.raises(type(problem)), dispatcher.task("job"):
+                raise problem
+
+    assert [event.subject for event in told(work)] == ["received", "started", "failed"] * 3
+    dispatcher = Dispatcher()
+    with pytest.raises(RuntimeError, match="mine"), dispatcher.task("job"):
+        dispatcher.close()
+        raise RuntimeError("mine")
+    with pytest.raises(ValueError, match="closed"), dispatcher.task("job"):
+        pass
+
+
+def test_what_is_decorated_is_a_task_at_each_call_and_behaves_as_it_did():
+    class Shop:
+        def __repr__(self):
+            return "Shop()"
+
+        def sell(self, item, *, price: int = 5):
+            """Sell it."""
+            return price
+
+        async def __call__(self, result):
+            return await asyncio.sleep(0, result)
+
+    def work(dispatcher):
+        task = dispatcher.task("job")
+        Shop.sell, Shop.first, Shop.second = map(task, (Shop.sell, classmethod(repr), staticmethod(repr)))
+        assert (Shop().sell("tea", price=7), Shop.first(), Shop().second(1)) == (7, repr(Shop), "1")
         assert (Shop.sell.__doc__, str(inspect.signature(Shop.sell))) == ("Sell it.", "(self, item, *, price: int = 5)")
-        events = next_events(9)
-    assert (events[0]["args"], events[0]["kwargs"]) == ("(Shop(), 'tea')", "{'price': 7}")
-    assert subjects(events[2::3]) == [("succeeded", "7"), ("succeeded", repr(Shop)), ("succeeded", "'closed'")]
+        assert [asyncio.run(task(job)("x")) for job in (Shop(), Shop().__call__)] == ["x", "x"]
+        assert asyncio.run(task(partial(asyncio.sleep, 0))("x" * 5000)) == "x" * 5000
+        for wrong in (lambda: dispatcher.task(repr), lambda: task(42)):
+            with pytest.raises(TypeError, match="expected a"):
+                wrong()
+
+    calls = [({**received, **succeeded}, started) for received, started, succeeded in zip(*[iter(told(work))] * 3)]
+    assert [(call["args"], call["kwargs"], call["result"]) for call, _ in calls[:5]] == [
+        ("(Shop(), 'tea')", "{'price': 7}", "7"),
+        (f"({Shop!r},)", "{}", repr(repr(Shop))),
+        *(("(1,)", "{}", "'1'"), ("('x',)", "{}", "'x'"), ("('x',)", "{}", "'x'")),
+    ]
+    assert [(len(call["result"]), call["result"][-1]) for call, _ in calls[5:]] == [(1024, "…")]
 
 
-def test_a_generator_is_a_task_from_its_first_value_to_its_last():
-    with telling() as (dispatcher, next_events):
+def test_a_generator_is_a_task_from_its_first_value_to_its_last_and_behaves_as_it_did():
+    cleaned, problems = [], []
 
-        @dispatcher.task("count")
-        def numbers():
-            try:
-                got = yield 1
-            except KeyError:
-                got = "key"
-            yield got
-            return "done"
+    def numbers():
+        try:
+            yield (yield 1)
+        except KeyError:
+            yield "key"
+        return "done"
 
-        assert inspect.isgeneratorfunction(numbers)
-        unused = numbers()
-        one, two, three = numbers(), numbers(), numbers()
-        assert (next(one), one.send("x"), next(one, "end")) == (1, "x", "end")
-        assert (next(two), two.throw(KeyError("k"))) == (1, "key")
-        two.close()
+    async def later():
+        try:
+            yield (yield 1)
+        except KeyError:
+            yield "key"
+        finally:
+            cleaned.append(await asyncio.sleep(0))
+
+    async def use(make):
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
+        one, two, use.left_open = make(), make(), make()
+        assert [await one.__anext__(), await one.asend("x"), [item async for item in one]] == [1, "x", []]
+        assert [await two.__anext__(), await two.athrow(KeyError("k"))] == [1, "key"]
+        await use.left_open.__anext__()
+        await two.aclose()
+
+    def work(dispatcher):
+        make, make_later = dispatcher.task("job")(numbers), dispatcher.task("job")(later)
+        assert (inspect.isgeneratorfunction(make), inspect.isasyncgenfunction(make_later)) == (True, True)
+        unused, one, two, three = make(), make(), make(), make()
+        assert [next(one), one.send("x"), next(one, "end")] == [1, "x", "end"]
+        assert [next(two), two.throw(KeyError("k"))] == [1, "key"]
+        two.close(), unused.close(), next(three)
         with pytest.raises(OSError, match="oops"):
-            next(three), three.throw(OSError("oops"))
-        unused.close()
-        events = next_events(9)
-    assert subjects(events[2::3]) == [("succeeded", "'done'"), ("succeeded", None), ("failed", None)]
-    assert len({event["uuid"] for event in events}) == 3
+            three.throw(OSError("oops"))
+        asyncio.run(use(make_later))
+
+    ended = [event for event in told(work) if event.subject not in ("received", "started")]
+    assert [event.subject for event in ended] == ["succeeded"] * 2 + ["failed"] + ["succeeded"] * 3
+    assert [event.get("result") for event in ended] == ["'done'"] + [None] * 5
+    assert (cleaned, problems) == ([None] * 3, [])
 
 
-def test_an_async_generator_is_a_task_from_its_first_value_to_its_last():
-    with telling() as (dispatcher, next_events):
+def test_a_task_belongs_to_the_one_that_runs_where_it_begins_but_a_generator_is_nobodys_parent(logger):
+    def work(dispatcher):
+        logger.addHandler(eventmon.LogHandler(dispatcher))
 
-        @dispatcher.task("count")
-        async def numbers():
-            try:
-                await asyncio.sleep(0)
-                got = yield 1
-                yield got
-            except KeyError:
-                yield "key"
+        def task(uuid, **fields):
+            return dispatcher.task("job", uuid, **fields)
+
+        def leaf(uuid):
+            logger.warning("in %s", uuid)
+            with task(uuid):
+                pass
+
+        @task("generator")
+        def generate():
+            leaf("in generator")
+            yield
+
+        async def outlive(*events):
+            for uuid, event in zip(("while outer runs", "later"), events):
+                await event.wait()
+                leaf(uuid)
 
         async def use():
-            one, two = numbers(), numbers()
-            got = [await one.__anext__(), await one.asend("x"), [item async for item in one]]
-            got += [await two.__anext__(), await two.athrow(KeyError("k"))]
-            await two.aclose()
-            return got
-
-        assert inspect.isasyncgenfunction(numbers)
-        assert asyncio.run(use()) == [1, "x", [], 1, "key"]
-        events = next_events(6)
-    assert subjects(events[2::3]) == [("succeeded", None)] * 2
-
-
-def test_a_task_inside_another_has_it_as_parent_and_the_outermost_as_root():
-    with telling() as (dispatcher, next_events):
-        tasks = {name: dispatcher.task(name, uuid=name) for name in "abcdefg"}
-
-        @dispatcher.task("gen", uuid="gen")
-        def generate():
-            with tasks["b"]:
-                yield
-            with tasks["c"]:
-                yield
-
-        @dispatcher.task("async", uuid="async")
-        async def later():
-            with tasks["f"]:
+            events = asyncio.Event(), asyncio.Event()
+            with task("outer"):
+                with task("inner"):
+                    other = asyncio.create_task(outlive(*events))
+                    await asyncio.sleep(0)
+                events[0].set()
                 await asyncio.sleep(0)
+            events[1].set()
+            await other
 
-        with tasks["a"]:
+        def suspended(uuid):
+            with task(uuid):
+                yield
+
+        with task("a"):
             for _ in generate():
-                with tasks["d"]:
-                    pass
-        with tasks["e"]:
-            asyncio.run(later())
-        with tasks["g"]:
-            pass
-        parents = {}
-        for event in next_events(30):
-            if event.subject == "received" and event["uuid"] not in parents:
-                parents[event["uuid"]] = event["parent_id"], event["root_id"]
-    assert parents == {
-        "a": (None, "a"),
-        "gen": ("a", "a"),
-        "b": ("gen", "a"),
-        "d": ("a", "a"),
-        "c": ("gen", "a"),
-        "e": (None, "e"),
-        "async": ("e", "e"),
-        "f": ("async", "e"),
-        "g": (None, "g"),
-    }
+                leaf("beside generator")
+        asyncio.run(task("async")(use)())
+        with task("given", parent_id="elsewhere", root_id="far"):
+            leaf("in given")
+        one, two = suspended("one"), suspended("two")
+        next(one), next(two), next(one, None), next(two, None)  # they end in another order
+        contextvars.copy_context().run(next, three := suspended("three"))
+        three.close()  # in another context
+        again, other = task("again"), task("other")
+
+        def circle():
+            with again, again, other, again:  # it has no sense, but an end
+                pass
+
+        contextvars.copy_context().run(circle)
+        leaf("last")
+
+    events = told(work)
+    tags = {event["message"][3:]: event.get("uuid") for event in events if event.group == "log"}
+    above = {event["uuid"]: (event["parent_id"], event["root_id"]) for event in events if "parent_id" in event}
+    for uuid, parent, root in (
+        *(("a", None, "a"), ("generator", "a", "a"), ("in generator", "a", "a"), ("beside generator", "a", "a")),
+        *(("async", None, "async"), ("outer", "async", "async"), ("inner", "outer", "async")),
+        *(("while outer runs", "outer", "async"), ("later", "async", "async")),
+        *(("given", "elsewhere", "far"), ("in given", "given", "far")),
+        *(("one", None, "one"), ("two", "one", "one"), ("three", None, "three"), ("last", None, "last")),
+    ):
+        assert above[uuid] == (parent, root), uuid
+        assert tags.get(uuid, parent) == parent, uuid
 
 
 def test_a_task_that_starts_its_successor_is_not_kept():
     def step(n):
         with Dispatcher(enabled=False).task("tick") as task:
             alive.add(task)
-            context = contextvars.copy_context()  # as call_soon() does
-        return context
+            return contextvars.copy_context()  # as call_soon() makes one
 
     alive = weakref.WeakSet()
     context = contextvars.copy_context()
@@ -2213,57 +2233,12 @@ def test_a_task_that_starts_its_successor_is_not_kept():
     assert len(alive) < 5
 
 
-def test_a_task_goes_on_being_the_parent_whatever_ends_inside_it():
-    with telling() as (dispatcher, next_events):
-
-        def circle():
-            with one, one, two, one:  # a task inside itself has no sense, but an end
-                pass
-
-        with dispatcher.task("root", uuid="root"):
-            one, two = dispatcher.task("one"), dispatcher.task("two")
-            one.__enter__(), two.__enter__(), one.__exit__(None, None, None), two.__exit__(None, None, None)
-            with dispatcher.task("last"):
-                pass
-            contextvars.copy_context().run(circle)
-        (last,) = (event for event in next_events(24) if event.get("name") == "last")
-    assert last["parent_id"] == "root"
-
-
-def test_tasks_that_end_in_another_order_or_context_leave_no_parent_behind():
-    with telling() as (dispatcher, next_events):
-
-        def use(uuid):
-            with dispatcher.task("job", uuid=uuid):
-                yield
-
-        one, two = use("one"), use("two")
-        next(one), next(two), next(one, None), next(two, None)
-        three = use("three")
-        contextvars.copy_context().run(next, three)
-        three.close()  # in a context in which it did not begin
-        with dispatcher.task("given", uuid="given", parent_id="elsewhere", root_id="far"), dispatcher.task("last"):
-            pass
-        events = [event for event in next_events(15) if event.subject == "received"]
-    assert [(event["parent_id"], event["root_id"]) for event in events] == [
-        (None, "one"),
-        ("one", "one"),
-        (None, "three"),
-        ("elsewhere", "far"),
-        ("given", "far"),
-    ]
-
-
 @pytest.mark.parametrize(
     "value, limit, text",
     [
-        (("x" * 2000,), 10, "('xxxxxxx…"),
-        (b"x" * 2000, 10, "b'xxxxxxx…"),
-        ({"a": [(1,), {2}, set()]}, 100, "{'a': [(1,), {2}, set()]}"),
-        ({"a": [(1,), {2}, ()]}, 5, "{'a':…"[:4] + "…"),
-        ([(1,)] * 1000, 12, "[(1,), (1,)…"),
-        ([{1: "x"}] * 1000, 12, "[{1: 'x'}, …"),
-        ("x", 0, "…"),
+        *((("x" * 2000,), 10, "('xxxxxxx…"), (b"x" * 2000, 10, "b'xxxxxxx…"), ({"x" * 2000: 1}, 10, "{'xxxxxxx…")),
+        *(({"a": [(1,), {2}, set()]}, 100, "{'a': [(1,), {2}, set()]}"), ({"a": [(1,), {2}, ()]}, 5, "{'a'…")),
+        *(([(1,)] * 1000, 12, "[(1,), (1,)…"), ([{1: "x"}] * 1000, 12, "[{1: 'x'}, …"), ("x", 0, "…")),
     ],
 )
 def test_a_repr_is_shortened_visibly(value, limit, text):
@@ -2279,96 +2254,110 @@ def test_of_large_arguments_no_more_is_spelled_than_is_sent():
             Costly.made += 1
             return "costly"
 
-    with telling() as (dispatcher, next_events):
-        dispatcher.max_repr = 20
-
-        @dispatcher.task("job")
-        def job(values):
-            return values
-
-        assert len(job([Costly()] * 10**6)) == 10**6
-        received, _, succeeded = next_events(3)
-        made = Costly.made
-        assert made < 20
+    def work(dispatcher):
+        endless = [[[Costly()] * 1000] * 1000] * 1000
+        endless.append(endless)
+        job = dispatcher.task("job")(lambda *values: values[0])
+        assert len(job([Costly()] * 10**6, endless)) == 10**6
         dispatcher.disable()
-        assert dispatcher.task("job")(lambda value: 5)(Costly()) == 5
-        assert Costly.made == made
-    assert received["args"] == "([costly, costly, c…"
-    assert succeeded["result"] == "[costly, costly, co…"
+        job(Costly())
+        dispatcher.enable()
+
+    received, _, succeeded = told(work, max_repr=20)
+    assert (received["args"], succeeded["result"]) == ("([costly, costly, c…", "[costly, costly, co…")
+    assert Costly.made <= 3 * 20
 
 
-class Odd(Exception):
-    """An exception that no traceback can be made of."""
+def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
+    def work(dispatcher):
+        task = dispatcher.task("job")
 
-    def __getattr__(self, name):
-        raise KeyError(name)
-
-
-def test_a_task_never_replaces_an_exception_that_cannot_be_formatted():
-    with telling() as (dispatcher, next_events):
-        with pytest.raises(Odd), dispatcher.task("job"):
-            raise Odd
-        with pytest.raises(SyntaxError), dispatcher.task("job"):
-            raise SyntaxError("x", ("f", 1, 2, 3))
-        assert ["task-failed", "task-failed"] == [event.type for event in next_events(6)[2::3]]
-
-
-def test_of_a_deep_traceback_the_innermost_frames_are_sent():
-    def deeper(n):
-        return deeper(n - 1) if n else 1 / 0
-
-    with telling() as (dispatcher, next_events):
-        with pytest.raises(ZeroDivisionError), dispatcher.task("job"):
-            deeper(500)
-        text = next_events(3)[2]["traceback"]
-    assert text.rstrip().endswith("ZeroDivisionError: division by zero")
-    assert "1 / 0" in text
-    assert len(text.splitlines()) < 4 * eventmon.MAX_FRAMES
-
-
-def test_an_async_generator_that_is_left_open_ends_with_its_loop_in_silence():
-    problems, cleaned = [], []
-    with telling() as (dispatcher, next_events):
-
-        @dispatcher.task("count")
-        async def numbers():
+        @task
+        def divide(how):
             try:
-                yield 1
-            finally:
-                cleaned.append(await asyncio.sleep(0))
+                return 1 / 0
+            except ZeroDivisionError as problem:
+                if how == "cause":
+                    raise KeyError(how) from problem
+                if how == "group" and sys.version_info >= (3, 11):
+                    raise ExceptionGroup("both", [problem, KeyError(how)])  # noqa: F821 - of 3.11
+                raise
 
-        async def leave():
-            asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
-            leave.numbers = numbers()
-            await leave.numbers.__anext__()
+        @task
+        def generate(how):
+            yield divide(how)
 
-        asyncio.run(leave())
-        assert (problems, cleaned) == ([], [None])
-        assert subjects(next_events(3))[2] == ("succeeded", None)
+        @task
+        async def later(how):
+            return list(generate(how))
 
+        for how in ("plain", "cause", "group"):
+            with suppress(Exception), dispatcher.task("job"):
+                asyncio.run(later(how))
 
-def test_what_is_called_like_a_coroutine_function_is_one():
-    class Job:
-        async def __call__(self):
-            return await asyncio.sleep(0, "done")
-
-    with telling() as (dispatcher, next_events):
-        decorated = dispatcher.task("job")(Job())
-        partly = dispatcher.task("job")(partial(asyncio.sleep, 0, "slept"))
-        assert (asyncio.run(decorated()), asyncio.run(partly())) == ("done", "slept")
-        assert [event["result"] for event in next_events(6)[2::3]] == ["'done'", "'slept'"]
+    texts = [event["traceback"] for event in told(work) if event.subject == "failed"]
+    frames = [re.findall(r"test_eventmon.py\", line \d+, in (\w+)", text) for text in texts]
+    outer = ["work", "later", "generate", "divide"]
+    assert frames[:8] == [outer[-1:], outer[-2:], outer[-3:], outer, *(["divide", *outer[n:]] for n in (3, 2, 1, 0))]
+    assert not [text for text in texts if f'"{MODULE}"' in text]
+    assert len({text.splitlines()[-1] for text in texts}) == 2 + (sys.version_info >= (3, 11))
 
 
-def test_a_task_that_is_none_is_refused():
-    with Dispatcher() as dispatcher:
-        with pytest.raises(TypeError, match="expected a str"):
+def test_an_exception_that_passes_through_many_tasks_is_formatted_once_and_stays_as_it_was(monkeypatch):
+    made, form = [], traceback.format_exception
+    monkeypatch.setattr(traceback, "format_exception", lambda *args, **how: made.append(args) or form(*args, **how))
 
-            @dispatcher.task
-            def job():
-                pass
+    def work(dispatcher):
+        @dispatcher.task("deep")
+        def deeper(left):
+            if left:
+                return deeper(left - 1)
+            with dispatcher.task("inner"), dispatcher.task("innermost"):
+                raise ValueError("x")
 
-        with pytest.raises(TypeError, match="expected a function"):
-            dispatcher.task("job")(42)
+        with pytest.raises(ValueError, match="x") as info, dispatcher.task("outer"):
+            try:
+                deeper(50)
+            except ValueError as problem:
+                assert str(pickle.loads(pickle.dumps(problem))) == "x"
+                raise
+        assert (vars(info.value), len(made)) == ({}, 1)
+        with pytest.raises(RecursionError):
+            deeper(10**6)
+
+    events = told(work, max_wait=2)
+    received, started, failed = ([event for event in events if event.subject == how] for how in ("received", "started", "failed"))
+    assert (len(received) > 150, len(made)) == (True, 2)
+    assert {event["uuid"] for event in received} == {event["uuid"] for event in started}
+    assert {event["uuid"] for event in received} == {event["uuid"] for event in failed}
+    assert max(event["traceback"].count(", line ") for event in failed) <= eventmon.MAX_FRAMES
+
+
+def test_a_dispatcher_and_what_holds_one_can_be_pickled_copied_and_configured(tmp_path, url):
+    (tmp_path / "work.py").write_text(
+        "import logging.config, multiprocessing\nfrom eventmon import Dispatcher, LogHandler\n"
+        "class Work:\n    def __init__(self, how):\n"
+        "        self.events = Dispatcher(hostname=how, groups=['task', 'log'], max_repr=5)\n"
+        "        self.handler = LogHandler(self.events)\n        self.handler.setLevel('ERROR')\n"
+        "    def run(self):\n        self.events.send('other')\n        self.events.task('job')(str)('x' * 9)\n"
+        "        config = {'class': 'eventmon.LogHandler', 'dispatcher': self.events, 'level': self.handler.level}\n"
+        "        logging.config.dictConfig({'version': 1, 'handlers': {'h': config}, 'root': {'handlers': ['h']}})\n"
+        "        logging.warning('unheard'), logging.error('hello')\n"
+        "if __name__ == '__main__':\n    for how in ('spawn', 'forkserver'):\n"
+        "        process = multiprocessing.get_context(how).Process(target=Work(how).run)\n"
+        "        process.start()\n        process.join()\n"
+    )
+    with watching() as (_, events):
+        environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+        subprocess.run([sys.executable, "work.py"], cwd=tmp_path, env=environment, timeout=60, check=True)
+        wait_until(lambda: [event.type for event in events].count("log-error") == 2)
+    sent = [(event["hostname"], event.type, event.get("result")) for event in events if event.group != "worker"]
+    types = ("task-received", None), ("task-started", None), ("task-succeeded", "'xxx…"), ("log-error", None)
+    assert sent == [(how, *each) for how in ("spawn", "forkserver") for each in types]
+    with Dispatcher(hostname="one", enabled=False) as one, copy.deepcopy(one) as two:
+        assert (two is one, two.hostname, two.url, two.enabled) == (False, "one", url, False)
+        assert copy.deepcopy(one.task("x", "u")).uuid == "u"  # which is in the closure of a decorated function
+    assert pickle.loads(pickle.dumps(eventmon.LogHandler)) is eventmon.LogHandler
 
 
 @pytest.fixture
@@ -2378,98 +2367,75 @@ def logger():
 
 
 def test_log_records_become_events(logger):
-    with telling() as (dispatcher, next_events):
+    kept = []
+
+    def work(dispatcher):
         logger.addHandler(eventmon.LogHandler(dispatcher))
-        kept = []
         logger.addFilter(lambda record: kept.append(record) or True)
-        with dispatcher.task("job") as task:
-            logger.warning("%d left", 3)
+        logger.warning("%d left", 3)
         try:
             raise KeyError("gone")
         except KeyError:
             logger.exception("lost it")
-        first, second = (event for event in next_events(5) if event.group == "log")
-    assert {"type": "log-warning", "logger": "shop", "message": "3 left", "uuid": task.uuid}.items() <= first.items()
+
+    first, second = told(work)
+    assert {"type": "log-warning", "logger": "shop", "message": "3 left"}.items() <= first.items()
     assert first.timestamp == kept[0].created
     assert second.type == "log-error"
     assert "KeyError: 'gone'" in second["exception"]
-    assert "uuid" not in second
 
 
-def test_a_log_handler_never_raises(logger, capsys, monkeypatch):
+def test_a_log_handler_never_raises_and_never_loops(logger, capsys, monkeypatch):
     class Broken:
         def __str__(self):
             raise RuntimeError("broken")
 
-    with Dispatcher() as dispatcher:
-        logger.addHandler(eventmon.LogHandler(dispatcher))
-        logger.warning("%y", 1)
-        assert "ValueError" in capsys.readouterr().err
-        logger.warning("%s", Broken())
-        assert "broken" in capsys.readouterr().err
-        closed = io.StringIO()
-        closed.close()
-        monkeypatch.setattr(sys, "stderr", closed)
-        logger.warning("%s", Broken())
-    logger.warning("nobody hears this")
-
-
-def test_a_log_handler_never_loops(logger, monkeypatch):
     class Loud:
         def __str__(self):
             logger.warning("%s and %s", self, self)
             return "loud"
 
-    with telling() as (dispatcher, next_events):
+    def work(dispatcher):
         logger.addHandler(eventmon.LogHandler(dispatcher))
+        for message, args, problem in (("%y", (1,), "ValueError"), ("%s", (Broken(),), "broken")):
+            logger.warning(message, *args)
+            assert problem in capsys.readouterr().err
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=Broken().__str__))
+        logger.warning("%s", Broken())
         monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=logger.error, flush=lambda: None))
         logger.warning("%d", "x")  # whose report goes to standard error, and so is logged
         logger.warning("%s", Loud())
-        threading.Thread(target=logger.warning, args=("last",)).start()
-        assert [event["message"] for event in next_events(2)] == ["loud", "last"]
+        in_threads(logger.warning, ["last"])
+
+    assert [event["message"] for event in told(work)] == ["loud", "last"]
+    logger.warning("nobody hears this: the dispatcher is closed")
 
 
 def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets):
     """A __del__ or a signal handler logs in the middle of a send(), while another thread logs."""
     sending = threading.Event()
 
-    class Handler(eventmon.LogHandler):
-        def _fields(self, record):
+    class Message:
+        def __str__(self):
             sending.set()
-            return super()._fields(record)
+            return "other"
 
-    with telling() as (dispatcher, next_events):
-        logger.addHandler(Handler(dispatcher))
-        other = threading.Thread(target=logger.warning, args=("other",))
+    def log_between(data):
+        if b"outer" in data and not sending.is_set():
+            threading.Thread(target=logger.warning, args=(Message(),)).start()
+            assert sending.wait(20)
+            logger.warning("interrupting")
 
-        def work(data):
-            if b"outer" in data and not sending.is_set():
-                other.start()
-                assert sending.wait(20)
-                logger.warning("interrupting")
-
+    def work(dispatcher):
+        logger.addHandler(eventmon.LogHandler(dispatcher))
         dispatcher.send("hello")
-        sockets[-1].before_send = work
+        sockets[-1].before_send = log_between
         sender = threading.Thread(target=dispatcher.send, args=("outer",), daemon=True)
         sender.start()
         sender.join(20)
         assert not sender.is_alive()
-        told = [event.get("message", "") for event in next_events(4)]
-        assert sorted(told) == ["", "", "interrupting", "other"]
-    assert pickle.loads(pickle.dumps(eventmon.LogHandler)) is eventmon.LogHandler
 
-
-def test_a_log_handler_can_be_named_in_a_configuration():
-    code = """
-import logging.config
-from eventmon import Dispatcher
-handler = {"class": "eventmon.LogHandler", "dispatcher": Dispatcher()}
-logging.config.dictConfig({"version": 1, "handlers": {"events": handler}, "root": {"handlers": ["events"]}})
-logging.error("hello")
-"""
-    with watching() as (_, events):
-        subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, timeout=30, check=True)
-        wait_until(lambda: [event for event in events if event.get("message") == "hello"])
+    assert {event.get("message") for event in told(work)} == {None, "interrupting", "other"}
 
 
 # --- Receiver ---
@@ -5227,8 +5193,8 @@ def test_the_demo_has_workers_chains_failures_retries_progress_and_logs_and_leav
                 break
         demo.kill()
     assert any(task.get("parent_id") in tasks for task in tasks.values())
-    (trace,) = {task["traceback"].splitlines()[-2].strip() for task in tasks.values() if "traceback" in task}
-    assert trace.startswith("raise ConnectionRefusedError(")
+    (failed,) = {task["traceback"].splitlines()[-2].strip() for task in tasks.values() if task["type"] == "task-failed"}
+    assert failed.startswith("raise ConnectionRefusedError(")
     wait_until(lambda: not any(map(is_alive, pids.values())))
 
 
