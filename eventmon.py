@@ -3282,6 +3282,9 @@ def text_of(value: Any, limit: int) -> str:
     return text[:limit]
 
 
+NARROW = re.compile("[ -~·—…←─-▟▴▾]*")  # text that takes a cell for each character, and needs no closer look
+
+
 @lru_cache(4096)
 def glyph(char: str) -> tuple[str, int]:
     """Return what is shown for a character, and how many cells it takes (Unicode Standard Annex 11)."""
@@ -3304,12 +3307,12 @@ def printable(value: Any, limit: int = 1000) -> str:
 
 def cells(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
-    return len(text) if text.isascii() else sum([glyph(char)[1] for char in text])
+    return len(text) if NARROW.fullmatch(text) else sum([glyph(char)[1] for char in text])
 
 
 def chars_in(text: str, width: int) -> int:
     """Return how many characters of printable text fit in `width` columns."""
-    if text.isascii():
+    if NARROW.fullmatch(text):
         return min(len(text), width)
     return bisect_right(list(accumulate([glyph(char)[1] for char in text[: 2 * width + 1]])), width)
 
@@ -3326,9 +3329,10 @@ def fit(text: str, width: int, tail: bool = False) -> str:
 def fit_line(line: Iterable[Span], width: int) -> Line:
     """Return a line filled up, in the style of its end, or cut to `width` columns."""
     fitted = [Span("")]
-    for span in line:
-        fitted.append(span._replace(text=fit(span.text, min(width, cells(span.text)))))
-        width -= cells(fitted[-1].text)
+    for text, *looks in line:
+        size = cells(text)
+        fitted.append(Span(text if size <= width else fit(text, width), *looks))
+        width = max(0, width - size)
     return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
@@ -3746,13 +3750,10 @@ def order_of(layer: Layer) -> Any:
     return SHEETS[layer.kind].order if layer.order is None else layer.order
 
 
-def cell(column: Column, record: Any, stage: Stage) -> Span:
+def text_in(column: Column, record: Any, stage: Stage) -> str:
     """Return what a column shows of a record."""
-    text = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
-    style = column.style
-    if style is None:
-        style = isinstance(record, Item) and record.style or style_of(text)
-    return Span(text, style)
+    text: str = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
+    return text
 
 
 def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
@@ -3772,14 +3773,19 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
+def words_of(record: Any) -> str:
+    """Return all text of a record."""
+    values = record if isinstance(record, Item) else record.values()
+    return "\n".join([text_of(value, 1000) for value in values if isinstance(value, (str, list, dict))])
+
+
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
     """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
-    columns = SHEETS[layer.kind].columns
     for word in layer.filter.lower().split():
         name, _, wanted = word.partition(":")
-        named = [column for column in columns if column.heading.strip().lower() == name]
-        some = [text for text in wanted.split(",") if text] or [""] if named else [word]
-        texts = [" ".join([cell(column, row.record, stage).text for column in named or columns]) for row in rows]
+        column = next((column for column in SHEETS[layer.kind].columns if column.heading.strip().lower() == name), None)
+        some = [text for text in wanted.split(",") if text] or [""] if column else [word]
+        texts = [text_in(column, row.record, stage) if column else words_of(row.record) for row in rows]
         rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
@@ -3829,7 +3835,7 @@ def title_line(view: View, stage: Stage) -> Line:
         here = kind == view.layers[0].kind
         text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
         line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
-    losses = {**{name: status.get(name) for name in ("lost", "rejected", "malformed")}, "evicted": live.evicted}
+    losses = Counter({name: many for name, many in status.items() if name not in ("url", "empty")}, evicted=live.evicted)
     line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
     left = max(0, stage.width - sum([cells(span.text) for span in line]))
     rate = sum(live.counts(1, 5.0, stage.now)) / 5
@@ -3896,7 +3902,9 @@ def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Lin
     """Return a row as a line of the screen."""
     line = []
     for column, width in sizes:
-        text, style, _ = cell(column, row.record, stage)
+        text, style = text_in(column, row.record, stage), column.style
+        if style is None:
+            style = isinstance(row.record, Item) and row.record.style or style_of(text)
         text = text.rjust(width) if column.heading[:1] == " " else text
         line.append(Span(fit(text, width, column.tail) + " ", style))
     return line
@@ -3935,7 +3943,7 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     chosen, top = locate(view, rows, room)
     lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
     for index, row in enumerate(rows[top : top + room], top):
-        line = fit_line(row_line(row, sizes, shown), stage.width)
+        line = row_line(row, sizes, shown)
         lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
     lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
     return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
@@ -4364,6 +4372,8 @@ class Monitor:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
+        self._beats = 0  # heartbeats of workers
+        self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
         self._rows_of: Any = None  # what the rows are of
@@ -4411,7 +4421,8 @@ class Monitor:
 
         terminal = Terminal(window)
         try:
-            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty() and self._take():
+            self._take()
+            while not (self._ended and self._receiver) and not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
                 if self._signals and terminal.is_ready():
                     terminal.forget(SIGCONT in self._signals)
                     self._signals -= {SIGCONT, SIGWINCH}
@@ -4422,18 +4433,23 @@ class Monitor:
             terminal.release()
 
     def _take(self) -> bool:
-        """Take some events; return whether to go on."""
-        event: Any = self
+        """Take some events; return whether there were others than heartbeats, or the feed has ended."""
+        news, self._ended = self._news(), True
         for event in islice(self._feed, DRAIN):
+            self._ended = False
             if event is None:
                 break
             self._state.event(event)
+            self._beats += event.type == "worker-heartbeat"
             self._heard = time.monotonic()
-        self._ended = event is self
-        return not (self._ended and self._receiver)
+        return self._ended or self._news() != news
+
+    def _news(self) -> int:
+        """Return how many events there were but for heartbeats, which alone make no new picture."""
+        return self._state.event_count - self._beats
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
-        """Heed the keys, draw, and wait."""
+        """Heed the keys, draw, and wait for more."""
         more = False
         for key in terminal.pressed():
             if key == "^L" and terminal.is_ready():
@@ -4442,22 +4458,22 @@ class Monitor:
             self._view = self._state.freeze_while(press, self._view, key, stage, rows)
             self._drawn, self._due = None, self._painted + FRAME_TIME
             more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
-            if self._view.done:
-                return
-            if more:
-                break  # what is typed further must wait for the events
-        patience = self._draw(terminal, stage)
-        self._wait(0.0 if more else patience)
+            if more or self._view.done:
+                break  # what is typed further must wait for the events, or is for whoever reads next
+        if not self._view.done:
+            patience = self._draw(terminal, stage)
+            self._wait(0.0 if more else patience)
 
-    def _find(self, stage: Stage) -> Rows:
-        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time."""
-        now, view = time.monotonic(), settled(self._view, self._state)
+    def _find(self, stage: Stage, now: float = -inf) -> Rows:
+        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
+        view = settled(self._view, self._state)
         wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
-        changes = self._state.event_count, len(self._state.tasks), self._second(stage)
+        changes = self._news(), len(self._state.tasks), self._second(stage)
         if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
+            begun = time.monotonic()
             self._rows = self._state.freeze_while(rows_of, view, stage)
             self._rows_of = wanted, changes
-            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
+            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
         return self._rows
 
     def _second(self, stage: Stage) -> int:
@@ -4467,28 +4483,30 @@ class Monitor:
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now, rows = time.monotonic(), self._find(stage)
-        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._state.event_count
+        now = time.monotonic()
+        rows = self._find(stage, now)
+        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._news()
         if picture != self._drawn and now >= self._due and terminal.is_ready():
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
-        return min(MAX_SLEEP, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
+        return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for events, keys and signals."""
-        files = [sys.stdin, self._wake]
-        if self._receiver:
-            files.append(self._receiver)
-            longest = self._receiver.pause(max(0.0, longest))
-        elif not self._ended:
-            longest = 0.0
-        try:
-            select.select(files, [], [], longest)  # which takes terminals also where poll() does not
-        except ValueError:  # it takes only the first 1,024 files
-            wait_for(longest, *files)
+        """Wait for keys, signals, and events that are news, which are taken."""
+        files, until = [sys.stdin, self._wake, *([self._receiver] if self._receiver else [])], time.monotonic() + longest
+        ready: list[Any] = []
+        while not ready or ready == [self._receiver]:
+            left = max(0.0, until - time.monotonic()) if self._receiver or self._ended else 0.0
+            left = self._receiver.pause(left) if self._receiver else left
+            try:
+                ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
+            except ValueError:  # it takes only the first 1,024 files
+                wait_for(left, *files)
+            if self._take() or time.monotonic() >= until:
+                break
         with suppress(BlockingIOError):  # no signal came
             self._wake.recv(4096)
 
@@ -4540,7 +4558,13 @@ def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str]
     where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
     trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
     empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
-    Monitor(feed, state, lambda: {"url": receiver.url, "empty": empty, **receiver.stats}, receiver).run()
+
+    def status() -> dict[str, Any]:
+        stats = receiver.stats
+        losses = {name: stats.get(name, 0) for name in ("lost", "rejected", "malformed", "evicted")}
+        return {"url": receiver.url, "empty": empty, **losses}
+
+    Monitor(feed, state, status, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
