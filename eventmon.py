@@ -75,7 +75,7 @@ import socket
 import struct
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -91,10 +91,11 @@ if TYPE_CHECKING:
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
-    Span = tuple[str, str]
-    Line = list[Span]
-    Row = tuple[Line, Any]
-    Text = Callable[[Mapping[str, Any], float], str]
+    Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
+    Line = list["Span"]
+    Rows = list["Row"]
+    Items = Iterator["Item"]
+    Feed = Iterator["Event | None"]
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
@@ -1159,6 +1160,8 @@ class Dispatcher:
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
+        if not _fork_mark[0]:  # also where a task or a log record comes first
+            after_fork()
         known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
         if known is None:
             return None
@@ -2385,25 +2388,11 @@ class Receiver:
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
-MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
+
 MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-MAX_COMMON = 1000  # names and the like that a State's tasks share
-MAX_SHOWN = 1000  # characters of any value in a line on the screen
-MAX_DETAIL = 65536  # characters of any value that is shown whole
-MAX_ROWS = 2000  # of everything about a task, a worker or an event
-MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
-MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
-MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
-MAX_FILTER = 100  # characters
-MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
-MAX_RECENT = 1000  # events kept in State.recent
-WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
+MAX_TYPE = 100  # characters of an event type that is counted apart, and of a text that tasks share
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -2418,15 +2407,33 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
+ENDED = FINISHED | {"RETRY"}  # how a delivery ends
+WAITING = ENDED | {"PENDING", "RECEIVED"}  # a task that is in none of these runs
+Kind = namedtuple("Kind", ["state", "time", "rank"])  # of an event: what it makes of a task, the key of its time or ""
+KINDS = {type: Kind(state, type[5:], RANKS[state]) for type, state in TASK_STATES.items()}
 METHODS = {
     **{type: type.replace("-", "_") for type in TASK_STATES},
-    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline")},
+    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline", "lost")},
 }
+TIMES = tuple(type[5:] for type in TASK_STATES)  # a task's key for the time of each transition
 NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
-    + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
+    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
+    + ("children", *TIMES)
 )
-NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
+STAMPS = ("state", "timestamp", "clock")  # of the latest event
+OWN = frozenset((*STAMPS, "worker", "pid", "progress", "result", "runtime"))  # what a task has of its newest delivery only
+ERROR = frozenset(("exception", "traceback"))  # what a task has of one delivery, the newest that has any
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # of a task-sent
+NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
+NO_KEYS: frozenset[str] = frozenset()
+NO_PID = -1
+MAX_DELIVERIES = 100  # of a task
+MAX_PROCESSES = 100  # of a worker
+MAX_RECENT = 1000  # events kept in State.recent and State.notes
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+LIVE = 10.0  # an event that was received longer ago is from a recording
 TASK_FIELDS = (  # that most tasks have, in the order in which they get them
     ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
     + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
@@ -2440,9 +2447,27 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def heard_at(event: Mapping[str, Any]) -> float:
-    """Return when this machine received the event, now if that is not known."""
-    return number(event.get("local_received"), time.time())
+def retries_of(record: Mapping[str, Any]) -> int | None:
+    """Return which attempt an event or a delivery is of; None if it does not say."""
+    retries = record.get("retries")
+    return retries if type(retries) is int else None
+
+
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
+    hostname, pid = event.get("hostname"), event.get("pid")
+    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
+
+
+def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has been running at `now`; None if that is not known."""
+    state, started = task["state"], task.get("started")
+    if state in FINISHED:
+        runtime = number(task.get("runtime"), -1.0)
+        if runtime >= 0:
+            return runtime
+        now = task["timestamp"]
+    return None if started is None or state in WAITING and state not in FINISHED else max(0.0, now - started)
 
 
 class Record:
@@ -2454,15 +2479,15 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozenset[str], news: bool = True) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a task's or a worker's dict that has room for them.
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Any = True) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
 
-    Without `news` they only fill in what is missing.
+    If `over` is a set, they replace only what is in it, and else fill in what is missing.
     """
     room = MAX_FIELDS - len(record)
     crowded = len(event) > room  # else no field need be counted
     for key in event:
-        if key not in others and (news or key not in record):
+        if key not in others and (over is True or key not in record or key in over):
             value = event[key]
             if value is not None:
                 if crowded and key not in record:
@@ -2472,20 +2497,182 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozen
                 record[key] = value
 
 
-def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
-    """Whether the event is newer than all that is known of its task."""
-    attempt = event.get("retries")
-    if type(attempt) is int:
-        known = number(task.get("retries"), 0)
-        if attempt != known:
-            return attempt > known and (transition != "sent" or task["state"] == "PENDING")
-    before = task["state"]
-    if transition == "sent":
-        return bool(before == "PENDING")
-    higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(before, CUSTOM_RANK)
-    if higher or event.get("hostname") != task.get("worker"):
-        return higher
-    return before not in FINISHED or state == "RECEIVED"
+def take_event(
+    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, lower: Container[str] = NO_KEYS
+) -> None:
+    """Let an event change what is told of its delivery; what is in `lower` was not told by one of its events."""
+    before = told.get("state")
+    undone = before not in FINISHED or kind.rank >= RANKS[before]
+    if undone:
+        told["state"] = kind.state
+    told["timestamp"] = timestamp
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    if kind.time:
+        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
+    take_fields(told, event, NOT_FIELDS, undone or lower)
+
+
+class Delivery:
+    """One process getting a task; or one task-sent, which is like a delivery older than all others.
+
+    `told` is what its events told, as in a task's dict; `began` is the timestamp of the first.
+    """
+
+    __slots__ = ("began", "process", "sent", "told")
+
+    def __init__(self, process: tuple[str, float], began: float, told: dict[str, Any], sent: bool = False) -> None:
+        self.process = process
+        self.began = began
+        self.told = told
+        self.sent = sent
+
+    def age(self) -> tuple[Any, ...]:
+        """Return what sorts deliveries, the newest last."""
+        return not self.sent, retries_of(self.told) or 0, self.began, self.process
+
+    def progress(self) -> tuple[Any, ...]:
+        """Return what sorts those that joined each other, the one that got furthest last."""
+        state = self.told["state"]
+        return state in ENDED, RANKS.get(state, CUSTOM_RANK), self.told["timestamp"], self.process
+
+
+def delivery_of(event: Mapping[str, Any], kind: Kind, mine: list[Delivery]) -> Delivery | None:
+    """Return which delivery of its process an event belongs to; None if it begins one."""
+    retries = retries_of(event)
+    if kind.time == "received":
+        return None
+    if retries is not None:
+        same = [delivery for delivery in mine if (retries_of(delivery.told) or 0) == retries]
+        mine = same or [d for d in mine if retries_of(d.told) is None and d.told["state"] not in ENDED]
+    still = [delivery for delivery in mine if delivery.told["state"] not in ENDED]
+    waiting = [delivery for delivery in still if delivery.told["state"] == "RECEIVED"][:1]
+    running = [delivery for delivery in still if delivery.told["state"] != "RECEIVED"][-1:]
+    choices = waiting + running if kind.time == "started" else running + waiting
+    return next(iter(choices or mine[-1:]), None)
+
+
+def grouped(deliveries: Iterable[Delivery]) -> list[list[Delivery]]:
+    """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
+
+    What a process tells that never received the task itself joins a delivery of its hostname: the newest that had begun
+    by then.
+    """
+    ordered = sorted(deliveries, key=Delivery.age)
+    receivers = {delivery.process for delivery in ordered if "received" in delivery.told}
+    hosts = {hostname for hostname, _ in receivers}
+    joining = [d for d in ordered if not d.sent and d.process not in receivers and d.process[0] in hosts]
+    groups = [[delivery] for delivery in ordered if delivery not in joining]
+    for delivery in joining:
+        there = [group for group in groups if group[0].process in receivers and group[0].process[0] == delivery.process[0]]
+        begun = [group for group in there if group[0].began <= delivery.told["timestamp"]]
+        (begun[-1] if begun else there[0]).append(delivery)
+    return [sorted(group, key=Delivery.progress) if group[1:] else group for group in groups]
+
+
+def merged(deliveries: Iterable[Delivery]) -> dict[str, Any]:
+    """Return what all deliveries of a task together tell of it."""
+    shown: dict[str, Any] = {}
+    closed: frozenset[str] = NO_KEYS  # what older ones have no say in
+    for group in reversed(grouped(deliveries)):
+        for delivery in reversed(group):
+            told = delivery.told
+            for key, value in told.items():
+                if key in TIMES:
+                    shown[key] = max(value, shown.get(key, value))
+                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
+                    shown[key] = value
+            if not ERROR.isdisjoint(told):
+                closed |= ERROR
+        closed |= OWN
+    return shown
+
+
+def told_by_sent(event: Mapping[str, Any], timestamp: float) -> dict[str, Any]:
+    """Return what a task-sent tells of its task."""
+    told = {"state": "PENDING", "timestamp": timestamp, "sent": timestamp}
+    client = process_of(event)[0]
+    if client:
+        told["client"] = client
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    take_fields(told, event, NOT_SENT)
+    return told
+
+
+def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
+    """Whether a task with its new event still has at most one task-sent and one delivery, and its dict can tell them apart.
+
+    It can if the first event of the delivery has a time of its own, of which there is only one, and no attempt differs.
+    """
+    if not task.keys() & STAMPS and kind.time == "sent":
+        return True
+    same_attempt = (retries_of(event) or 0) == (retries_of(task) or 0)
+    if kind.time == "sent":
+        return "sent" not in task and same_attempt
+    if "state" not in task or "state" in sent:
+        return kind.time != "" and (not sent or same_attempt)
+    return (
+        kind.time not in (*task.keys(), "received")
+        and event.get("hostname") == task.get("worker")
+        and event.get("pid") == task.get("pid")
+        and event.get("retries") in (None, task.get("retries"))
+    )
+
+
+def split(task: Mapping[str, Any], sent: Container[str]) -> Iterator[Delivery]:
+    """Yield what a task's dict tells of its one task-sent and of its one delivery."""
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if sent:
+        retries = {"retries": task["retries"]} if "retries" in task else {}
+        by_sent = {**{key: value for key, value in told.items() if key in sent}, **retries}
+        yield Delivery((by_sent.get("client", ""), NO_PID), by_sent["sent"], {"state": "PENDING", **by_sent}, True)
+        told = {key: value for key, value in told.items() if key not in sent}
+    if "state" in told:
+        began = next(value for key, value in told.items() if key in TIMES)
+        yield Delivery((told.get("worker", ""), told.get("pid", NO_PID)), began, told)
+
+
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker, the one whose word is the last one last."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
+@lru_cache(1000)
+def shared(value: Any) -> Any:
+    """Return the same object for equal ones."""
+    return value
+
+
+def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what State.attempts() tells of a delivery."""
+    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
+    ended = next((told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED), None)
+    return {**{key: told.get(key) for key in keys}, "ended": ended}
+
+
+def is_heard(worker: Mapping[str, Any], now: float) -> bool:
+    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
+    freq = number(worker.get("freq"), 0.0)
+    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
+
+
+def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return what State.type_stats() tells of the tasks of one name."""
+    states = Counter(task["state"] for task in tasks)
+    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    failed = [task for task in tasks if task["state"] == "FAILURE"]
+    return {
+        "running": sum(n for state, n in states.items() if state not in WAITING),
+        "succeeded": states["SUCCESS"],
+        "failed": states["FAILURE"],
+        "retried": sum("retried" in task for task in tasks),
+        "mean": sum(times) / len(times) if times else None,
+        "p95": times[ceil(0.95 * len(times)) - 1] if times else None,
+        "max": times[-1] if times else None,
+        "last": max(task["timestamp"] for task in tasks),
+        "error": max(failed, key=lambda task: task["timestamp"]).get("exception") if failed else None,
+    }
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2499,14 +2686,21 @@ class Table(OrderedDict["str", "Any"]):
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
-    client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
+    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
+    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
+    their order, and it does not matter how those of several processes come in between each other.
+    A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
+    clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
+    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
     """
+
+    FINISHED = FINISHED  # the states in which a task ends
 
     def __init__(
         self,
@@ -2522,9 +2716,11 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.recorded = False
         self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
         self.workers: OrderedDict[str, dict[str, Any]] = Table()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
+        self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
         self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
@@ -2532,12 +2728,19 @@ class State:
         self._failed: OrderedDict[str, None] = OrderedDict()
         self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
-        self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
+        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
+        self._deliveries: dict[str, list[Delivery]] = {}  # uuid -> all, of tasks that are not one task-sent and one delivery
         self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
-        self._turn(0.0)
+        self._began = time.time() - time.monotonic()
+        self._turn({})
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        sizes = f"{self.event_count} events, {len(self.tasks)} tasks, {len(self.workers)} workers"
+        return f"<State: {sizes}, {self.evicted} evicted>"
 
     def __getstate__(self) -> bytes:
         import pickle
@@ -2551,83 +2754,90 @@ class State:
 
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
 
+    def now(self) -> float:
+        """Return the seconds since the epoch by the clock of this State, which nobody sets.
+
+        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
+        """
+        return self._heard if self._past else self._began + time.monotonic()
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            kind = event.get("type")
-            if not isinstance(kind, str):
-                kind = ""
-            heard = event.get("local_received")
-            if type(heard) is not float or not self._tick <= heard < self._tick + GRAPH_TICK:
-                heard = heard_at(event)
-                self._turn(heard if "local_received" in event else number(event.get("timestamp"), heard))
+            type = event.get("type")
+            if not isinstance(type, str):
+                type = ""
+            received = event.get("local_received")
+            if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
+                self._turn(event)
             try:
-                self._counts[kind] += 1
+                self._counts[type] += 1
             except KeyError:
-                self._count_first(kind)
+                self._count_first(type)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                self._last[hostname] = event
-                if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-                    many = len(self._last) - max(0, self.max_workers_in_memory)
-                    self._last = dict(islice(self._last.items(), many, None))
-                worker = self.workers.get(hostname)
-                if worker is not None:
-                    worker["heard"] = heard
-            method = METHODS.get(kind)
+                self._hear(hostname, event)
+            method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
-            elif kind.startswith("task-"):
-                self._task(event, kind[5:].upper())
+            elif type.startswith("task-"):
+                state = type[5:].upper()
+                self._task(event, Kind(state, "", RANKS.get(state, CUSTOM_RANK)))
+            if type == "" or not (type.startswith("task-") or type == "worker-heartbeat"):
+                self.notes.append(event)
 
     def task_sent(self, event: Mapping[str, Any]) -> None:
         """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
-        self._task(event, "PENDING", "sent")
+        self._task(event, KINDS["task-sent"])
 
     def task_received(self, event: Mapping[str, Any]) -> None:
         """A worker has received the task: RECEIVED."""
         self.task_count += 1
-        self._task(event, "RECEIVED", "received")
+        self._task(event, KINDS["task-received"])
 
     def task_started(self, event: Mapping[str, Any]) -> None:
         """A worker has started the task: STARTED."""
-        self._task(event, "STARTED", "started")
+        self._task(event, KINDS["task-started"])
 
     def task_succeeded(self, event: Mapping[str, Any]) -> None:
         """The task has returned: SUCCESS."""
-        self._task(event, "SUCCESS", "succeeded")
+        self._task(event, KINDS["task-succeeded"])
 
     def task_failed(self, event: Mapping[str, Any]) -> None:
         """The task has raised: FAILURE."""
-        self._task(event, "FAILURE", "failed")
+        self._task(event, KINDS["task-failed"])
 
     def task_rejected(self, event: Mapping[str, Any]) -> None:
         """The worker does not want the task: REJECTED."""
-        self._task(event, "REJECTED", "rejected")
+        self._task(event, KINDS["task-rejected"])
 
     def task_revoked(self, event: Mapping[str, Any]) -> None:
         """The task was called off: REVOKED."""
-        self._task(event, "REVOKED", "revoked")
+        self._task(event, KINDS["task-revoked"])
 
     def task_retried(self, event: Mapping[str, Any]) -> None:
         """The task has failed and will be tried again: RETRY."""
-        self._task(event, "RETRY", "retried")
+        self._task(event, KINDS["task-retried"])
 
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
-        self._worker(event, True, True)
+        self._set_status(event, "alive", told=True, joins=True)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._worker(event, True, False)
+        self._set_status(event, "alive", told=True)
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
-        """A worker has gone offline."""
-        self._worker(event, False, False)
+        """A worker has gone offline: it has ended."""
+        self._set_status(event, "ended", told=True)
+
+    def worker_lost(self, event: Mapping[str, Any]) -> None:
+        """A worker has fallen silent without a word: it is lost."""
+        self._set_status(event, "lost", told=True)
 
     # Queries.
 
@@ -2636,6 +2846,19 @@ class State:
         with self._lock:
             task = self.tasks.get(uuid)
             return None if task is None else {**task, "children": list(task["children"])}
+
+    def attempts(self, uuid: str) -> list[dict[str, Any]]:
+        """Return the deliveries of a task, oldest first.
+
+        Each is a dict of worker, pid, retries, state, received, started, ended (seconds since the epoch by the sender's
+        clock), exception, traceback; None stands for what is not known.
+        """
+        with self._lock:
+            task = self.tasks.get(uuid, {})
+            told = [merged(group) for group in grouped(self._deliveries.get(uuid, ())) if not group[0].sent]
+            if not told and task.get("state", "PENDING") != "PENDING":
+                told = [task]
+            return [attempt(record) for record in told]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2665,6 +2888,21 @@ class State:
             names = [task.get("name") for task in self.tasks.values()]
         return sorted({name for name in names if isinstance(name, str)})
 
+    def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
+        """Return name -> figures of the tasks in memory.
+
+        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        """
+        now = self.now() if now is None else now
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        with self._lock:
+            for task in self.tasks.values():
+                name = task.get("name")
+                if isinstance(name, str):
+                    by_name.setdefault(name, []).append(task)
+            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
@@ -2676,18 +2914,24 @@ class State:
         with self._lock:
             if hostname is not None:
                 return self._last.get(hostname)
-            return next((event for event in reversed(self.recent) if isinstance(event.get("hostname"), str)), None)
+            return next((event for event in reversed(self.recent) if process_of(event)[0] in self._last), None)
+
+    def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
+        return is_heard(worker, self.now() if now is None else now)
+
+    def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
+        worker = self.workers.get(task.get("worker", ""))
+        if worker is None or task["state"] in FINISHED:
+            return False
+        process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
+        return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
-        """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
-        now = time.time() if now is None else now
+        """Return the workers that are still heard from, see is_alive()."""
         with self._lock:
-            return [worker for worker in self.workers.values() if self._is_alive(worker, now)]
-
-    @staticmethod
-    def _is_alive(worker: Mapping[str, Any], now: float) -> bool:
-        freq = number(worker.get("freq"), 0.0)
-        return bool(now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE))
+            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
 
     def scale_graph(
         self,
@@ -2702,16 +2946,19 @@ class State:
         The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
         of an hour, by the quarter second.
         """
-        columns = self._tally(width, span, time.time() if now is None else now, types)
+        columns = self.counts(width, span, now, types)
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
-        """Return the counts that scale_graph() scales."""
+    def counts(
+        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
+    ) -> list[int]:
+        """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
+        now = self.now() if now is None else now
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
@@ -2731,6 +2978,7 @@ class State:
         with self._lock:
             self.clear_tasks(ready)
             self.workers.clear()
+            self._processes.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2742,114 +2990,180 @@ class State:
             if not ready:
                 self._orphans.clear()
 
-    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
-        """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
+    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any) -> Any:
+        """Return fun(*args, **kwargs), during which no event changes anything; then clear() if `clear_after`."""
         with self._lock:
             try:
-                return fun(*args)
+                return fun(*args, **kwargs)
             finally:
                 if clear_after:
                     self.clear()
 
     # From here on: what an event changes.
 
-    def _turn(self, now: float) -> None:
-        """Let events be counted in the tick of this time."""
-        tick = int(now / GRAPH_TICK)
-        self._tick = tick * GRAPH_TICK
-        self._counts = self._graph.setdefault(tick, {})
+    def _turn(self, event: Mapping[str, Any]) -> None:
+        """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
+        wall = time.time()
+        received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
+        self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
+        self._past = self.recorded or abs(received - wall) > LIVE
+        self._heard = received if self._past else self._began + time.monotonic()
+        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), {})
         if len(self._graph) > GRAPH_TICKS:
             del self._graph[next(iter(self._graph))]
 
-    def _count_first(self, kind: str) -> None:
+    def _count_first(self, type: str) -> None:
         """Count what may be the first event of its type in this tick."""
-        if kind not in self._counts and (len(self._counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
-            kind = ""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if type not in self._counts and (len(self._counts) >= MAX_TYPES or len(type) > MAX_TYPE):
+            type = ""
+        self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
-        hostname = event.get("hostname")
-        if not isinstance(hostname, str):
+    def _hear(self, hostname: str, event: Mapping[str, Any]) -> None:
+        """Note that something was heard from a hostname, and from a process of it."""
+        self._last[hostname] = event
+        if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
+            many = len(self._last) - max(0, self.max_workers_in_memory)
+            self._last = dict(islice(self._last.items(), many, None))
+        worker = self.workers.get(hostname)
+        if worker is None:
+            return
+        if worker["heard"] != self._heard:
+            self._set_clock(worker, event)
+        process = self._processes[hostname].get(process_of(event)[1])
+        if process is not None and process["status"] != "alive":  # it speaks again
+            self._set_status(event, "alive")
+
+    def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
+        """Note when a worker was heard, and how far its clock was ahead."""
+        worker["heard"] = self._heard
+        sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
+        worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
+
+    def _set_status(self, event: Mapping[str, Any], status: str, told: bool = False, joins: bool = False) -> None:
+        """Give a process of a worker a status, and what the event tells of the worker if that is `told`.
+
+        A worker shows the status and fields of its processes. One that is alive and told something last has the last word.
+        """
+        hostname, pid = process_of(event)
+        if not hostname:
             return
         known = self.workers.get(hostname)
+        before = known["status"] if known else ""
         worker = known or self._new_worker(hostname, event)
         self.workers.move_to_end(hostname)  # now the last to be forgotten
-        take_fields(worker, event, NOT_WORKERS)
-        if not online:
-            worker["heard"] = -inf
-        if self.on_node_join and (joins or known is None and online):
+        processes = self._processes[hostname]
+        if pid not in processes and len(processes) >= MAX_PROCESSES:
+            del processes[next(iter(processes))]
+        process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
+        if told:
+            take_fields(process, event, NOT_WORKERS)
+        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+            one["status"] = status
+        for one in sorted(processes.values(), key=last_word):
+            take_fields(worker, one, NO_KEYS)
+        if self.on_node_join and worker["status"] == "alive" and (joins or before != "alive"):
             self.on_node_join(worker)
-        if self.on_node_leave and not online:
+        if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            self.workers.popitem(last=False)
-        worker = self.workers[hostname] = {"hostname": hostname, "heard": heard_at(event)}
+            del self._processes[self.workers.popitem(last=False)[0]]
+        worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
+        self._processes[hostname] = {}
+        self._set_clock(worker, event)
         return worker
 
-    def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
-        """Apply the event to its task: wholly if it is news, else only where something is missing."""
+    def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
+        """Let an event change its task."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, time.time())
-        hostname = event.get("hostname")
-        worker = self.workers.get(hostname) if isinstance(hostname, str) else None
         known = self.tasks.get(uuid)
-        task = known or self._new_task(uuid, timestamp)
+        task = known or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
-        news = is_news(task, event, state, transition)
-        take_fields(task, event, NOT_FIELDS, news)
-        if news:
-            task["timestamp"] = timestamp
-            clock = event.get("clock")
-            if clock is not None:
-                task["clock"] = clock
-            if hostname is not None and transition != "sent":
-                task["worker"] = hostname if worker is None else worker["hostname"]
-            if known:
-                self.tasks.move_to_end(uuid)  # now the newest
-            self._enter(uuid, task, state, known)
-        elif not known:
-            self._enter(uuid, task, "PENDING", None)
-        if transition == "sent":
-            if hostname is not None and timestamp >= task.get("sent", timestamp):
-                task["client"] = hostname
-        elif worker is None and isinstance(hostname, str):
-            self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
-        if transition:
-            latest = task.get(transition)
-            if latest is None or timestamp >= latest:
-                task[transition] = timestamp
-        parent = event.get("parent_id")
-        if isinstance(parent, str) and "parent_id" not in task:
-            self._adopt(uuid, task, parent)
+        before, parent = task.get("state"), task.get("parent_id")
+        sent = self._sent.get(uuid, NO_KEYS)
+        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+            task = self._merge(task, event, kind, timestamp, sent)
+        elif kind.time == "sent":
+            told = told_by_sent(event, timestamp)
+            told = {key: value for key, value in told.items() if key not in task}
+            task.update(told)
+            self._sent[uuid] = shared(frozenset(told))
+        else:
+            if before is None or "state" in sent:
+                if event.get("clock") is None:
+                    task.pop("clock", None)
+                task.update(self._place(event))
+            take_event(task, event, kind, timestamp, sent)
+            if sent:
+                told_now = (key for key in event if event[key] is not None)
+                self._sent[uuid] = shared(sent.difference(told_now, STAMPS))
+        self._enter(uuid, task, before)
+        if task.get("parent_id") is not parent:
+            self._adopt(uuid, parent, task.get("parent_id"))
 
-    def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
+    def _place(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Return worker and pid, where a delivery that begins is; they are known from now on."""
+        hostname, pid = process_of(event)
+        if hostname and pid not in self._processes.get(hostname, ()):
+            self._set_status(event, "alive")
+        worker = {"worker": self.workers[hostname]["hostname"]} if hostname else {}
+        return worker if pid == NO_PID else {**worker, "pid": pid}
+
+    def _merge(
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]
+    ) -> dict[str, Any]:
+        """Return a new dict for a task with more than one delivery, after its event."""
+        uuid, process = task["uuid"], process_of(event)
+        deliveries = self._deliveries.get(uuid)
+        if deliveries is None:
+            deliveries = self._deliveries[uuid] = list(split(task, sent))
+            self._sent.pop(uuid, None)
+        if kind.time == "sent":
+            process, told = (process[0], NO_PID), told_by_sent(event, timestamp)
+            mine = [delivery for delivery in deliveries if delivery.sent and delivery.process == process]
+            delivery = None
+        else:
+            mine = [delivery for delivery in deliveries if not delivery.sent and delivery.process == process]
+            delivery = delivery_of(event, kind, mine)
+            told = delivery.told if delivery else self._place(event)
+            take_event(told, event, kind, timestamp)
+        if not delivery:
+            began = max([timestamp, *(delivery.began for delivery in mine)])
+            deliveries.append(Delivery(process, began, told, kind.time == "sent"))
+            if len(deliveries) > MAX_DELIVERIES:
+                deliveries.remove(min(deliveries, key=Delivery.age))
+        record = self.tasks[uuid] = vars(Record())
+        record["uuid"], record["children"] = uuid, task["children"]
+        record.update(merged(deliveries))
+        return record
+
+    def _new_task(self, uuid: str) -> dict[str, Any]:
         """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = vars(Record())
         task["uuid"] = uuid
-        task["state"] = "PENDING"
-        task["timestamp"] = timestamp
         task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
         return task
 
-    def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
-        """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
-        before, there = task["state"], self._classes.get(state, self._active)
-        task["state"] = state
-        if known:
+    def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
+        """List a task where those of its state are, and last of all; `before` is None if it is new."""
+        state = task["state"]
+        there = self._classes.get(state, self._active)
+        if before is None:
+            self.tasks[uuid] = task
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
             here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
-        else:
-            self.tasks[uuid] = task
         there[uuid] = None
         if state in FINISHED:
             self._share(task)
@@ -2861,21 +3175,28 @@ class State:
         for key in ("name", "kwargs"):
             value = task.get(key)
             if type(value) is str and len(value) <= MAX_TYPE:
-                task[key] = self._common.setdefault(value, value)
-        if len(self._common) > MAX_COMMON:
-            self._common.clear()
+                task[key] = shared(value)
 
-    def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
-        """Enter the task among its parent's children, now or when the parent is heard of."""
-        task["parent_id"] = parent
-        if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-            children = self.tasks[parent]["children"]
-            if children:
-                children.append(uuid)
+    def _adopt(self, uuid: str, before: Any, parent: Any) -> None:
+        """Enter a task among the children of its parent, now or when that is heard of, and no longer among others'."""
+        self._disown(uuid, before)
+        if isinstance(parent, str):
+            if parent not in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
+                insort(self._orphans.setdefault(parent, []), uuid)
+            elif self.tasks[parent]["children"]:
+                insort(self.tasks[parent]["children"], uuid)
             else:
                 self.tasks[parent]["children"] = [uuid]
-        else:
-            self._orphans.setdefault(parent, []).append(uuid)
+
+    def _disown(self, uuid: str, parent: Any) -> None:
+        """Enter a task no longer among its parent's children."""
+        if isinstance(parent, str):
+            siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, NO_CHILDREN)
+            at = bisect_left(siblings, uuid)
+            if siblings[at : at + 1] == [uuid]:
+                del siblings[at]
+            if parent in self._orphans and not siblings:
+                del self._orphans[parent]
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -2885,168 +3206,149 @@ class State:
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks[uuid]
-        parent: str = task.get("parent_id", "")
-        siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, [])
-        if uuid in siblings:
-            siblings.remove(uuid)
-            if not siblings:
-                self._orphans.pop(parent, None)
+        self._disown(uuid, task.get("parent_id"))
         if task["children"]:
             self._orphans[uuid] = task["children"]
         del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
+        self._sent.pop(uuid, None)
+        self._deliveries.pop(uuid, None)
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
-# A style is a name, to which curses gives a look. All is drawn in Unicode, and put in ASCII where that is to be.
+# All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
+Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
+Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
+Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
+Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
+    "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
+)
+View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
+Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
 
 STYLES = {
-    "FAILURE": "red",
-    "RETRY": "yellow",
-    "STARTED": "cyan",
-    "RECEIVED": "blue",
-    "PENDING": "dim",
-    "SUCCESS": "green",
-    "REVOKED": "magenta",
-    "REJECTED": "magenta",
+    word: style
+    for style, words in {
+        "red": "LOST FAILURE task-failed worker-lost log-error log-critical",
+        "cyan": "STARTED PROGRESS task-started task-progress",
+        "yellow": "RETRY task-retried log-warning silent",
+        "blue": "RECEIVED task-received",
+        "dim": "PENDING task-sent worker-heartbeat worker-offline ended log-debug",
+        "green": "SUCCESS task-succeeded worker-online alive",
+        "magenta": "REVOKED REJECTED task-revoked task-rejected",
+    }.items()
+    for word in words.split()
 }
-EVENT_STYLES = {
-    **{type: STYLES[state] for type, state in TASK_STATES.items()},
-    "worker-online": "green",
-    "worker-heartbeat": "dim",
-    "worker-offline": "magenta",
-    "log-critical": "red",
-    "log-error": "red",
-    "log-warning": "yellow",
-    "log-debug": "dim",
-}
-URGENT = ("FAILURE", "RETRY", "STARTED", "", "RECEIVED", "PENDING", "SUCCESS", "REVOKED", "REJECTED")  # "": the others
+MAX_DETAIL = 65536  # characters of any value that is shown whole
 BARS = " ▁▂▃▄▅▆▇█"
-TRANSITIONS = tuple(type[5:] for type in TASK_STATES)
-FIRST_SHOWN = ("worker", "client", "args", "kwargs", "progress", "result", "exception")  # of everything about a task
-TRACE = ("traceback", "stderr")  # the latter of a command that was run
-SHOWN_APART = frozenset(
-    (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "children", "parent_id", "root_id", "traceback")
+NOTHING: Facts = {}
+TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
+SHOWN_APART = re.compile(  # fields of a task, a worker or an event
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
+    "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
-HINTS = {  # the most important first
-    "table": ("q quit", "? keys", "enter details", "/ filter", "s sort", "space freeze", "c clear finished"),
-    "filtered": ("esc drop filter", "q quit", "? keys", "enter details", "s sort", "space freeze"),
-    "typing": ("esc drop", "enter keep", "words, or state:failure,retry", "name: worker:"),
-    "panel": ("q back", "j/k scroll"),
-    "linked": ("q back", "j/k scroll", "tab next link", "enter go there"),
+HINTS = {  # the most important first; each begins with its key
+    "table": "q quit,? keys,enter details,/ filter,s sort,space freeze,c clear finished",
+    "panel": "esc back,? keys,enter go there,tab next,/ find,e events,t traceback",
+    "filter": "esc drop filter,? keys,enter details,s sort,space freeze",
+    "typing": "esc drop,enter keep,words or state:failure,name: worker: type: uuid:",
 }
-DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
-NOTHING: Mapping[str, Any] = {}
-INVISIBLE = "\u200c\u200d\ufe0e\ufe0f"  # joiners and variation selectors: few terminals agree on what they make wide
-HELP = """
-1 2 3, Tab      tasks, workers, events; shift-Tab goes back
+HELP = """\
+1 2 3 4, Tab    tasks, names, workers, events; shift-Tab goes back
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
-Enter, i        everything about the task, worker or event
-t               traceback of the task
-r               result of the task
+Enter, i        everything about it; of a name, its tasks
+t r             traceback, or result, of the task
+e               events of the task or worker
 /               filter as you type; Enter keeps the filter, Escape drops it
-s               sort by the next column
+s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
 ?               these keys
 ctrl-L          paint the screen anew
-q, Escape       back; from the top, quit
+Escape, q       back; from the top, q quits
+Tab             in details: the next parent, child or task, where Enter goes
 
-In an opened task:
-Tab, Enter      choose its parent or a child; go there, and q comes back
+A click does what the tab, heading, row or hint under it says.
 
 A filter is words that must all be found, in any case:
-resize alpha          in name, uuid, worker, state, arguments, result
-state:failure,retry   in the state, either of them
-name:shop worker:beta type:log host:laptop uuid:5d0c
+resize alpha          anywhere in the row
+state:failure,retry   in that column, either of them; so name: worker: type: uuid:
 """
 
+# Text.
 
-_small = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def json_brackets(value: Any) -> Sequence[str] | None:
-    """Return what stands around the items of a value as JSON, None if it has none."""
-    return "{}" if isinstance(value, dict) else "[]" if isinstance(value, (list, tuple)) else None
+_spell = json.JSONEncoder(ensure_ascii=False, default=readable).iterencode
 
 
 def text_of(value: Any, limit: int) -> str:
     """Return the start of a value as text: a str as it is, "" for None, else JSON."""
-    if isinstance(value, str):
-        return value[:limit]
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return (value or "")[:limit]
+    text = ""
     try:
-        if weight(value, 4 * limit) <= 4 * limit:  # so far the encoder in C is quicker, though not all is shown
-            return _small(value)[:limit]
-    except (TypeError, ValueError):
-        pass  # something in it that JSON has no form for
-    return start_of(spell(value, limit, lambda part: format_json(part).decode(), json_brackets), limit)
+        for piece in _spell(value):  # of a large one no more is made than is shown
+            text += piece
+            if len(text) >= limit:
+                break
+    except (TypeError, ValueError, RecursionError):
+        text += "…"  # something that has no JSON form
+    return text[:limit]
 
 
-@lru_cache(MAX_GLYPHS)
-def harmless(char: str) -> str:
-    """Return what is shown for a character: white space is a space, what does not print is "?"."""
-    if char in INVISIBLE:
-        return ""
-    return char if char.isprintable() else " " if char.isspace() else "?"
+NARROW = re.compile("[ -~·—…←─-▟▴▾]*")  # text that takes a cell for each character, and needs no closer look
 
 
-def printable(value: Any, limit: int = MAX_SHOWN) -> str:
-    """Return the start of a value as text that does nothing to a terminal but show.
-
-    No control, bidirectional or unassigned character is left, nor what is beyond any terminal's width.
-    """
-    text = text_of(value, limit)
-    if text.isprintable() and (text.isascii() or not any(char in text for char in INVISIBLE)):
-        return text
-    return "".join(map(harmless, text))
-
-
-def plural(noun: str, n: int) -> str:
-    """Return the noun as it stands behind `n`."""
-    return noun if n == 1 else f"{noun}s"
-
-
-@lru_cache(MAX_GLYPHS)
-def cells_of(char: str) -> int:
-    """Return 2 for a wide character, 0 for one that joins another, else 1 (Unicode Standard Annex 11)."""
+@lru_cache(4096)
+def glyph(char: str) -> tuple[str, int]:
+    """Return what is shown for a character, and how many cells it takes (Unicode Standard Annex 11)."""
     import unicodedata
 
+    if char in "\u200c\u200d\ufe0e\ufe0f":  # joiners and variation selectors: terminals differ in what they make wide
+        return "", 0
+    if not char.isprintable():
+        return " " if char.isspace() else "?", 1
     if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7fb":
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        return char, 0
+    return char, 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def printable(value: Any, limit: int = 1000) -> str:
+    """Return the start of a value as text that does nothing to a terminal but show."""
+    text = text_of(value, limit)
+    return text if text.isascii() and text.isprintable() else "".join([glyph(char)[0] for char in text])
 
 
 def cells(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
-    return len(text) if text.isascii() else sum(map(cells_of, text))
+    return len(text) if NARROW.fullmatch(text) else sum([glyph(char)[1] for char in text])
 
 
 def chars_in(text: str, width: int) -> int:
     """Return how many characters of printable text fit in `width` columns."""
-    if text.isascii():
+    if NARROW.fullmatch(text):
         return min(len(text), width)
-    return bisect_right(list(accumulate(map(cells_of, text[: 2 * width + 1]))), width)
+    return bisect_right(list(accumulate([glyph(char)[1] for char in text[: 2 * width + 1]])), width)
 
 
-def fit(text: str, width: int) -> str:
-    """Return printable text filled up, or visibly cut, to `width` columns."""
-    room = width - cells(text)
-    if room < 0:
-        text = text[: chars_in(text, width - 1)] + "…" if width else ""
-        room = width - cells(text)
-    return text + " " * room
+def fit(text: str, width: int, tail: bool = False) -> str:
+    """Return printable text filled up to `width` columns, or visibly cut: at its end, or with `tail` at its head."""
+    if cells(text) > width:
+        step = -1 if tail else 1
+        text = text[::step]
+        text = (text[: chars_in(text, width - 1)] + "…" if width > 0 else "")[::step]
+    return text + " " * (width - cells(text))
 
 
-def fit_line(line: Line, width: int) -> Line:
+def fit_line(line: Iterable[Span], width: int) -> Line:
     """Return a line filled up, in the style of its end, or cut to `width` columns."""
-    fitted = []
-    for text, style in line:
-        taken = fit(text, min(width, cells(text)))
-        fitted.append((taken, style))
-        width -= cells(taken)
-    return [*fitted, (" " * width, fitted[-1][1] if fitted else "")] if width else fitted
+    fitted = [Span("")]
+    for text, *looks in line:
+        size = cells(text)
+        fitted.append(Span(text if size <= width else fit(text, width), *looks))
+        width = max(0, width - size)
+    return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
 def wrap(value: Any, width: int) -> Iterator[str]:
@@ -3054,969 +3356,808 @@ def wrap(value: Any, width: int) -> Iterator[str]:
     text = text_of(value, MAX_DETAIL)
     for line in text.expandtabs(4).splitlines() or [""]:
         rest = printable(line, len(line)).rstrip()
-        indent = rest[: min(len(rest) - len(rest.lstrip()), width // 4)]  # of what is continued, too
         while (size := max(1, chars_in(rest, width))) < len(rest):
-            space = rest.rfind(" ", size * 2 // 3, size + 1)
-            size = space + 1 if space > 0 else size
+            size = rest.rfind(" ", size * 2 // 3, size + 1) + 1 or size
             yield rest[:size].rstrip()
-            rest = indent + rest[size:]
+            rest = rest[size:]
         yield rest
     if len(text) == MAX_DETAIL:
         yield "… and more"
 
 
-def local_time(form: str, seconds: Any) -> str:
-    """Return a time as local time, "" for what is none; `form` as for time.strftime()."""
-    try:
-        return time.strftime(form, time.localtime(number(seconds, inf)))
-    except (OverflowError, OSError, ValueError):
-        return ""
+def plural(noun: str, n: int) -> str:
+    """Return the noun as it stands behind `n`."""
+    return noun if n == 1 else f"{noun}s"
 
 
-def is_old(seconds: Any, now: float) -> bool:
-    """Whether a time of day would not tell of a time that it was on another day."""
-    return now - number(seconds, now) > 86400
-
-
-def clock_time(seconds: Any, now: float) -> str:
-    """Return local time of day in at most 8 characters, or the day if it was more than a day ago."""
-    return local_time("%m-%d" if is_old(seconds, now) else "%H:%M:%S", seconds)
-
-
-def fine_time(form: str, seconds: Any) -> str:
-    """Return a time as local time to the millisecond, "" for what is none."""
-    seconds = round(number(seconds, inf), 3)
-    text = local_time(form, seconds)
-    return f"{text}.{round(seconds * 1000) % 1000:03d}" if text else ""
+def together(*texts: str) -> str:
+    """Return the texts that say something, side by side."""
+    return "  ".join([text for text in texts if text not in ("", "()", "{}")])
 
 
 def duration(seconds: float) -> str:
     """Return a length of time in at most 6 characters, if it is below 270 years."""
-    seconds = max(0.0, seconds)
     if seconds < 99.95:
-        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+        return f"{seconds:.1f}s" if seconds >= 0.9995 else f"{max(0, seconds) * 1000:.0f}ms"
     minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
     if minutes < 100:
         return f"{minutes}m{second:02d}s"
-    return f"{hours}h{minute:02d}m" if hours < 100 else f"{hours // 24}d"
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes < 6000 else f"{minutes // 1440}d"
 
 
-def seconds_run(task: Mapping[str, Any], now: float) -> float | None:
-    """Return how long a task took, or has taken so far; None if it has not started, or waits for another attempt."""
-    state, start = task["state"], task.get("started")
-    if state in FINISHED and number(task.get("runtime"), -1.0) >= 0:
-        return float(task["runtime"])
-    if start is None or state in ("PENDING", "RECEIVED", "RETRY"):
-        return None
-    return float((task["timestamp"] if state in FINISHED else now) - start)
-
-
-# Texts: functions (record, now) -> text of a record, a task, worker or event. They make cells, and filters look at them.
-
-
-def field(key: str) -> Text:
-    """Return a text: a field."""
-    return lambda record, now: printable(record.get(key))
-
-
-def time_of(task: Mapping[str, Any], now: float) -> str:
-    """Return when something new was heard of a task."""
-    return clock_time(task["timestamp"], now)
-
-
-def uuid_of(task: Mapping[str, Any], now: float) -> str:
-    """Return the start of a task's uuid."""
-    return printable(task["uuid"], 8)
-
-
-def host_of(task: Mapping[str, Any], now: float) -> str:
-    """Return the worker that has a task, or else the client that sent it."""
-    return printable(task["worker"] if "worker" in task else task.get("client"))
-
-
-def run_of(task: Mapping[str, Any], now: float) -> str:
-    """Return how long a task took, or has taken so far."""
-    seconds = seconds_run(task, now)
-    return "" if seconds is None else duration(seconds)
-
-
-def outcome_of(task: Mapping[str, Any], now: float) -> str:
-    """Return what matters most of a task: its exception, result, progress or arguments."""
-    for key in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
-        if task.get(key) is not None:
-            return printable(task[key])
-    texts = (printable(task.get("args")), printable(task.get("kwargs")))
-    given = " ".join(text for text in texts if text not in ("", "{}"))
-    done = number(task.get("progress"), -1.0)
-    if task["state"] in FINISHED or not 0 <= done <= 1:
-        return given
-    return f"{'━' * round(done * 8):─<8} {done:4.0%} {given}"
-
-
-def task_text(task: Mapping[str, Any], now: float) -> str:
-    """Return all of a task in which a filter looks for a word."""
-    keys = ("name", "uuid", "worker", "client", "state", "args", "kwargs", "result", "exception")
-    return "\n".join([printable(task[key]) for key in keys if key in task])
-
-
-def status_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return whether a worker is alive."""
-    return "alive" if State._is_alive(worker, now) else "gone"
-
-
-def heard_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return how long ago something was heard of a worker, or what it said of its end."""
-    heard = worker["heard"] if worker["heard"] > -inf else number(worker.get("timestamp"), now)
-    return duration(now - heard)
-
-
-def load_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
-    load = worker.get("loadavg")
-    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load)
-
-
-def software_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return what a worker runs."""
-    return " ".join(printable(worker[key]) for key in ("sw_ident", "sw_ver", "sw_sys") if key in worker)
-
-
-def worker_text(worker: Mapping[str, Any], now: float) -> str:
-    """Return all of a worker in which a filter looks for a word."""
-    return f"{printable(worker['hostname'])}\n{status_of(worker, now)}\n{software_of(worker, now)}"
-
-
-def moment_of(event: Mapping[str, Any], now: float) -> str:
-    """Return when an event happened; without the seconds if that was more than a day ago."""
-    moment = event.get("timestamp")
-    return local_time("%m-%d %H:%M", moment) if is_old(moment, now) else fine_time("%H:%M:%S", moment)
-
-
-def event_state(event: Mapping[str, Any], now: float) -> str:
-    """Return the state that an event tells a task to have."""
-    kind = printable(event.get("type"))
-    return TASK_STATES.get(kind) or (kind[5:].upper() if kind.startswith("task-") else "")
-
-
-def fields_of(event: Mapping[str, Any], now: float = 0.0) -> str:
-    """Return what an event tells beside its type, time and host."""
-    shown_apart = ("type", "timestamp", "hostname", "local_received", "utcoffset", "clock", "pid")
-    told = (key for key in event if key not in shown_apart and event[key] is not None)
-    return " ".join([f"{printable(key)}={printable(event[key])}" for key in islice(told, MAX_FIELDS)])[:MAX_SHOWN]
-
-
-def short_fields(event: Mapping[str, Any], now: float) -> str:
-    """Return the same, with the start of each uuid only."""
-    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", fields_of(event))
-
-
-def event_text(event: Mapping[str, Any], now: float) -> str:
-    """Return all of an event in which a filter looks for a word."""
-    return f"{printable(event.get('type'))}\n{printable(event.get('hostname'))}\n{fields_of(event)}"
-
-
-def plain_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line for people."""
-    texts = (local_time("%H:%M:%S", event.get("timestamp")), *event_text(event, 0.0).split("\n"))
-    return "  ".join(filter(None, texts))
-
-
-def json_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line of JSON in ASCII, in which nothing can harm a terminal."""
+def exact(seconds: Any) -> str:
+    """Return a time as local day and time, 23 characters; "" for what is none."""
+    seconds = round(number(seconds, inf), 3)
     try:
-        return json.dumps(event, allow_nan=False)
-    except ValueError:
-        return json.dumps(plain(event))
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f"{seconds % 1:.3f}"[1:]
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
-def state_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's state."""
-    return STYLES.get(task["state"], "cyan")
+def clock(seconds: Any, now: float) -> str:
+    """Return a time as local time of day in 8 characters, or as the day if it was more than a day ago."""
+    return exact(seconds)[5:10] if now - number(seconds, now) > 86400 else exact(seconds)[11:19]
 
 
-def name_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's name: bold until it is finished."""
-    return "" if task["state"] in FINISHED else "bold"
+def size(many: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if many < 1024:
+            return f"{many:.3g} {unit}"
+        many /= 1024
+    return f"{many:,.1f} GiB"
 
 
-def outcome_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's outcome: a failure stands out."""
-    return "red" if task["state"] == "FAILURE" else ""
+UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
+    **dict.fromkeys(("timestamp", "last"), clock),
+    **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
+    **dict.fromkeys(("memory", "peak_memory", "bytes", "size"), lambda value, now: size(value)),
+    "heard": lambda value, now: duration(now - value),
+    "progress": lambda value, now: f"{value:.0%}",
+}
 
 
-def status_style(worker: Mapping[str, Any], now: float) -> str:
-    """Return the style of a worker's status."""
-    return "green" if State._is_alive(worker, now) else "red"
+def field(record: Facts, key: str, now: float) -> str:
+    """Return a field as people read it."""
+    value = record.get(key)
+    return UNITS[key](number(value, 0), now) if key in UNITS and number(value, inf) < inf else printable(value)
 
 
-def type_style(event: Mapping[str, Any], now: float) -> str:
-    """Return the style of an event's type."""
-    return EVENT_STYLES.get(printable(event.get("type")), "bold")
+def style_of(text: str) -> str:
+    """Return the style of what begins with a state, a status or an event's type."""
+    return STYLES.get(text.partition(" ")[0], "")
 
 
-def as_it_comes(record: Mapping[str, Any], now: float) -> int:
-    """Return the same for all, so that they stay as they are: an order."""
-    return 0
+# What is known of a task, a worker or an event: functions (record, stage) -> text.
 
 
-def longest_first(task: Mapping[str, Any], now: float) -> float:
-    """Return an order: the task that took, or has taken, longest first."""
-    seconds = seconds_run(task, now)
-    return inf if seconds is None else -seconds
+def known(table: Facts, key: Any) -> Facts:
+    """Return what a table of State has under a key that an event gave; an empty dict if nothing."""
+    return table.get(key, NOTHING) if isinstance(key, str) else NOTHING
 
 
-def by(text: Text) -> Callable[[Mapping[str, Any], float], str]:
-    """Return an order by a text, whatever the case."""
-    return lambda record, now: text(record, now).lower()
+def worker_of(task: Facts, stage: Stage) -> Facts:
+    """Return the worker of a task, as State knows it."""
+    return known(stage.state.workers, task.get("worker"))
 
 
-def by_number(key: str) -> Callable[[Mapping[str, Any], float], float]:
-    """Return an order by a field, the highest number first."""
-    return lambda record, now: -number(record.get(key), -inf)
+def clock_error(worker: Facts) -> float:
+    """Return how many seconds a worker's clock is ahead of ours; 0 if it is near enough."""
+    ahead: float = worker.get("clock_offset", 0.0)
+    return ahead if abs(ahead) > 15 else 0.0
 
 
-class Column(
-    namedtuple("Column", ["heading", "width", "share", "rank", "text", "style", "order"], defaults=("", None))
-):
-    """A column of a table: its heading, which starts with a space if it stands at the right; its least width, and its
-    share of what is beyond all of these; its rank, the highest being left out first; its text; its style, a name or a
-    function (record, now) -> name; what it is sorted by, a function (record, now), or None."""
+def status_of(worker: Facts, stage: Stage) -> str:
+    """Return whether a worker is alive, silent, LOST or ended."""
+    status = worker.get("status", "unknown")
+    if status != "alive" or stage.state.is_alive(worker, stage.now):
+        return "LOST" if status == "lost" else str(status)
+    return f"silent {duration(stage.now - worker['heard'])}"
 
-    __slots__ = ()
 
+def state_of(task: Facts, stage: Stage) -> str:
+    """Return a task's state; LOST if nobody is left to finish it."""
+    return "LOST" if stage.state.is_lost(task, stage.now) else printable(task["state"])
+
+
+def seconds_run(task: Facts, stage: Stage) -> float:
+    """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
+    worker = worker_of(task, stage)
+    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    seconds = seconds_taken(task, until + clock_error(worker))
+    return -1.0 if seconds is None else seconds
+
+
+def run_of(task: Facts, stage: Stage) -> str:
+    """Return the same as text, "" for -1."""
+    seconds = seconds_run(task, stage)
+    return "" if seconds == -1 else duration(seconds)
+
+
+def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
+    """Return an order: lost tasks, then unfinished ones, the longest running first; then finished ones, the newest first."""
+    if task["state"] in State.FINISHED:
+        return 2, -task["timestamp"]
+    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
+
+
+def progress_of(task: Facts) -> str:
+    """Return how far an unfinished task has come, as a number and a bar."""
+    done = number(task.get("progress"), -1.0)
+    unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
+    return "" if unknown else f"{done:.0%} {'━' * round(done * 10):·<10}"
+
+
+def detail_of(task: Facts, stage: Stage) -> str:
+    """Return what matters most of a task: why it failed or is lost, its result, how far it is; then its arguments."""
+    state = state_of(task, stage)
+    key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
+    outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
+    retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
+    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_of(task))
+    given = together(printable(task.get("args")), printable(task.get("kwargs")))
+    return together(first, "←" if outcome and given else "", given)
+
+
+def keys_of(record: Facts) -> list[str]:
+    """Return the keys of the fields that are not shown elsewhere."""
+    keys = [key for key in islice(record, 200) if record[key] is not None]
+    return [key for key in keys if not SHOWN_APART.fullmatch(printable(key))]
+
+
+def reason_of(event: Facts, now: float) -> str:
+    """Return what an event tells beside its type, time, task and host: the reason first."""
+    first = [printable(event.get(key)) for key in TOLD_FIRST]
+    rest = [f"{printable(key)}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
+    text = together(*first, *rest)
+    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
+
+
+def name_of(event: Facts, tasks: Facts) -> str:
+    """Return the name of an event's task, if it has one, and the start of its uuid."""
+    name = event.get("name") or known(tasks, event.get("uuid")).get("name")
+    return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
+
+
+def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
+    """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
+    now = time.time()
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    line = together(*first, printable(event.get("hostname")), reason_of(event, now))
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def load_of(worker: Facts, stage: Stage) -> str:
+    """Return the load of a worker's machine, over 1, 5 and 15 minutes; before it, if its clock is wrong."""
+    error = clock_error(worker)
+    wrong = f"clock {duration(abs(error))} {'ahead' if error > 0 else 'behind'}" if error else ""
+    return together(wrong, printable(worker.get("loadavg")).strip("[]"))
+
+
+def failed_of(kind: Facts, stage: Stage) -> str:
+    """Return how many tasks of a kind have failed, and how many of a hundred that have ended."""
+    failed = kind["failed"]
+    return f"{failed:,} {failed / (failed + kind['succeeded']):4.0%}" if failed else "0"
+
+
+# Tables.
+
+# A heading begins with a space if the column stands at the right. Its text is a field, or a function (record, stage) ->
+# text; the style None is that of the text itself. `share` is its share of the width that all columns leave, of which
+# the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a function
+# (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
+Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
+# `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
+Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
-    Column("TIME", 8, 0.0, 4, time_of, "dim", as_it_comes),
-    Column("STATE", 8, 0.0, 2, field("state"), state_style, by(field("state"))),
-    Column("NAME", 11, 0.3, 1, field("name"), name_style, by(field("name"))),
-    Column("UUID", 8, 0.0, 7, uuid_of, "dim"),
-    Column("WORKER", 10, 0.2, 6, host_of, "", by(host_of)),
-    Column("   RUN", 6, 0.0, 3, run_of, "", longest_first),
-    Column("RESULT", 12, 0.5, 5, outcome_of, outcome_style),
+    Column("STATE", 8, state_of, style=None),
+    Column("NAME", 14, "name", style="bold", share=0.1, tail=True),
+    Column("TIME", 8, "timestamp", style="dim", least=64),
+    Column("UUID", 36, "uuid", style="dim", least=150),
+    Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
+    Column("   RUN", 6, run_of, order=urgency),
+    Column("DETAIL", 0, detail_of),
+)
+NAME_COLUMNS = (
+    Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
+    Column(" RUNNING", 8, "running"),
+    Column("  DONE", 6, "succeeded"),
+    Column("   FAILED", 9, failed_of, order=lambda kind, stage: -kind["failed"]),
+    Column(" RETRIED", 8, "retried", least=100),
+    Column("  MEAN", 6, "mean", least=60),
+    Column("   P95", 6, "p95", least=60),
+    Column("   MAX", 6, "max", least=70),
+    Column("LAST", 8, "last", style="dim", least=110),
+    Column("LAST ERROR", 0, "error", style="red"),
 )
 WORKER_COLUMNS = (
-    Column("WORKER", 16, 0.4, 1, field("hostname"), "bold", as_it_comes),
-    Column("STATUS", 7, 0.0, 2, status_of, status_style, by(status_of)),
-    Column("    PID", 7, 0.0, 6, field("pid")),
-    Column(" ACTIVE", 7, 0.0, 3, field("active"), "", by_number("active")),
-    Column("    DONE", 8, 0.0, 4, field("processed"), "", by_number("processed")),
-    Column(" HEARD", 6, 0.0, 5, heard_of),
-    Column("LOAD", 14, 0.0, 7, load_of),
-    Column("SOFTWARE", 14, 0.6, 8, software_of, "dim"),
+    Column("WORKER", 14, "hostname", style="bold", share=0.1),
+    Column("STATUS", 12, status_of, style=None),
+    Column("NOW", 20, "now", share=0.3, least=50),
+    Column(" ACTIVE", 7, "active", least=60),
+    Column("  DONE", 6, "processed", least=70),
+    Column(" FAILED", 7, "failed", least=90),
+    Column(" HEARD", 6, "heard"),
+    Column("LOAD", 0, load_of),
 )
 EVENT_COLUMNS = (
-    Column("TIME", 12, 0.0, 3, moment_of, "dim", as_it_comes),
-    Column("TYPE", 14, 0.15, 1, field("type"), type_style, by(field("type"))),
-    Column("HOST", 12, 0.15, 4, field("hostname"), "", by(field("hostname"))),
-    Column("FIELDS", 16, 0.7, 2, short_fields),
+    Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
+    Column("TYPE", 14, "type", style=None, share=0.05),
+    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("WORKER", 12, "hostname", share=0.1, least=90),
+    Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
 
 
-class Page(namedtuple("Page", ["title", "kind", "count", "held", "items", "columns", "words", "fields", "empty"])):
-    """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; held(state), of which
-    each is a row, and items(state) -> list of (identity, record), in the order of its first column; the text in which a
-    filter looks for words, and those in which it does by name; what to say if the table is empty."""
-
-    __slots__ = ()
+def task_rows(name: Any, stage: Stage) -> Rows:
+    """Return the tasks of that name, or all."""
+    tasks = stage.state.tasks.items()
+    return [Row(uuid, task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
 
 
-def events_of(state: State) -> list[tuple[Any, Any]]:
-    """Return the recent events, the newest first, those of tasks with the task's name."""
-    rows = []
-    for event in reversed(state.recent):
-        uuid = event.get("uuid")
-        task = state.tasks.get(uuid) if isinstance(uuid, str) else None
-        record = event
-        if task and "name" in task and event.get("name") is None:
-            record = {"name": None, **event}  # before the other fields
-            record["name"] = task["name"]
-        rows.append((event, record))
-    return rows
+def name_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the kinds of tasks."""
+    kinds = stage.state.type_stats(stage.now).items()
+    return [Row(name, {"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
 
 
-def alive_of(state: State, now: float) -> str:
-    """Return how many workers are alive, and if others are known, of how many."""
-    alive, known = len(state.alive_workers(now)), len(state.workers)
-    return f"{alive:,}" if alive == known else f"{alive:,}/{known:,}"
+def worker_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the workers, each with its longest running task and how many of its tasks have failed."""
+    running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
+    now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
+    failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
+    return [
+        Row(name, {**worker, "now": now.get(name), "failed": failed[name]}, ("worker", name))
+        for name, worker in stage.state.workers.items()
+    ]
 
 
-PAGES = {
-    "1": Page(
-        *("Tasks", "task", lambda state, now: f"{len(state.tasks):,}", lambda state: state.tasks),
-        *(lambda state: list(state.tasks_by_time()), TASK_COLUMNS, task_text),
-        {"name": field("name"), "uuid": field("uuid"), "worker": host_of, "host": host_of, "state": field("state")},
-        "no tasks yet: 3 shows every event",
-    ),
-    "2": Page(
-        *("Workers", "worker", alive_of, lambda state: state.workers),
-        *(lambda state: sorted(state.workers.items()), WORKER_COLUMNS, worker_text),
-        dict.fromkeys(("worker", "host"), field("hostname")),
-        "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
-    ),
-    "3": Page(
-        *("Events", "event", lambda state, now: f"{state.event_count:,}", lambda state: state.recent),
-        *(events_of, EVENT_COLUMNS, event_text),
-        {
-            **dict.fromkeys(("worker", "host"), field("hostname")),
-            "type": field("type"),
-            "name": field("name"),
-            "uuid": field("uuid"),
-            "state": event_state,
-        },
-        "no events yet",
-    ),
-}
+def event_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the events of that task or worker, or all, the newest first; of older ones, those that State notes."""
+    recent = list(stage.state.recent)
+    there = set(map(id, recent))
+    events = [event for event in stage.state.notes if id(event) not in there] + recent
+    about = [{value for value in map(event.get, ("uuid", "hostname")) if isinstance(value, str)} for event in events]
+    wanted = [event for event, names in zip(events, about) if subject is None or subject in names]
+    return [Row(id(event), event, ("event", event)) for event in reversed(wanted)]
 
 
-class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("", 0, None))):
-    """What is open above the table: its kind, what it is about, its first row on the screen, the chosen link."""
-
-    __slots__ = ()
+# Panels: items, a value beside its label.
 
 
-class View(
-    namedtuple(
-        "View",
-        ["page", "selected", "index", "anchor", "order", "others", "filter", "typing", "panels", "frozen", "done"],
-        defaults=("", None, 0, 0, 0, (), "", False, (), None, False),
-    )
-):
-    """What the user has chosen to see.
-
-    A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, its
-    index then, and the line of the table where it stays; the number of the order; these four of the other pages; the
-    filter, and whether it is being typed; the open panels, the uppermost last; the State and time that stay on the
-    screen, or None; whether to quit.
-    """
-
-    __slots__ = ()
+def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
+    """Yield these fields of a record, if it has them."""
+    for key in keys:
+        if record.get(key) is not None:
+            yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-class Stage(namedtuple("Stage", ["live", "state", "page", "rows", "columns", "now", "table"])):
-    """What a view is of: the State that takes events, the one to show, the Page, how large the terminal is, the time, and
-    the rows of the table if they are known."""
-
-    __slots__ = ()
-
-
-def still(state: State) -> State:
-    """Return a copy of a State that shows the same, whatever comes."""
-    copy = State()
-    copy.tasks.update((uuid, {**task, "children": list(task["children"])}) for uuid, task in state.tasks.items())
-    copy.workers.update((hostname, dict(worker)) for hostname, worker in state.workers.items())
-    copy.recent.extend(state.recent)
-    copy.event_count = state.event_count
-    return copy
+def trace(record: Facts, stage: Stage) -> Items:
+    """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
+    style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
+    *lines, last = text.splitlines() or [""]
+    for line in lines:
+        if line.startswith('  File "'):
+            style = "dim" if re.search(r'"<|/lib(64)?/python|-packages/', line) else "bold"
+        yield Item("", line, style=style)
+    yield Item("", last, style="red")
 
 
-def page_of(view: View, state: State) -> str:
-    """Return the page to show: until one is chosen, the one that has something."""
-    return view.page or ("1" if state.tasks or not state.event_count else "3")
+def task_item(label: str, task: Facts, stage: Stage) -> Item:
+    """Return an item about a task, which leads to it."""
+    name = fit(printable(task.get("name")), 16, tail=True)
+    text = f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6}  {detail_of(task, stage)}"
+    return Item(label, text[: stage.width], ("task", task["uuid"]))
 
 
-def stage_of(state: State, view: View, rows: int, columns: int, now: float, table: Any = None) -> Stage:
-    """Return the stage of a view: the state as it is, or as it was when it was frozen."""
-    shown, then = view.frozen or (state, now)
-    return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then, table)
+def timeline(task: Facts, stage: Stage) -> Items:
+    """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
+    attempts, moments = stage.state.attempts(task["uuid"]), []
+    for index, attempt in enumerate(attempts, 1):
+        where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
+        end = attempt["state"], together(where, printable(attempt["exception"]))
+        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
+            moments.append((attempt[key], printable(what), text))
+    for _, event, _ in event_rows(task["uuid"], stage):
+        if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
+            moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
+    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
+    for when, what, text in moments:
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
 
 
-def terms_of(text: str, page: Page) -> Iterator[tuple[Text, list[str]]]:
-    """Yield the terms of a filter: a text, and alternatives of which one is to be found there.
-
-    A term that names a field of another page than this is none.
-    """
-    for word in text.lower().split():
-        name, colon, wanted = word.partition(":")
-        alternatives = [alternative for alternative in wanted.split(",") if alternative]
-        if not colon or not any(name in other.fields for other in PAGES.values()):
-            yield page.words, [word]
-        elif name in page.fields and alternatives:
-            yield page.fields[name], alternatives
+def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
+    """Yield a task and those below it that are in memory, each with its depth."""
+    seen.add(uuid)
+    yield uuid, depth
+    for child in tasks[uuid]["children"] if depth < MAX_DEPTH else ():
+        if child in tasks and child not in seen:
+            yield from descendants(child, tasks, depth + 1, seen)
 
 
-def matches(record: Mapping[str, Any], terms: Iterable[tuple[Text, list[str]]], now: float) -> bool:
-    """Whether each of the terms is found in a record."""
-    for text, alternatives in terms:
-        found = text(record, now).lower()
-        if not any(alternative in found for alternative in alternatives):
-            return False
-    return True
+def family(uuid: str, stage: Stage) -> Items:
+    """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
+    tasks = stage.state.tasks
+    root: Any = uuid
+    for _ in range(MAX_DEPTH):
+        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
+    members = dict(islice(descendants(root, tasks, 0, set()), 100))
+    if uuid not in members:  # it is large
+        members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
+    starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
+    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
+    first = min(starts.values())
+    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
+    for member, depth in members.items() if len(members) > 1 else ():
+        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
+        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
+        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
+        label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
+        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
 
 
-def orders_of(page: Page) -> list[Any]:
-    """Return the columns that a page can be sorted by."""
-    return [column for column in page.columns if column.order]
-
-
-def table_of(view: View, stage: Stage) -> list[tuple[Any, Any]]:
-    """Return (identity, record) of the rows of the table, filtered and sorted."""
-    table = stage.page.items(stage.state)
-    terms = list(terms_of(view.filter, stage.page))
-    if terms:
-        table = [row for row in table if matches(row[1], terms, stage.now)]
-    if view.order:
-        order = orders_of(stage.page)[view.order].order
-        table.sort(key=lambda row: order(row[1], stage.now))
-    return table  # type: ignore[no-any-return]
-
-
-# What a panel shows: rows, each a line and the link that it is, (kind, identity) of another panel, or None.
-
-
-def entry(label: str, value: Any, width: int, style: str = "") -> Iterator[Row]:
-    """Yield a labelled value as rows."""
-    indent = min(12, width // 4)
-    labels = chain((label,), repeat(""))
-    for text, name in zip(wrap(value, max(1, width - indent)), labels):
-        yield [(fit(name, indent), "dim"), (text, style)], None
-
-
-def task_link(label: str, uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield a row that leads to a task."""
-    task, width = stage.state.tasks.get(uuid), stage.columns
-    if task is None:
-        yield from entry(label, f"{uuid}  not in memory", width, "dim")
-        return
-    texts = (
-        uuid_of(task, stage.now),
-        printable(task["state"]),
-        printable(task.get("name")),
-        outcome_of(task, stage.now),
-    )
-    line, _ = next(entry(label, "", width))
-    yield [line[0], ("  ".join(texts), state_style(task, stage.now))], ("task", uuid)
-
-
-def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> Iterator[Row]:
-    """Yield rows of the fields that are not shown already."""
-    for key in record:
-        if key not in shown:
-            yield from entry(printable(key), record[key], width)
-
-
-def times_of(task: Mapping[str, Any], width: int) -> Iterator[Row]:
-    """Yield rows with the times of a task's transitions, and what went by between them."""
-    before = None
-    for name in sorted((name for name in TRANSITIONS if name in task), key=task.__getitem__):
-        since = "" if before is None else f"  +{duration(task[name] - before)}"
-        yield from entry(name, fine_time(DAY_AND_TIME, task[name]) + since, width)
-        before = task[name]
-
-
-def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
-    """Yield rows that lead to a task's parent, root and children."""
-    seen = {task["uuid"]}
-    for label in ("parent", "root"):
-        relative = task.get(f"{label}_id")
-        if isinstance(relative, str) and relative not in seen:
-            seen.add(relative)
-            yield from task_link(label, relative, stage)
-    children = [uuid for uuid in task["children"] if uuid not in seen]
-    for label, uuid in zip(chain(("children",), repeat("")), children[:MAX_LINKS]):
-        yield from task_link(label, uuid, stage)
-    if len(children) > MAX_LINKS:
-        yield from entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
-
-
-def part_rows(keys: Sequence[str], uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield the whole of the first of these fields that a task has, its lines kept."""
-    task = stage.state.tasks.get(uuid, NOTHING)
-    value = next((task[key] for key in keys if task.get(key) is not None), f"no {keys[0]}")
-    for text in wrap(value, stage.columns):
-        yield [(text, "")], None
-
-
-def task_rows(uuid: str, stage: Stage) -> Iterator[Row]:
+def task_panel(uuid: str, stage: Stage) -> Items:
     """Yield everything about a task."""
-    task, width = stage.state.tasks.get(uuid), stage.columns
-    if task is None:
-        yield from entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
+    task = known(stage.state.tasks, uuid)
+    if not task:
+        yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    yield from entry("name", task.get("name"), width, "bold")
-    yield from entry("uuid", uuid, width)
-    yield from entry("state", f"{task['state']}  {run_of(task, stage.now)}", width, state_style(task, stage.now))
-    for key in FIRST_SHOWN:
-        if key in task:
-            yield from entry(key, task[key], width, "red" if key == "exception" else "")
-    yield from times_of(task, width)
-    yield from relatives_of(task, stage)
-    yield from rest_of(task, SHOWN_APART, width)
-    if "traceback" in task:
-        yield [("", "")], None
-        yield from part_rows(TRACE, uuid, stage)
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
+    yield Item("latest", exact(task["timestamp"]))
+    yield from timeline(task, stage)
+    yield from family(uuid, stage)
+    yield from fields(task, keys_of(task), stage)
+    if "traceback" in task or "stderr" in task:
+        yield from trace(task, stage)
 
 
-def worker_rows(hostname: str, stage: Stage) -> Iterator[Row]:
-    """Yield everything about a worker, and the way to its latest tasks."""
-    worker, width = stage.state.workers.get(hostname), stage.columns
-    if worker is None:
-        yield from entry("", f"{hostname} is not in memory", width)
-        return
-    yield from entry("worker", hostname, width, "bold")
-    yield from entry("status", status_of(worker, stage.now), width, status_style(worker, stage.now))
-    yield from entry("latest", fine_time(DAY_AND_TIME, worker.get("timestamp")), width)
-    yield from entry("heard", f"{heard_of(worker, stage.now)} ago", width)
-    yield from rest_of(worker, ("hostname", "heard", "timestamp"), width)
-    tasks = stage.state.tasks_by_worker(hostname, MAX_LINKS)
-    for label, (uuid, _) in zip(chain(("tasks",), repeat("")), tasks):
-        yield from task_link(label, uuid, stage)
+def worker_panel(name: str, stage: Stage) -> Items:
+    """Yield everything about a worker, its running tasks first."""
+    worker, state = known(stage.state.workers, name), stage.state
+    tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
+    tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
+    yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
+    yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
+    yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
-def event_rows(event: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
+def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
-    yield from entry("type", event.get("type"), stage.columns, type_style(event, stage.now))
-    yield from entry("time", fine_time(DAY_AND_TIME, event.get("timestamp")), stage.columns)
-    uuid = event.get("uuid")
-    if isinstance(uuid, str):
-        yield from task_link("task", uuid, stage)
-    received = fine_time(DAY_AND_TIME, event.get("local_received"))
-    yield from entry("received", received, stage.columns)
-    yield from rest_of(event, ("type", "timestamp", "local_received"), stage.columns)
+    task = known(stage.state.tasks, event.get("uuid"))
+    yield Item("type", event.get("type"))
+    yield Item("time", exact(event.get("timestamp")))
+    if task:
+        yield task_item("task", task, stage)
+    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
 
 
-def help_rows(identity: Any, stage: Stage) -> Iterator[Row]:
-    """Yield what the keys do."""
-    for text in wrap(HELP.strip(), stage.columns):
-        yield [(text, "")], None
-
-
-PANELS: dict[str, Callable[[Any, Stage], Iterator[Row]]] = {
-    "task": task_rows,
-    "worker": worker_rows,
-    "event": event_rows,
-    "keys": help_rows,
-    "traceback": partial(part_rows, TRACE),
-    "result": partial(part_rows, ("result",)),
+PANEL = (
+    Column("", 11, lambda item, stage: item.label, style="dim"),
+    Column("", 0, lambda item, stage: item.text, style=None),
+)
+SHEETS = {
+    "tasks": Sheet(task_rows, TASK_COLUMNS, order=5, empty="no tasks yet: 4 shows every event"),
+    "names": Sheet(name_rows, NAME_COLUMNS, order=0, empty="no tasks yet: 4 shows every event"),
+    "workers": Sheet(worker_rows, WORKER_COLUMNS, order=0, empty="no workers yet: a Dispatcher with freq=2 is one"),
+    "events": Sheet(event_rows, EVENT_COLUMNS, order=0, empty="no events yet"),
+    "task": Sheet(task_panel, PANEL),
+    "worker": Sheet(worker_panel, PANEL),
+    "event": Sheet(event_panel, PANEL),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
+    "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
-
-
-def rows_of(view: View, stage: Stage) -> list[Any]:
-    """Return what there is to scroll through: the rows of the uppermost panel, or else of the table."""
-    if not view.panels:
-        return table_of(view, stage) if stage.table is None else stage.table
-    kind, identity, *_ = view.panels[-1]
-    rows = list(islice(PANELS[kind](identity, stage), MAX_ROWS + 1))
-    return rows if len(rows) <= MAX_ROWS else [*rows[:MAX_ROWS], ([("… and more", "dim")], None)]
-
-
-def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, int]:
-    """Return the index of the selected row of a table, or of the chosen link of a panel, -1 without any; and of the row
-    at the top of the screen."""
-    if view.panels:
-        panel = view.panels[-1]
-        chosen = next((index for index, (_, link) in enumerate(rows) if link and link == panel.link), -1)
-        return chosen, max(0, min(panel.top, len(rows) - room))
-    chosen = 0
-    if view.selected is not None:  # stays where it was when it is gone
-        gone = max(0, min(view.index, len(rows) - 1))
-        chosen = next((index for index, row in enumerate(rows) if row[0] is view.selected), gone)
-    return chosen, max(0, min(chosen - min(view.anchor, room - 1), len(rows) - room))
 
 
 # The lines of the screen.
 
 
-def layout(view: View, rows: int) -> tuple[int, int, int, int, int, int]:
-    """Return how many lines go to title, graph, states, headings, footer; and to what is in the middle."""
-    title, headings, footer = int(rows > 3), int(rows > 5), int(rows > 2)
-    graph, states = (0, 0) if view.panels else (min(4, rows // 10), int(rows > 7))
-    return title, graph, states, headings, footer, rows - title - graph - states - headings - footer
+def settled(view: View, state: State) -> View:
+    """Return the view with a page: until one is chosen, the one that has something."""
+    kind = "tasks" if state.tasks or not state.event_count else "events"
+    return view if view.layers else view._replace(layers=(Layer(kind),))
 
 
-def arrange(parts: Iterable[tuple[int, str, str]], width: int) -> Line:
-    """Return the parts (rank, text, style) that there is room for, the lowest ranks first, in the order given."""
-    parts, left = list(parts), width + 1
-    kept: set[int] = set()
-    for _, index in sorted((rank, index) for index, (rank, _, _) in enumerate(parts)):
-        size = cells(parts[index][1]) + 1
-        if size <= left or not kept:
-            kept.add(index)
-            left -= size
-    return [span for index in sorted(kept) for span in (parts[index][1:], (" ", ""))]
+def order_of(layer: Layer) -> Any:
+    """Return the number of the column that a table is sorted by; None for a panel."""
+    return SHEETS[layer.kind].order if layer.order is None else layer.order
 
 
-def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
-    """Return the pages and how much they have, the rate, what went wrong, and the URL."""
-    live = stage.live
-    parts = []
-    if view.frozen:
-        parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "frozen"))
-    for key, page in PAGES.items():
-        text = f" {key} {page.title} {page.count(live, stage.now)} "
-        parts.append((1, text, "reverse") if page is stage.page else (4, text, ""))
-    rate = sum(live._tally(1, 5.0, stage.now)) / 5
-    parts.append((3, f"{rate:,.0f}/s " if rate >= 10 or not rate else f"{rate:.1f}/s ", "bold"))
-    troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
-    parts += [
-        (2, f" {many:,} {name} ", "alarm") for name, many in {**troubles, "evicted": live.evicted}.items() if many
-    ]
-    line = arrange(parts, stage.columns)
-    left = stage.columns - sum(cells(text) for text, _ in line)
-    url = printable(status.get("url"))
-    fitting = next((text for text in (url, url.partition("?")[0]) if cells(text) <= left), "")
-    return [*line, (" " * (left - cells(fitting)) + fitting, "dim")]
+def text_in(column: Column, record: Any, stage: Stage) -> str:
+    """Return what a column shows of a record."""
+    text: str = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
+    return text
 
 
-def graph_lines(stage: Stage, height: int) -> list[Line]:
-    """Return so many lines: the events of each of the last seconds, the latest at the right, and the highest rate."""
-    label = 10 if stage.columns >= 40 else 0
-    width, now = stage.columns - label, ceil(stage.now)  # whole seconds: no column changes any more but the last
-    levels = stage.live.scale_graph(width, 8 * height, width, now)
-    highest = max(stage.live._tally(width, width, now), default=0)
-    labels = [f" {highest:,}/s", *[""] * (height - 2), f" {width} s"]
-    bases = range(8 * (height - 1), -1, -8)
-    bars = ["".join([BARS[max(0, min(8, level - base))] for level in levels]) for base in bases]
-    return [[(bar, "cyan"), (fit(text, label), "dim")] for bar, text in zip(bars, labels)]
+def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
+    """Return what a column sorts a record by: the highest number first, or the text in any case."""
+    if column.order:
+        return column.order(record, stage)
+    value = column.text(record, stage) if callable(column.text) else record.get(column.text)
+    return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
 
 
-def states_line(stage: Stage) -> Line:
-    """Return the tasks by state, the urgent ones first."""
-    tally = Counter([task["state"] for task in stage.live.tasks.values()]).most_common()
-    tally.sort(key=lambda item: URGENT.index(item[0] if item[0] in URGENT else ""))
-    parts = [(rank, f" {printable(name)} {n:,} ", STYLES.get(name, "cyan")) for rank, (name, n) in enumerate(tally)]
-    return arrange(parts, stage.columns)
-
-
-def widths_of(columns: Sequence[Any], width: int) -> list[tuple[Any, int]]:
-    """Return the columns that there is room for, each with its width; together, a space between, they take `width`."""
-    kept = list(columns)
-    while len(kept) > 1 and sum(column.width + 1 for column in kept) > width + 1:
-        kept.remove(max(kept, key=lambda column: column.rank))
-    beyond = width + 1 - sum(column.width + 1 for column in kept)
-    sizes = [column.width + max(0, min(2 * column.width, int(beyond * column.share))) for column in kept]
-    elastic = max(range(len(kept)), key=lambda index: kept[index].share)
-    sizes[elastic] += width + 1 - sum(size + 1 for size in sizes)
+def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
+    """Return the columns that are shown, each with its width: together, with a space behind each, at least `width`."""
+    kept = [column for column in columns if column.least <= width]
+    left = width - sum(column.width + 1 for column in kept)
+    sizes = [column.width + max(0, int(left * column.share)) for column in kept]
+    sizes[-1] = max(1, width - sum(sizes[:-1]) - len(sizes))
     return list(zip(kept, sizes))
 
 
-def heading_line(view: View, stage: Stage) -> Line:
-    """Return the headings of the table, with a mark where it is sorted; or what the panel is about."""
-    if view.panels:
-        kind, identity, *_ = view.panels[-1]
-        return [(f" {kind} {printable(identity) if isinstance(identity, str) else ''}", "heading")]
-    order = orders_of(stage.page)[view.order]
-    texts = []
-    for column, size in widths_of(stage.page.columns, stage.columns):
-        text = (column.heading + "▾").replace(" ", "", 1) if column is order else column.heading
-        texts.append(fit(text, size))
-    return [(" ".join(texts), "heading")]
+def words_of(record: Any) -> str:
+    """Return all text of a record."""
+    values = record if isinstance(record, Item) else record.values()
+    return "\n".join([text_of(value, 1000) for value in values if isinstance(value, (str, list, dict))])
 
 
-def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Line]:
+def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
+    """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
+    for word in layer.filter.lower().split():
+        name, _, wanted = word.partition(":")
+        column = next((column for column in SHEETS[layer.kind].columns if column.heading.strip().lower() == name), None)
+        some = [text for text in wanted.split(",") if text] or [""] if column else [word]
+        texts = [text_in(column, row.record, stage) if column else words_of(row.record) for row in rows]
+        rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
+    return rows
+
+
+def wrapped(items: Items, width: int) -> Items:
+    """Yield the items of a panel, the label only beside the first line of each."""
+    for label, value, link, style in items:
+        for text in islice(wrap(value, width), 1 if link else None):
+            yield Item(label, text, link, style)
+            label = ""
+
+
+def rows_of(view: View, stage: Stage) -> Rows:
+    """Return the rows of the uppermost layer, filtered and sorted."""
+    layer, stage = view.layers[-1], stage._replace(**view.frozen)
+    sheet, order = SHEETS[layer.kind], order_of(layer)
+    rows = sheet.rows(layer.subject, stage)
+    if order is None:
+        items = enumerate(islice(wrapped(rows, sizes_of(sheet.columns, stage.width)[-1][1]), 2000))
+        return filtered([Row(item.link or index, item, item.link) for index, item in items], layer, stage)
+    rows = filtered(rows, layer, stage)
+    return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
+
+
+def layout(view: View, height: int) -> tuple[int, int, int, int]:
+    """Return how many lines go to the header, the headings, the footer; and to the rows."""
+    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
+    headings, footer = int(height > 5), int(height > 2)
+    return header, headings, footer, height - header - headings - footer
+
+
+def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
+    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
+    identity, index, line = view.layers[-1].cursor
+    gone = max(0, min(index, len(rows) - 1))
+    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
+    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
+
+
+def title_line(view: View, stage: Stage) -> Line:
+    """Return the pages and how much they have, what went wrong, the rate, and the URL."""
+    live, status = stage.state, stage.status
+    workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
+    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
+    for index, (kind, many) in enumerate(counts.items(), 1):
+        here = kind == view.layers[0].kind
+        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
+        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
+    losses = Counter({name: many for name, many in status.items() if name not in ("url", "empty")}, evicted=live.evicted)
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+    left = max(0, stage.width - sum([cells(span.text) for span in line]))
+    rate = sum(live.counts(1, 5.0, stage.now)) / 5
+    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
+
+
+def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
+    """Return what runs, and for how long the longest has; and what has failed, and why."""
+    tasks = stage.state.tasks
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
+    runs = [run for run in runs if run[0] >= 0]
+    running = f" {len(runs):,} running"
+    if runs:
+        seconds, uuid = max(runs)
+        task = tasks[uuid]
+        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
+    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
+    if not ages:
+        return [[Span(running)], [Span(" no failures", "dim")]]
+    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+
+
+def graph_lines(stage: Stage) -> list[Line]:
+    """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
+    width = min(60, stage.width // 8)
+    counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
+    most = max([1, *counts])
+    drawn = width - next((index for index, count in enumerate(counts) if count), width)
+    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
+    labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
+
+
+def header_lines(view: View, stage: Stage) -> list[Line]:
+    """Return what stands above every table."""
+    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
+    order = list(STYLES)
+    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
+    graph = graph_lines(stage)
+    left = stage.width - sum([cells(span.text) for span in graph[0]])
+    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
+    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
+
+
+def heading_line(layer: Layer, stage: Stage) -> Line:
+    """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
+    columns, order, line = SHEETS[layer.kind].columns, order_of(layer), []
+    if order is None:
+        about = layer.subject if isinstance(layer.subject, str) else ""
+        return [Span(f" {layer.kind} {printable(about)}", "heading")]
+    for column, width in sizes_of(columns, stage.width):
+        text, index = column.heading, columns.index(column)
+        if index == order:
+            text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - order}"))
+    return line
+
+
+def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Line:
+    """Return a row as a line of the screen."""
+    line = []
+    for column, width in sizes:
+        text, style = text_in(column, row.record, stage), column.style
+        if style is None:
+            style = isinstance(row.record, Item) and row.record.style or style_of(text)
+        text = text.rjust(width) if column.heading[:1] == " " else text
+        line.append(Span(fit(text, width, column.tail) + " ", style))
+    return line
+
+
+def empty_lines(view: View, stage: Stage) -> list[Line]:
     """Return what to do about a table without rows."""
-    text = stage.page.empty
-    if not stage.state.event_count:
-        text = str(status.get("empty", ""))
-    elif view.filter:
-        text = f"nothing matches {view.filter} — Escape drops the filter"
-    return [[(line, "")] for line in wrap(text, stage.columns)]
+    layer, text = view.layers[-1], str(stage.status.get("empty", ""))
+    if stage.state.event_count:
+        text = SHEETS[layer.kind].empty
+    if layer.filter:
+        text = f"nothing matches {layer.filter} — Escape drops the filter"
+    return [[Span(line)] for line in wrap(text, stage.width)]
 
 
-def table_lines(rows: Iterable[tuple[Any, Any]], stage: Stage) -> list[Line]:
-    """Return rows of the table as lines."""
-    sizes = widths_of(stage.page.columns, stage.columns)
-    lines = []
-    for _, record in rows:
-        line = []
-        for column, size in sizes:
-            text = column.text(record, stage.now)
-            style = column.style(record, stage.now) if callable(column.style) else column.style
-            text = text.rjust(size) if column.heading.startswith(" ") else text
-            line += [(fit(text, size), style), (" ", "")]
-        lines.append(line[:-1])
-    return lines
+def footer_line(view: View, index: int, many: int) -> Line:
+    """Return the filter, which row this is of how many, and keys."""
+    layer = view.layers[-1]
+    hints = "typing" if view.typing else "filter" if layer.filter else "table" if len(view.layers) == 1 else "panel"
+    about = f" of {layer.subject}" if layer.kind in ("tasks", "events") and layer.subject else ""
+    text = f"/{printable(layer.filter)}{'█' * view.typing} " if view.typing or layer.filter else ""
+    line = [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold")]
+    return line + [Span(f" {hint} ", "dim", KEYS.get(hint.split()[0], "")) for hint in HINTS[hints].split(",")]
 
 
-def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top: int, room: int) -> Line:
-    """Return the filter with how many match, or which lines these are; and keys."""
-    parts, keys = [], "table"
-    if view.panels:
-        parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
-        keys = "linked" if any(link for _, link in rows) else "panel"
-    elif view.typing or view.filter:
-        text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.held(stage.state)):,} "
-        while text and cells(text) + len(many) + 3 > stage.columns:
-            text = text[1:]
-        parts = [f"/{text}{'█' * view.typing}", many]
-        keys = "typing" if view.typing else "filtered"
-    elif view.selected is not None and rows:
-        parts = [f" {chosen + 1:,} of {len(rows):,} "]
-    spans = [(text, "bold") for text in parts] + [(f" {text} ", "dim") for text in HINTS[keys]]
-    return arrange([(rank, *span) for rank, span in enumerate(spans)], stage.columns)
+def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
+    """Return exactly `stage.height` lines of exactly `stage.width` columns that show `stage.state` as the view wants it.
 
-
-def screen(
-    state: State,
-    view: View,
-    rows: int,
-    columns: int,
-    now: float,
-    status: Mapping[str, Any] = NOTHING,
-    table: list[tuple[Any, Any]] | None = None,
-) -> list[Line]:
-    """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
-
-    `status` has the url, what to say while there are no events, and what a Receiver counts. `table` is what table_of()
-    returned a moment ago, if that shall do. Pure: the same arguments give the same lines.
+    `rows` is what rows_of() returned a moment ago, if that shall do. Pure: the same arguments give the same lines.
     """
-    stage = stage_of(state, view, rows, columns, now, table)
-    title, graph, states, headings, footer, room = layout(view, rows)
-    found = rows_of(view, stage)
-    chosen, top = place(view, found, room)
-    present = stage._replace(now=now)
-    lines = [title_line(view, present, status)] * title + graph_lines(present, graph)
-    lines += [states_line(present)] * states + [heading_line(view, stage)] * headings
-    shown = found[top : top + room]
-    middle = [line for line, _ in shown] if view.panels else table_lines(shown, stage)
-    if 0 <= chosen - top < len(middle):
-        middle[chosen - top] = [(text, "selected") for text, _ in middle[chosen - top]]
-    middle = middle if found else empty_lines(view, stage, status)
-    lines += (middle + [[]] * room)[:room] + [footer_line(view, stage, found, chosen, top, room)] * footer
-    return [fit_line(line, columns) for line in lines]
+    view = settled(view, stage.state)
+    layer, shown = view.layers[-1], stage._replace(**view.frozen)
+    sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
+    header, headings, footer, room = layout(view, stage.height)
+    rows = rows_of(view, stage) if rows is None else rows
+    chosen, top = locate(view, rows, room)
+    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
+    for index, row in enumerate(rows[top : top + room], top):
+        line = row_line(row, sizes, shown)
+        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
+    lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
+    return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
-# The keys: each makes a view of a view.
+# What keys and clicks do: functions (view, stage, rows, argument) -> view.
 
 
-def pick(view: View, table: Sequence[tuple[Any, Any]], index: int, line: int) -> View:
-    """Select a row, to stay on that line of the table; the first is whichever comes to be the first."""
-    return view._replace(selected=table[index][0] if index else None, index=index, anchor=line)
+def change(view: View, **changes: Any) -> View:
+    """Change the uppermost layer."""
+    return view._replace(layers=(*view.layers[:-1], view.layers[-1]._replace(**changes)))
 
 
-def scroll(view: View, **changes: Any) -> View:
-    """Change the uppermost panel."""
-    return view._replace(panels=(*view.panels[:-1], view.panels[-1]._replace(**changes)))
+def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
+    """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
+    room, step = layout(view, stage.height)[-1], float(step)
+    index, top = locate(view, rows, room)
+    step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
+    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
+    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
 
 
-def move(step: float, view: View, stage: Stage) -> View:
-    """Go so many rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
-    rows, room = rows_of(view, stage), max(1, layout(view, stage.rows)[-1])
-    chosen, top = place(view, rows, room)
-    if isinstance(step, float) and isfinite(step):
-        step = int(step * room) or int(copysign(1, step))
-    if view.panels:
-        return scroll(view, top=int(max(0, min(top + step, len(rows) - room))))
-    index = int(max(0, min(chosen + step, len(rows) - 1)))
-    return pick(view, rows, index, int(max(0, min(chosen - top + step, room - 1)))) if rows else view
+def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
+    """Go to a page."""
+    return view._replace(layers=(Layer(kind),))
 
 
-def turn(page: str, view: View, stage: Stage) -> View:
-    """Go to a page, as it was left."""
-    others = {**dict(view.others), view.page: view[1:5]}
-    selected, index, anchor, order = others.pop(page, (None, 0, 0, 0))
-    places = {"selected": selected, "index": index, "anchor": anchor, "order": order}
-    return view._replace(page=page, others=tuple(others.items()), panels=(), **places)
+def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
+    """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
+    layer = view.layers[-1]
+    if order_of(layer) is not None:
+        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
+    here, _ = locate(view, rows, 1)
+    links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
+    return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
 
-def tab(step: int, view: View, stage: Stage) -> View:
-    """Go to the next page or the one before; in a panel, choose the next link or the one before."""
-    if not view.panels:
-        return turn(str((int(view.page) + step - 1) % len(PAGES) + 1), view, stage)
-    rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
-    links = [index for index, (_, link) in enumerate(rows) if link]
-    chosen, top = place(view, rows, room)
-    if not links:
-        return view
-    index = links[(links.index(chosen) + step) % len(links)] if chosen in links else links[min(0, step)]
-    view = scroll(view, link=rows[index][1])
-    return view if top <= index < top + room else scroll(view, top=max(0, index - room // 2))
+def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -> View:
+    """Open a layer above the others, unless it is the uppermost; of very many, some in the middle go."""
+    first, *others = view.layers
+    same = view.layers[-1][:2] == (kind, subject)
+    return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
 
 
-def push(view: View, kind: str, identity: Any = "") -> View:
-    """Open a panel above what is open, unless that is the same."""
-    same = view.panels and view.panels[-1][:2] == (kind, identity)
-    return view if same else view._replace(panels=(*view.panels, Panel(kind, identity))[-MAX_PANELS:], typing=False)
+def link_of(view: View, rows: Rows) -> Any:
+    """Return kind and subject of what the cursor's row leads to, or None."""
+    return rows[locate(view, rows, 1)[0]].link if rows else None
 
 
-def enter(view: View, stage: Stage) -> View:
-    """Open a panel about the selected row; in a panel, about its chosen link, or else choose one."""
-    rows = rows_of(view, stage)
-    chosen, _ = place(view, rows, 1)
-    if chosen < 0:
-        return tab(1, view, stage)
-    return view if not rows else push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
+def enter(view: View, stage: Stage, rows: Rows) -> View:
+    """Open what the cursor is on."""
+    link = link_of(view, rows)
+    return push(view, stage, rows, *link) if link else view
 
 
-def show(key: str, view: View, stage: Stage) -> View:
-    """Open a panel with a field of the task that is selected or open."""
-    rows = rows_of(view, stage)
-    kind, identity = view.panels[-1][:2] if view.panels else ("event", rows[place(view, rows, 1)[0]][1] if rows else {})
-    if kind == "event":
-        identity = identity.get("uuid")
-    return push(view, key, identity) if isinstance(identity, str) and kind not in ("worker", "keys") else view
+def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
+    """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
+    about, subject = link_of(view, rows) or view.layers[-1][:2]
+    if about == "event":
+        subject = subject.get("uuid") or subject.get("hostname")
+    return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
 
 
-def sort(view: View, stage: Stage) -> View:
-    """Sort the table by the next column."""
-    return view if view.panels else view._replace(order=(view.order + 1) % len(orders_of(stage.page)))
+def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
+    """Sort the table by the next column; with 0 by the same one, the other way round."""
+    layer = view.layers[-1]
+    order, many = order_of(layer), len(SHEETS[layer.kind].columns)
+    reverse = step == "0" and not layer.reverse
+    return view if order is None else change(view, order=(order + int(step)) % many, reverse=reverse)
 
 
-def freeze(view: View, stage: Stage) -> View:
-    """Let the picture stand still, or go on."""
-    return view._replace(frozen=None if view.frozen else (still(stage.live), stage.now))
+def freeze(view: View, stage: Stage, rows: Rows) -> View:
+    """Let the picture stand still, or go on: a copy of the State is shown."""
+    import pickle
+
+    view = move(view, stage, rows, 0)  # events are others in the copy: the cursor stays on the same index
+    if view.frozen:
+        return view._replace(frozen={})
+    return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
-def clear(view: View, stage: Stage) -> View:
+def clear(view: View, stage: Stage, rows: Rows) -> View:
     """Forget the finished tasks."""
-    stage.live.clear_tasks()
+    stage.state.clear_tasks()
     return view
 
 
-def leave(view: View, stage: Stage) -> View:
-    """Close the uppermost panel, or quit."""
-    return view._replace(panels=view.panels[:-1], done=not view.panels)
+def leave(view: View, stage: Stage, rows: Rows) -> View:
+    """Close the uppermost layer, or quit."""
+    return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
 
 
-def back(view: View, stage: Stage) -> View:
-    """Close what is open: the uppermost panel, else the filter, else the frozen picture; or quit."""
-    if not view.panels and (view.filter or view.frozen):
-        return view._replace(filter="", frozen=view.frozen if view.filter else None)
-    return leave(view, stage)
+def back(view: View, stage: Stage, rows: Rows) -> View:
+    """Drop the filter, else close the uppermost layer, else let a frozen picture go on."""
+    if view.layers[-1].filter:
+        return change(view, filter="")
+    return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def click(line: int, view: View, stage: Stage) -> View:
-    """Select the row on a line of the screen; open what is selected already, or a link."""
-    rows, (*above, _, room) = rows_of(view, stage), layout(view, stage.rows)
-    chosen, top = place(view, rows, room)
-    line -= sum(above)
-    index = top + line
-    if not 0 <= line < room or index >= len(rows):
-        return view
-    if view.panels:
-        return push(view, *rows[index][1]) if rows[index][1] else view
-    if index == chosen and view.selected is not None:
-        return enter(view, stage)
-    return view._replace(selected=rows[index][0], index=index, anchor=line)  # the first too: it may move
+def edit(view: View, stage: Stage, rows: Rows) -> View:
+    """Begin to type a filter."""
+    return view._replace(typing=True)
 
 
-def edit(view: View, **changes: Any) -> View:
-    """Change the filter; the first row that matches is selected, unless the selected one does."""
-    return view._replace(panels=(), index=0, anchor=0, **changes)
+def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
+    """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
+    here, _ = locate(view, rows, 1)
+    view = move(view, stage, rows, int(index) - here)
+    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
 
 
-ENTER = ("^J", "^M", "KEY_ENTER")
-KEYS: dict[str, Callable[[View, Stage], View]] = {
-    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
-    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
-    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
-    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
-    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
-    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
-    "wheel down": partial(move, 3),
-    "wheel up": partial(move, -3),
-    **{page: partial(turn, page) for page in PAGES},
-    **dict.fromkeys((*ENTER, "i"), enter),
-    "^I": partial(tab, 1),
-    "KEY_BTAB": partial(tab, -1),
-    "t": partial(show, "traceback"),
-    "r": partial(show, "result"),
-    "?": lambda view, stage: push(view, "keys"),
-    "s": sort,
-    " ": freeze,
-    "c": clear,
-    "q": leave,
-    "^[": back,
-    "M-": lambda view, stage: back(view, stage)._replace(done=False),  # Escape with another key at once, or Alt
-    "/": lambda view, stage: edit(view, typing=True),
+def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
+    """Do what is there on the screen."""
+    action, left = "", int(column)
+    for span in screen(view, stage, rows)[int(line)]:
+        action = span.action if left >= 0 else action
+        left -= cells(span.text)
+    return press(view._replace(typing=False), action, stage, rows)
+
+
+ACTIONS: dict[str, Callable[..., View]] = {
+    action.__name__: action
+    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
 }
-EDITS: dict[str, Callable[[View, Stage], View]] = {
-    **dict.fromkeys(ENTER, lambda view, stage: edit(view, typing=False)),
-    **dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), lambda view, stage: edit(view, filter=view.filter[:-1])),
-    "^U": lambda view, stage: edit(view, filter=""),
-    "^W": lambda view, stage: edit(view, filter=re.sub(r"\S*\s*$", "", view.filter)),
-    **dict.fromkeys(("^[", "M-"), lambda view, stage: edit(view, filter="", typing=False)),
+KEYS = {
+    "j": "move 1",
+    "k": "move -1",
+    "PgDn": "move 0.9",
+    "PgUp": "move -0.9",
+    "g": "move -inf",
+    "G": "move inf",
+    "1": "turn tasks",
+    "2": "turn names",
+    "3": "turn workers",
+    "4": "turn events",
+    "tab": "tab 1",
+    "shift-tab": "tab -1",
+    "enter": "enter",
+    "t": "show traceback",
+    "r": "show result",
+    "e": "show events",
+    "?": "push keys",
+    "/": "edit",
+    "s": "sort 1",
+    "S": "sort 0",
+    "space": "freeze",
+    "c": "clear",
+    "q": "leave",
+    "esc": "back",
 }
+NAMES = {"KEY_DOWN": "j", "KEY_UP": "k", "KEY_HOME": "g", "KEY_END": "G", "KEY_NPAGE": "PgDn", "^D": "PgDn"}
+NAMES |= {"KEY_PPAGE": "PgUp", "^I": "tab", "KEY_BTAB": "shift-tab", " ": "space", "^[": "esc", "M-": "esc"}
+NAMES |= dict.fromkeys(("i", "^J", "^M", "KEY_ENTER"), "enter") | dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), "backspace")
 
 
-def press(view: View, key: str, state: State, rows: int, columns: int, now: float, table: Any = None) -> View:
-    """Return the view after a key, given as curses calls it: "j", "^D", "KEY_UP"; or "wheel up", "wheel down", "click 7"
-    (line). The rest is as in screen(). One key changes `state`: c clears it."""
-    view = view._replace(page=page_of(view, state))  # which a new event shall not change any more
-    stage = stage_of(state, view, rows, columns, now, table)
-    if key.startswith("click "):
-        return click(int(key[6:]), view, stage)
-    if view.typing and key in EDITS:
-        return EDITS[key](view, stage)
-    if view.typing and len(key) == 1:
-        return edit(view, filter=(view.filter + key)[:MAX_FILTER])
-    return KEYS[key](view, stage) if key in KEYS else view
+def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
+    """Return the view after a key, as curses calls it ("j", "^D", "KEY_UP"), or an action ("move 3", "click LINE COLUMN").
+
+    `rows` is as in screen(). One key changes the State: c clears it.
+    """
+    view, name = settled(view, stage.state), NAMES.get(key, key)  # on a page that no event shall change any more
+    text = view.layers[-1].filter
+    edits = {"esc": "", "enter": text, "backspace": text[:-1], "^U": "", "^W": re.sub(r"\S*\s*$", "", text)}
+    if view.typing and (len(key) == 1 or name in edits):
+        text = (text + key)[:100] if len(key) == 1 else edits[name]
+        view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
+        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
+    action, *arguments = KEYS.get(name, name).split() or [""]
+    rows = rows_of(view, stage) if rows is None else rows
+    return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
 
 
-class Ascii(dict["int", "Any"]):
-    """For str.translate(): ASCII of the same width for whatever is none."""
-
-    def __missing__(self, code: int) -> str:
-        return chr(code) if code < 128 else "?" * cells_of(chr(code))
-
-
-ASCII = Ascii(str.maketrans("▁▂▃▄▅▆▇█━─…▾—", ".:-=+*%#=-~v-"))
+def in_ascii(text: str) -> str:
+    """Return text of the same width for a terminal that knows no other characters."""
+    table = dict(zip("▁▂▃▄▅▆▇█━·…▾▴—←", ".:-=+*%#=.~v^-<"))
+    return "".join([char if char.isascii() else table.get(char, "?" * glyph(char)[1]) for char in text])
 
 
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
 FRAME_TIME = 0.05  # between two pictures,
-FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two tables
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two lists of rows
 DRAIN = 500  # events taken between two looks at the keyboard
-COUNT_TIME = 60.0  # after the last event, until when the graph may have something to move
-LOOKS = {  # style -> attributes; the name of a colour; its like among 256, legible on a light and on a dark background
-    "": ("", "", 0),
-    "bold": ("BOLD", "", 0),
-    "dim": ("DIM", "", 244),
-    "heading": ("BOLD UNDERLINE", "", 0),
-    "reverse": ("REVERSE", "", 0),
-    "selected": ("BOLD REVERSE", "", 0),
-    "alarm": ("BOLD REVERSE", "RED", 160),
-    "frozen": ("BOLD REVERSE", "BLUE", 32),
-    "red": ("BOLD", "RED", 160),
-    "green": ("", "GREEN", 28),
-    "yellow": ("", "YELLOW", 136),
-    "blue": ("", "BLUE", 32),
-    "magenta": ("", "MAGENTA", 133),
-    "cyan": ("", "CYAN", 30),
+MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
+LOOKS = {  # style -> attributes; its colour of 256, at least 3:1 on black, #1e1e1e and white; of 8, where one is legible
+    "": ("", 0, 0),
+    "bold": ("BOLD", 0, 0),
+    "dim": ("DIM", 244, 0),
+    "heading": ("BOLD UNDERLINE", 0, 0),
+    "reverse": ("REVERSE", 0, 0),
+    "selected": ("BOLD REVERSE", 0, 0),
+    "alarm": ("BOLD REVERSE", 196, 1),
+    "red": ("BOLD", 196, 1),
+    "green": ("", 28, 0),
+    "yellow": ("", 136, 0),
+    "blue": ("", 32, 0),
+    "magenta": ("", 133, 5),
+    "cyan": ("", 30, 0),
 }
-
-
-class Tap:
-    """What happens to events on their way to be shown: some are chosen, recorded, and counted up to a limit."""
-
-    def __init__(
-        self,
-        types: Sequence[str] = (),
-        record: Any = None,
-        limit: int | None = None,
-    ) -> None:
-        self.left = inf if limit is None else limit
-        self.types = types
-        self._record = record
-
-    def kinds(self) -> str:
-        """Return which events are chosen, as words."""
-        return f" of type {' or '.join(self.types)}" if self.types else ""
-
-    def __call__(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Yield the events to show."""
-        from fnmatch import fnmatchcase
-
-        for event in events if self.left > 0 else ():
-            if self.types and not any(fnmatchcase(event.type, glob) for glob in self.types):
-                continue
-            if self._record:
-                self._write(json_line(event))
-            self.left -= 1
-            yield event
-            if self.left <= 0:
-                return
-
-    def _write(self, line: str) -> None:
-        """Record a line, in one piece, since others may record into the same file."""
-        data = line.encode() + b"\n"
-        try:
-            while data:  # where there is little room, only a part is taken
-                data = data[self._record.write(data) :]
-        except OSError as problem:
-            problem.filename = self._record.name
-            raise
 
 
 def complain(message: str) -> None:
@@ -4028,15 +4169,42 @@ def complain(message: str) -> None:
         pass  # it is full, or nobody reads it
 
 
-def lines_of(path: str) -> Iterator[bytes]:
-    """Yield the lines of a file, or of standard input for "-"; of one that is too long its beginning."""
+# A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
+
+
+def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
+    """Yield the events of a file of NDJSON, or of standard input for "-"; report each line that holds none."""
     with open(path, "rb") if path != "-" else nullcontext() as file:
         stream = file or sys.stdin and sys.stdin.buffer
-        whole = True
+        where, index, whole = "" if path == "-" else f"{path}: ", 0, True
         for line in iter(partial(stream.readline, MAX_LINE), b"") if stream else ():
-            if whole:
-                yield line
-            whole = line.endswith(b"\n") or len(line) < MAX_LINE
+            begins, whole = whole, line.endswith(b"\n")
+            index += begins
+            try:
+                if begins and not whole and len(line) == MAX_LINE:
+                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
+                if begins and line.strip():
+                    yield parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
+            except WireError as problem:
+                report(f"{where}line {index}: {problem}")
+
+
+def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeup: bool = True) -> Feed:
+    """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
+    heard, patience = time.monotonic(), inf if timeout is None else timeout
+    while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
+        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
+            heard = time.monotonic()
+            yield event
+        yield None
+
+
+def json_line(event: Facts) -> str:
+    """Return an event as a line of JSON in ASCII, in which nothing can harm a terminal."""
+    try:
+        return json.dumps(event, allow_nan=False)
+    except ValueError:
+        return json.dumps(plain(event))
 
 
 def open_record(path: str) -> Any:
@@ -4049,42 +4217,40 @@ def open_record(path: str) -> Any:
     return file
 
 
-def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
-    """Yield (line number, Event), or the error in that line, of a file of NDJSON; empty lines are passed over."""
-    for index, line in enumerate(lines_of(path), 1):
-        if line.strip() or len(line) >= MAX_LINE:
-            try:
-                if len(line) >= MAX_LINE:
-                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
-                yield index, parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
-            except WireError as problem:
-                yield index, problem
+def append(record: Any, event: Event) -> None:
+    """Append an event to a file, in one piece, since others may append to it too."""
+    data = json_line(event).encode() + b"\n"
+    try:
+        while data:  # where there is little room, only a part is taken
+            data = data[record.write(data) :]
+    except OSError as problem:
+        problem.filename = record.name
+        raise
 
 
-def replay(path: str) -> Iterator[Event]:
-    """Yield the events of a recorded file; complain of lines that are none."""
-    for line, event in recorded(path):
-        if isinstance(event, WireError):
-            complain(f"{path}: line {line}: {event}")
-        else:
-            yield event
+def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> Feed:
+    """Yield the events of some types, at most so many; append them to a file."""
+    from fnmatch import fnmatchcase
+
+    left = inf if limit is None else limit
+    for event in feed if left > 0 else ():
+        if event is not None:
+            if types and not any(fnmatchcase(event.type, glob) for glob in types):
+                continue
+            if record:
+                append(record, event)
+            left -= 1
+        yield event
+        if left <= 0:
+            return
 
 
-class Glyphs(dict["int", "str"]):
-    """For str.translate(): question marks for characters that take more or less room in curses than here."""
-
-    def __missing__(self, code: int) -> str:
-        import curses
-
-        char, pad = chr(code), curses.newpad(1, 8)
-        try:
-            pad.addstr(char)
-            same = pad.getyx()[1] == cells_of(char)
-        except curses.error:
-            same = False
-        if len(self) > MAX_GLYPHS:
-            self.clear()
-        return self.setdefault(code, char if same else "?" * cells_of(char))
+def noted(feed: Feed, state: State) -> Feed:
+    """Yield events that the state has taken."""
+    for event in feed:
+        if event is not None:
+            state.event(event)
+        yield event
 
 
 class Terminal:
@@ -4095,7 +4261,7 @@ class Terminal:
 
         self._curses: Any = curses
         self._window = window
-        self._glyphs = Glyphs() if "utf" in window.encoding.lower() else ASCII
+        self._ascii = "utf" not in window.encoding.lower()
         self._painted: list[Line] = []
         self._looks = self._prepare_looks()
         self._button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
@@ -4103,45 +4269,37 @@ class Terminal:
         curses.mouseinterval(0)
         window.nodelay(True)
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
-        try:
+        with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
-        except curses.error:
-            pass  # a terminal whose cursor is always there
 
     def _prepare_looks(self) -> dict[str, int]:
         """Return style -> curses attribute."""
-        curses, colours = self._curses, 0
+        curses, colours, looks = self._curses, 0, {}
         if curses.has_colors():
-            try:
+            with suppress(curses.error):  # of a terminal that has no default colours
                 curses.use_default_colors()  # without colours too, or curses would paint a background
                 colours = 0 if os.environ.get("NO_COLOR") else curses.COLORS
-            except curses.error:
-                pass  # a terminal that has no default colours
-        looks = {}
-        for pair, (style, (attributes, name, like)) in enumerate(LOOKS.items(), 1):
-            look = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
-            colour = like if colours >= 256 else getattr(curses, f"COLOR_{name}", 0)
-            if colours and colour:
+        for pair, (style, (attributes, many, few)) in enumerate(LOOKS.items(), 1):
+            looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
+            colour = many if colours >= 256 else few if colours else 0
+            if colour:
                 curses.init_pair(pair, colour, -1)
-                look = look & ~curses.A_DIM | curses.color_pair(pair)
-            looks[style] = look
+                looks[style] = looks[style] & ~curses.A_DIM | curses.color_pair(pair)
         return looks
 
     def size(self) -> tuple[int, int]:
         """Return rows and columns; curses learns here that they have changed."""
-        try:
+        with suppress(OSError):
             columns, rows = os.get_terminal_size(sys.stdout.fileno())
-        except OSError:
-            columns = rows = 0
-        if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
-            self._curses.resizeterm(rows, columns)
-            self._window.clear()
-            self._painted = []
+            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
+                self._curses.resizeterm(rows, columns)
+                self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def renew(self) -> None:
-        """Set the terminal up and paint it anew: another program has had it."""
-        self._curses.endwin()
+    def forget(self, used: bool = False) -> None:
+        """Paint all of the next picture: what the terminal shows is not known, or another program has used it."""
+        if used:
+            self._curses.endwin()
         self._window.clear()
         self._painted = []
 
@@ -4153,26 +4311,23 @@ class Terminal:
         """End a ctrl-S, for which curses would wait when it puts the terminal back."""
         import termios
 
-        try:
+        with suppress(OSError, termios.error):  # of a terminal that has gone
             if not self.is_ready():
                 termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
                 termios.tcflow(sys.stdout, termios.TCOON)
-        except (OSError, termios.error):
-            pass  # the terminal has gone
 
     def paint(self, lines: list[Line]) -> None:
-        """Show the lines."""
-        before = self._painted
+        """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
         for row, line in enumerate(lines):
-            if row >= len(before) or line != before[row]:
-                self._window.move(row, 0)
-                for text, style in line:
-                    try:
-                        self._window.addstr(
-                            text if text.isascii() else text.translate(self._glyphs), self._looks[style]
-                        )
-                    except self._curses.error:
-                        pass  # behind the last cell the cursor has nowhere to go; or the terminal has just shrunk
+            if row < len(self._painted) and line == self._painted[row]:
+                continue
+            self._window.move(row, 0)
+            self._window.clrtoeol()
+            column = 0
+            for text, style, _ in line:
+                with suppress(self._curses.error):  # behind the last cell is no place for the cursor
+                    self._window.addstr(row, column, in_ascii(text) if self._ascii else text, self._looks[style])
+                column += cells(text)
         self._painted = lines
         self._window.refresh()
 
@@ -4203,117 +4358,41 @@ class Terminal:
 
     def _read(self) -> Any:
         """Return the next character, the number of a key that is none, or None."""
-        try:
+        with suppress(self._curses.error):
             return self._window.get_wch()
-        except self._curses.error:
-            return None
 
     def _mouse(self) -> Iterator[str]:
-        try:
-            _, _, line, _, button = self._curses.getmouse()
-        except self._curses.error:
-            return
-        clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-        yield f"click {line}" if clicked else "wheel up" if up else "wheel down"
-
-
-class Live:
-    """What a receiver hears, for the monitor; `words` are those that `send` needs beside the URL to reach it."""
-
-    problems = ()
-
-    def __init__(
-        self, receiver: Receiver, tap: Tap, timeout: float | None = None, wakeup: bool = True, words: str = ""
-    ) -> None:
-        self.files = [receiver]
-        self.now = time.time
-        self.pause = receiver.pause
-        self._receiver = receiver
-        self._tap = tap
-        self._timeout = inf if timeout is None else timeout
-        self._wakeup = wakeup
-        self._heard = 0, time.monotonic()  # how many events, and since when no more
-        kind = re.sub(r"[*?[\]]+", "x", tap.types[0]) if tap.types else "hello"
-        where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
-        trial = f"python eventmon.py send {kind}{where}{words}"
-        self._empty = f"no events{tap.kinds()} yet on {receiver.url} — try: {trial}"
-
-    def take(self) -> Iterator[Event]:
-        """Yield some of the events that have come."""
-        return self._tap(self._receiver.itercapture(DRAIN, 0, self._wakeup))
-
-    def is_over(self) -> bool:
-        """Whether the limit or the timeout is reached, or the receiver is told to stop."""
-        events, now = self._receiver.stats["events"], time.monotonic()
-        if events != self._heard[0]:
-            self._heard = events, now
-        return self._tap.left <= 0 or now > self._heard[1] + self._timeout or self._receiver.should_stop
-
-    def status(self) -> dict[str, Any]:
-        """Return what screen() takes as status."""
-        return {"url": self._receiver.url, "empty": self._empty, **self._receiver.stats}
-
-
-class Recording:
-    """What a file holds, for the monitor; the time is that of the last event."""
-
-    files: tuple[()] = ()
-
-    def __init__(self, path: str, tap: Tap) -> None:
-        self.problems: deque[str] = deque(maxlen=MAX_PROBLEMS)  # the last ones
-        self._path = path
-        self._tap = tap
-        self._lines = recorded(path)
-        self._bad = 0
-        self._now = time.time()
-        self._ended = False
-
-    def take(self) -> Iterator[Event]:
-        """Yield some of the events."""
-        lines = list(islice(self._lines, DRAIN))
-        self._ended = not lines
-        for line, event in lines:
-            if isinstance(event, WireError):
-                self._bad += 1
-                self.problems.append(f"{self._path}: line {line}: {event}")
-        for event in self._tap(event for _, event in lines if isinstance(event, Event)):
-            self._now = number(event.setdefault("local_received", event["timestamp"]), self._now)
-            yield event
-
-    def now(self) -> float:
-        """Return the time to show."""
-        return self._now
-
-    def pause(self, longest: float) -> float:
-        """Return how many seconds, at most `longest`, there is nothing to take."""
-        return longest if self._ended else 0.0
-
-    def is_over(self) -> bool:
-        """Whether to end: only the user ends it."""
-        return False
-
-    def status(self) -> dict[str, Any]:
-        """Return what screen() takes as status."""
-        return {"url": self._path, "empty": f"no events{self._tap.kinds()} in {self._path}", "malformed": self._bad}
+        with suppress(self._curses.error):
+            _, column, line, _, button = self._curses.getmouse()
+            clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+            yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
 
 
 class Monitor:
-    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
+    """The monitor's one thread: events first, then keys, then a picture if there is something new.
 
-    def __init__(self, source: Live | Recording, state: State) -> None:
-        self._source = source
+    `status` is a function that returns what Stage has under that name; the end of the feed ends the monitor, unless it
+    is a file's. `receiver` is what to wait for, None for a file.
+    """
+
+    def __init__(self, feed: Feed, state: State, status: Callable[[], Mapping[str, Any]], receiver: Any = None) -> None:
+        self._feed = feed
         self._state = state
+        self._status = status
+        self._receiver = receiver
         self._view = View()
         self._signals: set[int] = set()  # that have come and are still to be heeded
         self._pid = os.getpid()
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
-        self._heard = self._painted = self._due = time.monotonic()  # the last event and picture; when one may be next
+        self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
+        self._beats = 0  # heartbeats of workers
+        self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
-        self._table: list[tuple[Any, Any]] = []
-        self._table_of: Any = None  # what the table is of
-        self._table_due = 0.0  # when it may be made anew though only events have changed it
+        self._rows: Rows = []
+        self._rows_of: Any = None  # what the rows are of
+        self._rows_due = 0.0  # when they may be made anew though only events have changed them
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
@@ -4342,93 +4421,109 @@ class Monitor:
             raise SystemExit(128 + ended)
 
     def _note(self, name: int, frame: object) -> None:
+        """Note a signal."""
         import signal
 
         if os.getpid() != self._pid:  # the child of a fork
             signal.signal(name, signal.SIG_DFL)
             os.kill(os.getpid(), name)
         self._signals.add(name)
-        try:
+        with suppress(OSError):  # enough lie there already
             self._waker.send(b"\0")  # ends the wait, as a signal alone does not
-        except OSError:
-            pass  # enough of them lie there already
 
     def _loop(self, window: Any) -> None:
         from signal import SIGCONT, SIGWINCH
 
         terminal = Terminal(window)
         try:
-            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
-                for event in self._source.take():
-                    self._state.event(event)
-                    self._heard = time.monotonic()
-                if self._source.is_over():
-                    return
-                if SIGCONT in self._signals and terminal.is_ready():
-                    self._signals.remove(SIGCONT)
+            self._take()
+            while not (self._ended and self._receiver) and not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
+                if self._signals and terminal.is_ready():
+                    terminal.forget(SIGCONT in self._signals)
+                    self._signals -= {SIGCONT, SIGWINCH}
                     self._drawn = None
-                    terminal.renew()
-                self._turn(terminal)
+                height, width = terminal.size()
+                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
         finally:
             terminal.release()
 
-    def _turn(self, terminal: Terminal) -> None:
-        """Heed the keys, draw, and wait."""
-        where, more = (*terminal.size(), self._source.now()), False
+    def _take(self) -> bool:
+        """Take some events; return whether there were others than heartbeats, or the feed has ended."""
+        news, self._ended = self._news(), True
+        for event in islice(self._feed, DRAIN):
+            self._ended = False
+            if event is None:
+                break
+            self._state.event(event)
+            self._beats += event.type == "worker-heartbeat"
+            self._heard = time.monotonic()
+        return self._ended or self._news() != news
+
+    def _news(self) -> int:
+        """Return how many events there were but for heartbeats, which alone make no new picture."""
+        return self._state.event_count - self._beats
+
+    def _turn(self, terminal: Any, stage: Stage) -> None:
+        """Heed the keys, draw, and wait for more."""
+        more = False
         for key in terminal.pressed():
             if key == "^L" and terminal.is_ready():
-                terminal.renew()
-            table = None if self._view.typing else self._find(*where)  # a letter of a filter needs none
-            self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
+                terminal.forget(True)
+            rows = None if self._view.typing else self._find(stage)  # a letter of a filter needs none
+            self._view = self._state.freeze_while(press, self._view, key, stage, rows)
             self._drawn, self._due = None, self._painted + FRAME_TIME
             more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
             if more or self._view.done:
                 break  # what is typed further must wait for the events, or is for whoever reads next
         if not self._view.done:
-            patience = self._draw(terminal, *where)
+            patience = self._draw(terminal, stage)
             self._wait(0.0 if more else patience)
 
-    def _find(self, rows: int, columns: int, wall: float) -> list[tuple[Any, Any]]:
-        """Return the rows of the table, made anew if another is wanted, or if it has changed and there is time for it."""
-        view, state, now = self._view, self._state, time.monotonic()
-        wanted = (page_of(view, state), view.filter, view.order, view.frozen)
-        changes = (state.event_count, len(state.tasks), int(wall) if view.order or view.filter else 0)
-        if (
-            self._table_of is None
-            or self._table_of[0] != wanted
-            or self._table_of[1] != changes
-            and now >= self._table_due
-        ):
-            self._table = state.freeze_while(table_of, view, stage_of(state, view, rows, columns, wall))
-            self._table_of = wanted, changes
-            self._table_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
-        return self._table
+    def _find(self, stage: Stage, now: float = -inf) -> Rows:
+        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
+        view = settled(self._view, self._state)
+        wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
+        changes = self._news(), len(self._state.tasks), self._second(stage)
+        if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
+            begun = time.monotonic()
+            self._rows = self._state.freeze_while(rows_of, view, stage)
+            self._rows_of = wanted, changes
+            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
+        return self._rows
 
-    def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
+    def _second(self, stage: Stage) -> int:
+        """Return what changes each second while something on the screen counts seconds."""
+        counts = time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
+        return int(stage.now) if counts or self._state.workers else 0
+
+    def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now, state = time.monotonic(), self._state
-        counts = state._active or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
-        status, table = self._source.status(), self._find(rows, columns, wall)
-        picture = (state.event_count, self._table_of, self._view, rows, columns, status, counts and int(wall))
+        now = time.monotonic()
+        rows = self._find(stage, now)
+        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._news()
         if picture != self._drawn and now >= self._due and terminal.is_ready():
-            terminal.paint(state.freeze_while(screen, state, self._view, rows, columns, wall, status, table))
+            terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
-        return min(MAX_SLEEP, max(FRAME_TIME, 1 - time.time() % 1))  # other threads may feed the State
+        return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for events, keys and signals."""
-        files, patience = (sys.stdin, self._wake, *self._source.files), max(0.0, self._source.pause(longest))
-        try:
-            select.select(files, [], [], patience)  # which takes terminals also where poll() does not
-        except ValueError:  # it takes only the first 1,024 files
-            wait_for(patience, *files)
-        try:
+        """Wait for keys, signals, and events that are news, which are taken."""
+        files, until = [sys.stdin, self._wake, *([self._receiver] if self._receiver else [])], time.monotonic() + longest
+        ready: list[Any] = []
+        while not ready or ready == [self._receiver]:
+            left = max(0.0, until - time.monotonic()) if self._receiver or self._ended else 0.0
+            left = self._receiver.pause(left) if self._receiver else left
+            try:
+                ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
+            except ValueError:  # it takes only the first 1,024 files
+                wait_for(left, *files)
+            if self._take() or time.monotonic() >= until:
+                break
+        with suppress(BlockingIOError):  # no signal came
             self._wake.recv(4096)
-        except BlockingIOError:
-            pass  # no signal came
 
 
 def is_terminal(stream: Any, number: int) -> bool:
@@ -4465,18 +4560,26 @@ def take_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def print_lines(events: Iterable[Event], form: Callable[[Event], str]) -> None:
-    """Print each event as a line."""
+def print_lines(feed: Feed, state: State | None = None) -> None:
+    """Print each event as a line for people, with what the state knows of its task; without a state, as JSON."""
     take_any_text()
-    for event in events:
-        print(form(event), flush=True)
+    for event in feed:
+        if event is not None:
+            print(event_line(event, state.tasks) if state else json_line(event), flush=True)
 
 
-def noted(state: State, events: Iterable[Event]) -> Iterator[Event]:
-    """Yield events that the state has taken."""
-    for event in events:
-        state.event(event)
-        yield event
+def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str] = (), words: str = "") -> None:
+    """Show in the monitor what a receiver hears; `words` are those that `send` needs beside the URL to reach it."""
+    where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
+    trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
+    empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
+
+    def status() -> dict[str, Any]:
+        stats = receiver.stats
+        losses = {name: stats.get(name, 0) for name in ("lost", "rejected", "malformed", "evicted")}
+        return {"url": receiver.url, "empty": empty, **losses}
+
+    Monitor(feed, state, status, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
@@ -4491,9 +4594,9 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     try:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
-            Monitor(Live(heard, Tap()), state).run()
+            show_live(heard, state, live(heard, 0.0))
         else:
-            print_lines(noted(state, heard.itercapture()), plain_line)
+            print_lines(noted(live(heard, 1.0), state), state)
     finally:
         if receiver is None:
             heard.close()
@@ -4512,6 +4615,36 @@ def describe(problem: BaseException | None) -> str:
         return str(problem)
     reason = problem.strerror or str(problem)
     return f"{problem.filename}: {reason}" if problem.filename else reason
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+
+
+class BadLines:
+    """Takes what is wrong with lines of a file: complains of the first few, and in the end says how many more there are."""
+
+    def __init__(self, at_once: bool) -> None:
+        self.count = 0
+        self._at_once = at_once
+        self._later: list[str] = []
+
+    def __call__(self, problem: object) -> None:
+        self.count += 1
+        if self.count <= MAX_TOLD:
+            (complain if self._at_once else self._later.append)(str(problem))
+
+    def end(self) -> int:
+        """Complain of the rest, and return how many bad lines there were."""
+        for problem in self._later:
+            complain(problem)
+        if self.count > MAX_TOLD:
+            complain(f"and {self.count - MAX_TOLD:,} more")
+        return self.count
 
 
 def listening(options: Any) -> Receiver:
@@ -4539,69 +4672,55 @@ def end_with_reader(receiver: Receiver) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def heard(receiver: Receiver, timeout: float | None, wakeup: bool) -> Iterator[Event]:
+def report_losses(receiver: Receiver, feed: Feed) -> Feed:
     """Yield what is heard; complain of what is lost or rejected, at most once a second, and of all in the end."""
-    patience = inf if timeout is None else timeout
     told, told_at = {"lost": 0, "rejected": 0}, -inf
 
-    def tell(words: str) -> dict[str, int]:
+    def tell(words: str = "") -> None:
+        nonlocal told, told_at
         counts = {name: receiver.stats[name] for name in told}
-        news = [f"{counts[name]:,} {plural('datagram', counts[name])} {name}{words}" for name in told if counts[name]]
+        news = [f"{many:,} {plural('datagram', many)} {name}{words}" for name, many in counts.items() if many]
         if news and (words or counts != told):
             complain(", ".join(news) + (f": {receiver.problem}" if counts["rejected"] else ""))
-        return counts
+        told, told_at = counts, time.monotonic()
 
-    last = time.monotonic()
     try:
-        while not receiver.should_stop and time.monotonic() < last + patience:
-            for event in receiver.itercapture(None, min(1.0, max(0.0, last + patience - time.monotonic())), wakeup):
-                yield event
-                last = time.monotonic()
-                if last > told_at + 1.0:
-                    told, told_at = tell(""), last
-            told, told_at = tell(""), time.monotonic()
+        for event in feed:
+            yield event
+            if time.monotonic() > told_at + 1.0:
+                tell()
     finally:
         tell(" in all")
 
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    from contextlib import ExitStack
-
     files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
     if len(files) == 2 and os.path.samefile(*files):
         raise Failure(f"{options.file} cannot be recorded into itself", 2)
+    in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
+    state, types = State(), options.type or ()
+    bad = BadLines(at_once=in_lines)
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
-        tap = Tap(options.type or (), record, options.limit)
-        receiver = None if options.file else stack.enter_context(listening(options))
-        words = f" --key-file '{options.key_file}'" if options.key_file else ""
-        in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file)
-        if not in_lines and has_terminal():
-            source = (
-                Live(receiver, tap, options.timeout, not options.no_history, words)
-                if receiver
-                else Recording(options.file, tap)
-            )
-            Monitor(source, State()).run()
-            for problem in source.problems:
-                complain(problem)
-            return 0
-        if receiver:
-            end_with_reader(receiver)
-            events = heard(receiver, options.timeout, not options.no_history)
+        if options.file:
+            state.recorded = True
+            feed: Feed = recorded(options.file, bad)
         else:
-            events = replay(options.file)
-        print_lines(tap(events), json_line if options.json else plain_line)
-    return 0
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+            receiver = stack.enter_context(listening(options))
+            feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
+        if in_lines and not options.file:
+            end_with_reader(receiver)
+            feed = report_losses(receiver, feed)
+        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
+        if in_lines:
+            print_lines(feed, None if options.json else state)
+        elif options.file:
+            empty = f"no events in {options.file}"
+            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": bad.count}).run()
+        else:
+            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
+    return 1 if bad.end() > state.event_count else 0  # hardly anything can be read
 
 
 def parse_field(word: str) -> tuple[str, Any]:
@@ -4632,19 +4751,13 @@ def parse_fields(words: Sequence[str]) -> dict[str, Any]:
 
 def send_lines(dispatcher: Dispatcher) -> int:
     """Send the NDJSON on standard input; return how many lines were bad."""
-    failures = 0
-    for line, event in recorded("-"):
+    bad = BadLines(at_once=True)
+    for event in recorded("-", bad):
         try:
-            if isinstance(event, WireError):
-                raise event
             dispatcher.publish(event)
-        except (WireError, ValueError) as problem:
-            failures += 1
-            if failures <= MAX_TOLD:
-                complain(f"line {line}: {problem}")
-    if failures > MAX_TOLD:
-        complain(f"and {failures - MAX_TOLD:,} more")
-    return failures
+        except ValueError as problem:  # too large
+            bad(problem)
+    return bad.end()
 
 
 def send(options: Any) -> int:
