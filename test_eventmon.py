@@ -289,9 +289,8 @@ def benchmark():
         if options.json:
             print(json.dumps({"what": what, "unit": unit.strip(), **cells}), flush=True)
         else:
-            shown = ("" if n is None else f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in cells.values())
-            print("| {} | {}{unit} | {}{unit} | {} |".format(what, *shown, unit=unit).replace(f"| {unit} |", "| |"), flush=True)
-
+            shown = ("-" if n is None else f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in cells.values())
+            print("| {} | {}{unit} | {}{unit} | {} |".format(what, *shown, unit=unit).replace(f"-{unit}", "-"), flush=True)
 
 
 if __name__ == "__main__":
@@ -4741,8 +4740,7 @@ def readme_blocks(language):
 
 SNIPPETS = [  # the last event's type, some of its fields
     ("deploy-done", {"version": "1.2"}),
-    ("task-succeeded", {}),
-    ("task-succeeded", {}),
+    ("task-retried", {"exception": "TimeoutError('mail.example.com')"}),
     ("log-warning", {"message": "disk almost full"}),
     (None, {}),
 ]
