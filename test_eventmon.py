@@ -286,6 +286,7 @@ import pytest  # noqa: E402 - the benchmark does without it
 
 README = MODULE.with_name("README.md").read_text(encoding="utf-8")
 SOURCE = ("127.0.0.1", 4711)
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell, signals or pseudo-terminals")
 STREAM = b"0123456789abcdef"
 
 
@@ -3909,6 +3910,8 @@ class Terminal:
 @contextmanager
 def terminal(*words, command=(), rows=24, columns=80, **environment):
     """eventmon.py, or another command, on a pseudo-terminal."""
+    if pty is None:
+        pytest.skip("no pseudo-terminal here")
     it = Terminal([*command] or [sys.executable, str(MODULE), *words], rows, columns, environment)
     try:
         yield it
@@ -3973,7 +3976,7 @@ def test_the_monitor_follows_the_size_of_the_terminal_however_often_it_changes(r
         assert it.process.wait(20) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)])
 @pytest.mark.parametrize("keys", ["", "i", "/x", " "])
 def test_the_terminal_comes_back_when_the_monitor_is_ended(ending, keys, recording):
     with terminal("watch", recording) as it:
@@ -4377,6 +4380,7 @@ RUNS = [  # words, exit status, standard output, lines of standard error, fields
 ]
 
 
+@posix
 @pytest.mark.parametrize("words, status, out, err, fields", RUNS)
 def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(words, status, out, err, fields, tmp_path):
     (tmp_path / "script").write_text("echo script $1\n")  # which does not say for whom
@@ -4409,6 +4413,7 @@ LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit s
 ]
 
 
+@posix
 @pytest.mark.parametrize("line, status, out", LINES)
 def test_run_leaves_streams_and_what_is_inherited_as_they_are(line, status, out, tmp_path):
     line = line.replace("RUN", f"{sys.executable} {MODULE} run --")
@@ -4430,6 +4435,7 @@ while True:
 """
 
 
+@posix
 def test_run_passes_signals_on():
     before = {number: signal.getsignal(number) for number in signal.Signals}
     assert main(["run", "true"]) == 0
@@ -4442,6 +4448,7 @@ def test_run_passes_signals_on():
         assert process.wait(20) == 7
 
 
+@posix
 def test_on_a_terminal_run_leaves_signals_and_job_control_to_the_terminal():
     with terminal("run", "--", sys.executable, "-c", COUNTER) as it:
         it.wait_for("ready [True, True, True] True")
@@ -4629,6 +4636,7 @@ def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_
     assert "only a watcher on another machine proves that anything gets there" in third
 
 
+@posix
 def test_the_demo_has_workers_chains_failures_retries_progress_and_logs_and_leaves_no_process_behind(tmp_path):
     shutil.copy(MODULE, tmp_path / "evm")  # whatever its file is called
     words = [sys.executable, str(tmp_path / "evm"), "demo", "--json"]
@@ -4653,6 +4661,7 @@ def is_alive(pid):
     return found.stdout.strip() not in (b"", b"Z")
 
 
+@posix
 def test_the_demo_ends_with_its_monitor_also_from_a_zipapp(tmp_path):
     (tmp_path / "app").mkdir()
     shutil.copy(MODULE, tmp_path / "app" / "eventmon.py")
@@ -4669,6 +4678,7 @@ STARTS = ("-O eventmon.py --help", "-OO eventmon.py send --help", "-OO eventmon.
 STARTS += ("-S eventmon.py send hello", "-m eventmon run true", "-OO -m eventmon check")
 
 
+@posix
 @pytest.mark.parametrize("words", STARTS)
 def test_the_program_starts_without_docstrings_in_a_read_only_folder_and_beside_modules_of_any_name(words, tmp_path):
     shutil.copy(MODULE, tmp_path)
@@ -4748,6 +4758,7 @@ def test_every_python_snippet_in_the_readme_runs_beside_the_single_file(number, 
 LINES_OF_README = [line for block in readme_blocks("sh") for line in block.splitlines()]
 
 
+@posix
 @pytest.mark.parametrize("line", LINES_OF_README)
 def test_every_command_in_the_readme_runs(line, tmp_path, url):
     """Run a line of the README's shell blocks as it stands, but on this test's group; who watches is ended."""
