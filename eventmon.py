@@ -3835,8 +3835,8 @@ def title_line(view: View, stage: Stage) -> Line:
         here = kind == view.layers[0].kind
         text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
         line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
-    losses = Counter({name: many for name, many in status.items() if name not in ("url", "empty")}, evicted=live.evicted)
-    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+    losses = [(name, many) for name, many in (*status.items(), ("evicted", live.evicted)) if many]
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses if isinstance(many, int)]
     left = max(0, stage.width - sum([cells(span.text) for span in line]))
     rate = sum(live.counts(1, 5.0, stage.now)) / 5
     return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]

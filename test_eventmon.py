@@ -3801,6 +3801,7 @@ def test_the_terminal_comes_back_after_an_exception():
 def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
     with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
         it.press(f"{sys.executable} {MODULE} watch {recording}\n", "shop.charge")
+        it.screen(0, 0.3)  # curses heeds no ctrl-Z in the middle of a picture
         it.press("\x1a", "topped")
         it.press("stty -a\n", " icanon")
         assert it.raw.rindex(b"\x1b[?1049l") > it.raw.rindex(b"\x1b[?1049h")
