@@ -74,8 +74,8 @@ from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
-from itertools import accumulate, chain, count, islice, repeat
-from math import ceil, copysign, inf, isfinite
+from itertools import accumulate, count, islice, repeat
+from math import ceil, inf, isfinite
 from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
@@ -3202,12 +3202,12 @@ class State:
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
 # All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+# The cursor is the identity of a row, None for the first whichever it is; if it is gone, what is now at its index.
 Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
 Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
 Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
-Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
-Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
-    "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
+Layer = namedtuple(  # an open sheet, with its cursor; `order` is the number of the column to sort by, None for the usual one
+    "Layer", "kind subject cursor index order reverse filter", defaults=(None, None, 0, None, False, "")
 )
 View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
 Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
@@ -3618,7 +3618,7 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
             yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-def trace(record: Facts, stage: Stage) -> Items:
+def trace(record: Facts) -> Items:
     """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
     style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
     *lines, last = text.splitlines() or [""]
@@ -3638,18 +3638,18 @@ def task_item(label: str, task: Facts, stage: Stage) -> Item:
 
 def timeline(task: Facts, stage: Stage) -> Items:
     """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
-    attempts, moments = stage.state.attempts(task["uuid"]), []
-    for index, attempt in enumerate(attempts, 1):
-        where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
-        end = attempt["state"], together(where, printable(attempt["exception"]))
-        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
-            moments.append((attempt[key], printable(what), text))
+    moments = []
+    for index, attempt in enumerate(stage.state.attempts(task["uuid"]), 1):
+        where = f"{printable(attempt['worker'])}  attempt {index}"
+        end = together(where, printable(attempt["exception"]))
+        moments += [(attempt["received"], "RECEIVED", where), (attempt["started"], "STARTED", where)]
+        moments.append((attempt["ended"], printable(attempt["state"]), end))
     for _, event, _ in event_rows(task["uuid"], stage):
         if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
             moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
-    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
+    moments = sorted([moment for moment in moments if number(moment[0], inf) < inf], key=lambda moment: moment[0])
     for when, what, text in moments:
-        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}")
 
 
 def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
@@ -3664,22 +3664,21 @@ def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator
 def family(uuid: str, stage: Stage) -> Items:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
     tasks = stage.state.tasks
-    root: Any = uuid
-    for _ in range(MAX_DEPTH):
-        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
-    members = dict(islice(descendants(root, tasks, 0, set()), 100))
-    if uuid not in members:  # it is large
-        members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
-    starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
-    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
-    first = min(starts.values())
-    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
-    for member, depth in members.items() if len(members) > 1 else ():
-        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
-        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
-        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
+    members: list[tuple[str, int]] = []
+    for root in (tasks[uuid].get("root_id"), tasks[uuid].get("parent_id"), uuid):
+        if known(tasks, root) and uuid not in dict(members):  # of a large family there is room for a part
+            members = list(islice(descendants(root, tasks, 0, set()), 100))
+    starts = [tasks[member].get("received", tasks[member]["timestamp"]) for member, _ in members]
+    runs = [max(0.0, seconds_run(tasks[member], stage)) for member, _ in members]
+    first = min(starts)
+    scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in zip(starts, runs)))
+    for (member, depth), start, run in zip(members, starts, runs) if len(members) > 1 else ():
+        task = tasks[member]
+        name = fit("  " * depth + printable(task.get("name")), 20)
+        bar = " " * int((start - first) * scale) + "█" * ceil(run * scale)
         label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
+        link = None if member == uuid else ("task", member)
+        yield Item(label, f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6} {bar}", link)
 
 
 def task_panel(uuid: str, stage: Stage) -> Items:
@@ -3695,7 +3694,7 @@ def task_panel(uuid: str, stage: Stage) -> Items:
     yield from family(uuid, stage)
     yield from fields(task, keys_of(task), stage)
     if "traceback" in task or "stderr" in task:
-        yield from trace(task, stage)
+        yield from trace(task)
 
 
 def worker_panel(name: str, stage: Stage) -> Items:
@@ -3704,18 +3703,16 @@ def worker_panel(name: str, stage: Stage) -> Items:
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
     yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
-    yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
+    yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
     yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
 def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
     task = known(stage.state.tasks, event.get("uuid"))
-    yield Item("type", event.get("type"))
     yield Item("time", exact(event.get("timestamp")))
-    if task:
-        yield task_item("task", task, stage)
-    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
+    yield from [task_item("task", task, stage)] if task else []
+    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback"), stage)
 
 
 PANEL = (
@@ -3730,10 +3727,13 @@ SHEETS = {
     "task": Sheet(task_panel, PANEL),
     "worker": Sheet(worker_panel, PANEL),
     "event": Sheet(event_panel, PANEL),
-    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:]),
     "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
     "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
+
+
+PAGES = dict(zip("1234", SHEETS))
 
 
 # The lines of the screen.
@@ -3810,78 +3810,71 @@ def rows_of(view: View, stage: Stage) -> Rows:
     return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
 
 
-def layout(view: View, height: int) -> tuple[int, int, int, int]:
-    """Return how many lines go to the header, the headings, the footer; and to the rows."""
-    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
-    headings, footer = int(height > 5), int(height > 2)
-    return header, headings, footer, height - header - headings - footer
-
-
-def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
-    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
-    identity, index, line = view.layers[-1].cursor
-    gone = max(0, min(index, len(rows) - 1))
-    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
-    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
+def locate(view: View, rows: Rows) -> int:
+    """Return the index of the row that the cursor is on."""
+    layer = view.layers[-1]
+    gone = max(0, min(layer.index, len(rows) - 1))
+    return next((index for index, row in enumerate(rows) if row.identity == layer.cursor), gone)
 
 
 def title_line(view: View, stage: Stage) -> Line:
     """Return the pages and how much they have, what went wrong, the rate, and the URL."""
     live, status = stage.state, stage.status
-    workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
-    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    alive = len(live.alive_workers(stage.now))
+    tabs = (
+        f"Tasks {len(live.tasks):,} ",
+        f"Names {len(live.task_types()):,} ",
+        f"Workers {alive:,}/{len(live.workers):,} ",
+        f"Events {live.event_count:,} ",
+    )
     line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
-    for index, (kind, many) in enumerate(counts.items(), 1):
+    for (page, kind), text in zip(PAGES.items(), tabs):
         here = kind == view.layers[0].kind
-        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
-        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
+        line.append(Span(f" {page} {text if here or stage.width >= 64 else ''}", "reverse" if here else "", page))
     losses = [(name, many) for name, many in (*status.items(), ("evicted", live.evicted)) if many]
     line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses if isinstance(many, int)]
     left = max(0, stage.width - sum([cells(span.text) for span in line]))
-    rate = sum(live.counts(1, 5.0, stage.now)) / 5
-    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
+    rate, url = sum(live.counts(1, 5.0, stage.now)) / 5, printable(status.get("url")).partition("?")[0]
+    return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
+def now_lines(stage: Stage, running: Sequence[Facts]) -> list[Line]:
     """Return what runs, and for how long the longest has; and what has failed, and why."""
-    tasks = stage.state.tasks
-    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
-    runs = [run for run in runs if run[0] >= 0]
-    running = f" {len(runs):,} running"
-    if runs:
-        seconds, uuid = max(runs)
-        task = tasks[uuid]
-        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
+    text = f" {len(running):,} running"
+    if running:
+        task = min(running, key=lambda task: urgency(task, stage))
+        text += f", longest {printable(task.get('name'))} {run_of(task, stage)} on {printable(task.get('worker'))}"
+    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
     ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
     if not ages:
-        return [[Span(running)], [Span(" no failures", "dim")]]
-    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
+        return [[Span(text)], [Span(" no failures", "dim")]]
+    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
     when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
-    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+    return [[Span(text)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
 
 
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
     counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
-    most = max([1, *counts])
-    drawn = width - next((index for index, count in enumerate(counts) if count), width)
-    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
+    most = max(1, *counts, 0)
+    drawn = len("".join([" x"[count > 0] for count in counts]).lstrip())
     labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
     return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
 def header_lines(view: View, stage: Stage) -> list[Line]:
     """Return what stands above every table."""
-    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
-    order = list(STYLES)
-    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
+    tasks, order = stage.state.tasks, list(STYLES)
+    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    running = [tasks[uuid] for uuid, name in names.items() if name != "LOST" and seconds_run(tasks[uuid], stage) >= 0]
+    tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
+    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
-    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
+    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, running), graph)]
+    return [title_line(view, stage), *now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
@@ -3910,16 +3903,6 @@ def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Lin
     return line
 
 
-def empty_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what to do about a table without rows."""
-    layer, text = view.layers[-1], str(stage.status.get("empty", ""))
-    if stage.state.event_count:
-        text = SHEETS[layer.kind].empty
-    if layer.filter:
-        text = f"nothing matches {layer.filter} — Escape drops the filter"
-    return [[Span(line)] for line in wrap(text, stage.width)]
-
-
 def footer_line(view: View, index: int, many: int) -> Line:
     """Return the filter, which row this is of how many, and keys."""
     layer = view.layers[-1]
@@ -3938,14 +3921,22 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     view = settled(view, stage.state)
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
     sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
-    header, headings, footer, room = layout(view, stage.height)
     rows = rows_of(view, stage) if rows is None else rows
-    chosen, top = locate(view, rows, room)
-    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
+    lines = header_lines(view, stage)[: min(1 if order_of(layer) is None else 4, stage.height // 4)]
+    lines += [heading_line(layer, stage)] * (stage.height > 5)
+    footer = int(stage.height > 2)
+    room = stage.height - len(lines) - footer
+    chosen = locate(view, rows)
+    top = max(0, min(chosen - room // 2, len(rows) - room))
     for index, row in enumerate(rows[top : top + room], top):
+        action = "show" if index == chosen else f"move {index - chosen}"
         line = row_line(row, sizes, shown)
-        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
-    lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
+        lines.append([Span(text, "selected" if index == chosen else style, action) for text, style, _ in line])
+    if not rows:
+        empty = SHEETS[layer.kind].empty if stage.state.event_count else str(stage.status.get("empty", ""))
+        empty = f"nothing matches {layer.filter} — Escape drops the filter" if layer.filter else empty
+        lines += [[Span(text)] for text in wrap(empty, stage.width)]
+    lines = [*lines, *[[]] * room][: stage.height - footer]
     return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
@@ -3959,24 +3950,19 @@ def change(view: View, **changes: Any) -> View:
 
 def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
-    room, step = layout(view, stage.height)[-1], float(step)
-    index, top = locate(view, rows, room)
-    step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
-    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
-    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
-
-
-def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Go to a page."""
-    return view._replace(layers=(Layer(kind),))
+    step = float(step)
+    step = step * max(2, stage.height - 6) if abs(step) < 1 else step
+    index = int(max(0, min(locate(view, rows) + step, len(rows) - 1)))
+    return change(view, cursor=rows[index].identity if index else None, index=index)
 
 
 def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
     layer = view.layers[-1]
     if order_of(layer) is not None:
-        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
-    here, _ = locate(view, rows, 1)
+        kinds = list(PAGES.values())
+        return view._replace(layers=(Layer(kinds[(kinds.index(layer.kind) + int(step)) % len(kinds)]),))
+    here = locate(view, rows)
     links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
     return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
@@ -3988,20 +3974,12 @@ def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -
     return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
 
 
-def link_of(view: View, rows: Rows) -> Any:
-    """Return kind and subject of what the cursor's row leads to, or None."""
-    return rows[locate(view, rows, 1)[0]].link if rows else None
-
-
-def enter(view: View, stage: Stage, rows: Rows) -> View:
-    """Open what the cursor is on."""
-    link = link_of(view, rows)
-    return push(view, stage, rows, *link) if link else view
-
-
-def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
-    about, subject = link_of(view, rows) or view.layers[-1][:2]
+def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
+    """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
+    link = rows[locate(view, rows)].link if rows else None
+    if not kind:
+        return push(view, stage, rows, *link) if link else view
+    about, subject = link or view.layers[-1][:2]
     if about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
     return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
@@ -4025,12 +4003,6 @@ def freeze(view: View, stage: Stage, rows: Rows) -> View:
     return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
-def clear(view: View, stage: Stage, rows: Rows) -> View:
-    """Forget the finished tasks."""
-    stage.state.clear_tasks()
-    return view
-
-
 def leave(view: View, stage: Stage, rows: Rows) -> View:
     """Close the uppermost layer, or quit."""
     return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
@@ -4043,30 +4015,21 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
     return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def edit(view: View, stage: Stage, rows: Rows) -> View:
-    """Begin to type a filter."""
-    return view._replace(typing=True)
-
-
-def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
-    """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
-    here, _ = locate(view, rows, 1)
-    view = move(view, stage, rows, int(index) - here)
-    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
-
-
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen."""
+    """Do what is there on the screen; in a panel, follow the link at once."""
     action, left = "", int(column)
     for span in screen(view, stage, rows)[int(line)]:
         action = span.action if left >= 0 else action
         left -= cells(span.text)
-    return press(view._replace(typing=False), action, stage, rows)
+    view = press(view._replace(typing=False), action, stage, rows)
+    return show(view, stage, rows) if action.startswith("move") and order_of(view.layers[-1]) is None else view
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
-    action.__name__: action
-    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
+    **{action.__name__: action for action in (move, tab, push, show, sort, freeze, leave, back, click)},
+    "page": lambda view, stage, rows, kind: view._replace(layers=(Layer(kind),)),
+    "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
+    "type": lambda view, stage, rows: view._replace(typing=True),
 }
 KEYS = {
     "j": "move 1",
@@ -4075,18 +4038,18 @@ KEYS = {
     "PgUp": "move -0.9",
     "g": "move -inf",
     "G": "move inf",
-    "1": "turn tasks",
-    "2": "turn names",
-    "3": "turn workers",
-    "4": "turn events",
+    "1": "page tasks",
+    "2": "page names",
+    "3": "page workers",
+    "4": "page events",
     "tab": "tab 1",
     "shift-tab": "tab -1",
-    "enter": "enter",
+    "enter": "show",
     "t": "show traceback",
     "r": "show result",
     "e": "show events",
     "?": "push keys",
-    "/": "edit",
+    "/": "type",
     "s": "sort 1",
     "S": "sort 0",
     "space": "freeze",
@@ -4110,7 +4073,7 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     if view.typing and (len(key) == 1 or name in edits):
         text = (text + key)[:100] if len(key) == 1 else edits[name]
         view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
-        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
+        return change(view, filter=text, index=0)
     action, *arguments = KEYS.get(name, name).split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view

@@ -3186,10 +3186,10 @@ worker      alpha@laptop
 exception   ValueError('refused')
 args        (7,)
 latest      1970-01-01 12:00:05.000
-+0ms        RECEIVED      alpha@laptop
-+0ms        STARTED       alpha@laptop
++0ms        RECEIVED      alpha@laptop  attempt 1
++0ms        STARTED       alpha@laptop  attempt 1
 +500ms      log-warning   the bank is slow  logger=shop
-+1.0s       FAILURE       alpha@laptop  ValueError('refused')
++1.0s       FAILURE       alpha@laptop  attempt 1  ValueError('refused')
 parent      PROGRESS shop.import            8.0s █████████████████████████
             SUCCESS    shop.resize           2ms    █
 this task   FAILURE    shop.charge          1.0s        ████
@@ -3202,6 +3202,7 @@ pid         101
             ValueError: refused
  1 of 21  esc back  ? keys  enter go there  tab next  / find  e events  t trace…""",
 }
+
 
 @pytest.mark.parametrize("keys, width", SCREENS)
 def test_the_screen_shows_each_page_and_everything_about_a_task(keys, width):
@@ -3393,7 +3394,7 @@ def test_keys_move_the_cursor():
         *((["move 3"], 3), (["G", "move -3"], 46), (["click 7 3"], 2), (["click 0 79"], 0), (["click 23 70"], 0)),
     ]:
         view = typed(state, keys if isinstance(keys, list) else f"1 {keys}", view=typed(state, "1"))
-        assert view.layers[-1].cursor.index == index, keys
+        assert view.layers[-1].index == index, keys
 
 
 def line_of_cursor(state, view):
@@ -3964,7 +3965,7 @@ def test_once_a_picture_is_due_keys_wait_for_the_events_but_not_behind_an_escape
     clock.now += 1
     monitor._turn(SimpleNamespace(pressed=lambda: pressed, is_ready=lambda: True, paint=lambda lines: None), stage(state))
     assert (len(keys) - len(list(pressed)), waits) == (heeded, [0.0])
-    assert monitor._view.layers[-1].cursor.index == 1
+    assert monitor._view.layers[-1].index == 1
 
 
 def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
