@@ -3390,7 +3390,7 @@ def test_keys_move_the_cursor():
     state = state_of(*(heard("task-received", "w", n, uuid=str(n), name=f"job{n}") for n in range(50)))
     for keys, index in [
         *(("j", 1), ("KEY_DOWN", 1), ("G", 49), ("KEY_END", 49), ("G g", 0), ("j k", 0), ("k", 0), ("G j", 49)),
-        *(("KEY_NPAGE", 16), ("^D ^D", 32), ("G KEY_PPAGE", 33), ("G ^U", 49), ("G g KEY_HOME", 0)),
+        *(("KEY_NPAGE", 16), ("^D ^D", 32), ("G KEY_PPAGE", 32), ("G ^U", 49), ("G g KEY_HOME", 0)),
         *((["move 3"], 3), (["G", "move -3"], 46), (["click 7 3"], 2), (["click 0 79"], 0), (["click 23 70"], 0)),
     ]:
         view = typed(state, keys if isinstance(keys, list) else f"1 {keys}", view=typed(state, "1"))
@@ -3912,6 +3912,7 @@ def test_the_monitor_says_how_to_send_to_another_url(url):
 def test_ctrl_s_stops_the_picture_and_not_the_monitor():
     with terminal("watch") as it:
         it.wait_for("no events yet")
+        it.screen(0, 0.3)  # nothing is being written
         it.type("\x13")
         with Dispatcher() as dispatcher:
             for size in ((20, 60), (24, 80)):
