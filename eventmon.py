@@ -3537,7 +3537,7 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
-    Column("NAME", 14, "name", style="bold", share=0.1, tail=True),
+    Column("NAME", 14, "name", share=0.1, tail=True),
     Column("TIME", 8, "timestamp", style="dim", least=64),
     Column("UUID", 36, "uuid", style="dim", least=150),
     Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
@@ -3652,12 +3652,18 @@ def timeline(task: Facts, stage: Stage) -> Items:
         yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}")
 
 
+def began(task: Facts) -> float:
+    """Return when a task was received, or what is known instead."""
+    return float(task.get("received", task["timestamp"]))
+
+
 def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
-    """Yield a task and those below it that are in memory, each with its depth."""
+    """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
     seen.add(uuid)
     yield uuid, depth
-    for child in tasks[uuid]["children"] if depth < MAX_DEPTH else ():
-        if child in tasks and child not in seen:
+    children = [child for child in tasks[uuid]["children"] if child in tasks and depth < MAX_DEPTH]
+    for child in sorted(children, key=lambda child: began(tasks[child])):
+        if child not in seen:
             yield from descendants(child, tasks, depth + 1, seen)
 
 
@@ -3668,7 +3674,7 @@ def family(uuid: str, stage: Stage) -> Items:
     for root in (tasks[uuid].get("root_id"), tasks[uuid].get("parent_id"), uuid):
         if known(tasks, root) and uuid not in dict(members):  # of a large family there is room for a part
             members = list(islice(descendants(root, tasks, 0, set()), 100))
-    starts = [tasks[member].get("received", tasks[member]["timestamp"]) for member, _ in members]
+    starts = [began(tasks[member]) for member, _ in members]
     runs = [max(0.0, seconds_run(tasks[member], stage)) for member, _ in members]
     first = min(starts)
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in zip(starts, runs)))
@@ -4271,6 +4277,8 @@ class Terminal:
                 continue
             self._window.move(row, 0)
             self._window.clrtoeol()
+            if row < 4:  # of a bar that goes, the edge of its glyph may be left beside its cell
+                self._window.redrawln(row, 1)
             column = 0
             for text, style, _ in line:
                 with suppress(self._curses.error):  # behind the last cell is no place for the cursor
