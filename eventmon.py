@@ -3472,7 +3472,7 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
 
 
-def progress_of(task: Facts) -> str:
+def progress_text(task: Facts) -> str:
     """Return how far an unfinished task has come, as a number and a bar."""
     done = number(task.get("progress"), -1.0)
     unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
@@ -3485,7 +3485,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
     outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
     retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
-    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_of(task))
+    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_text(task))
     given = together(printable(task.get("args")), printable(task.get("kwargs")))
     return together(first, "←" if outcome and given else "", given)
 
@@ -3699,7 +3699,7 @@ def task_panel(uuid: str, stage: Stage) -> Items:
     if not task:
         yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_text(task)))
     yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
     yield Item("latest", exact(task["timestamp"]))
     yield from timeline(task, stage)
@@ -3850,12 +3850,13 @@ def title_line(view: View, stage: Stage) -> Line:
     return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, running: Sequence[Facts]) -> list[Line]:
-    """Return what runs, and for how long the longest has; and what has failed, and why."""
+def now_lines(stage: Stage, running: Sequence[tuple[float, str]]) -> list[Line]:
+    """Return how many run, and which for how long; and what has failed, and why."""
     text = f" {len(running):,} running"
     if running:
-        task = min(running, key=lambda task: urgency(task, stage))
-        text += f", longest {printable(task.get('name'))} {run_of(task, stage)} on {printable(task.get('worker'))}"
+        seconds, uuid = max(running)
+        task = stage.state.tasks[uuid]
+        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
     failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
     ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
     if not ages:
@@ -3880,12 +3881,12 @@ def header_lines(view: View, stage: Stage) -> list[Line]:
     """Return what stands above every table."""
     tasks, order = stage.state.tasks, list(STYLES)
     names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    running = [tasks[uuid] for uuid, name in names.items() if name != "LOST" and seconds_run(tasks[uuid], stage) >= 0]
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
     tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, running), graph)]
+    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, [run for run in runs if run[0] >= 0]), graph)]
     return [title_line(view, stage), *now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
