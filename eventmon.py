@@ -80,8 +80,8 @@ from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
-from itertools import accumulate, chain, count, islice, repeat
-from math import ceil, copysign, inf, isfinite
+from itertools import accumulate, count, islice, repeat
+from math import ceil, inf, isfinite
 from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
@@ -2391,9 +2391,6 @@ class Receiver:
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 
-MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart, and of a text that tasks share
-
 TASK_STATES = {
     "task-sent": "PENDING",
     "task-received": "RECEIVED",
@@ -2408,38 +2405,34 @@ RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
 ENDED = FINISHED | {"RETRY"}  # how a delivery ends
-WAITING = ENDED | {"PENDING", "RECEIVED"}  # a task that is in none of these runs
-Kind = namedtuple("Kind", ["state", "time", "rank"])  # of an event: what it makes of a task, the key of its time or ""
-KINDS = {type: Kind(state, type[5:], RANKS[state]) for type, state in TASK_STATES.items()}
-METHODS = {
-    **{type: type.replace("-", "_") for type in TASK_STATES},
-    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline", "lost")},
-}
-TIMES = tuple(type[5:] for type in TASK_STATES)  # a task's key for the time of each transition
-NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
+Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
+KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
+NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
+METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
+
+# The keys of a task, by where their values come from. A delivery is one process getting the task.
+TIMES = frozenset(kind.time for kind in KINDS.values())  # the latest of each transition
+OWN = frozenset(  # the newest delivery alone
+    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
+)
+ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
+NOT_FIELDS = frozenset(  # none: what an event has under these keys is not a field of its task
     ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
-    + ("children", *TIMES)
+    + ("children", "began", *TIMES)
 )
-STAMPS = ("state", "timestamp", "clock")  # of the latest event
-OWN = frozenset((*STAMPS, "worker", "pid", "progress", "result", "runtime"))  # what a task has of its newest delivery only
-ERROR = frozenset(("exception", "traceback"))  # what a task has of one delivery, the newest that has any
-NOT_SENT = NOT_FIELDS | OWN | ERROR  # of a task-sent
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # none, for task-sent
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
-NO_KEYS: frozenset[str] = frozenset()
-NO_PID = -1
-MAX_DELIVERIES = 100  # of a task
-MAX_PROCESSES = 100  # of a worker
-MAX_RECENT = 1000  # events kept in State.recent and State.notes
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-LIVE = 10.0  # an event that was received longer ago is from a recording
-TASK_FIELDS = (  # that most tasks have, in the order in which they get them
-    ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
-    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
-    + ("exception", "traceback", "failed", "retried", "expires", "eta", "exchange", "routing_key")
+TASK_FIELDS = (  # that most tasks have
+    ("uuid", "children", "worker", "pid", "began", "state", "timestamp", "clock", "received", "name", "args", "kwargs")
+    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
+    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
 )
+MAX_FIELDS = 60  # of a task or a worker from its events
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
+NO_KEYS: frozenset[str] = frozenset()
+NO_FIELDS: dict[str, Any] = {}
+ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
+NO_PID = -1
 
 
 def number(value: Any, default: float) -> float:
@@ -2447,27 +2440,16 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def retries_of(record: Mapping[str, Any]) -> int | None:
-    """Return which attempt an event or a delivery is of; None if it does not say."""
-    retries = record.get("retries")
-    return retries if type(retries) is int else None
+def attempt_of(event: Mapping[str, Any]) -> int:
+    """Return the `retries` of an event or a delivery, 0 if it does not say."""
+    retries = event.get("retries")
+    return retries if type(retries) is int else 0
 
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
     hostname, pid = event.get("hostname"), event.get("pid")
     return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
-
-
-def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
-    """Return how long a task took, or has been running at `now`; None if that is not known."""
-    state, started = task["state"], task.get("started")
-    if state in FINISHED:
-        runtime = number(task.get("runtime"), -1.0)
-        if runtime >= 0:
-            return runtime
-        now = task["timestamp"]
-    return None if started is None or state in WAITING and state not in FINISHED else max(0.0, now - started)
 
 
 class Record:
@@ -2479,104 +2461,114 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Any = True) -> None:
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Container[str]) -> None:
     """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
 
-    If `over` is a set, they replace only what is in it, and else fill in what is missing.
+    They replace what is in `over`, and else only fill in what is missing.
     """
-    room = MAX_FIELDS - len(record)
-    crowded = len(event) > room  # else no field need be counted
-    for key in event:
-        if key not in others and (over is True or key not in record or key in over):
-            value = event[key]
-            if value is not None:
-                if crowded and key not in record:
-                    if room <= 0:
-                        continue
-                    room -= 1
-                record[key] = value
+    for key, value in event.items():
+        if value is not None and key not in others and (key in over if key in record else len(record) < MAX_FIELDS):
+            record[key] = value
 
 
-def take_event(
-    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, lower: Container[str] = NO_KEYS
-) -> None:
-    """Let an event change what is told of its delivery; what is in `lower` was not told by one of its events."""
-    before = told.get("state")
-    undone = before not in FINISHED or kind.rank >= RANKS[before]
-    if undone:
+# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
+# As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
+def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts deliveries, the newest last."""
+    if "sent" in told:
+        return False, attempt_of(told), told["sent"], told.get("client", ""), str(told.get("clock"))
+    return True, attempt_of(told), told["began"], process_in(told)
+
+
+def progress_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
+    state = told["state"]
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
+
+
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+    """Let an event change what is told of its delivery, but for what is in `sent`."""
+    finished = told.get("state") in FINISHED and kind.rank < RANKS[told["state"]]
+    if not finished:
         told["state"] = kind.state
     told["timestamp"] = timestamp
     if event.get("clock") is not None:
         told["clock"] = event["clock"]
     if kind.time:
         told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
-    take_fields(told, event, NOT_FIELDS, undone or lower)
+    take_fields(told, event, NOT_FIELDS, sent if finished else event)
 
 
-class Delivery:
-    """One process getting a task; or one task-sent, which is like a delivery older than all others.
-
-    `told` is what its events told, as in a task's dict; `began` is the timestamp of the first.
-    """
-
-    __slots__ = ("began", "process", "sent", "told")
-
-    def __init__(self, process: tuple[str, float], began: float, told: dict[str, Any], sent: bool = False) -> None:
-        self.process = process
-        self.began = began
-        self.told = told
-        self.sent = sent
-
-    def age(self) -> tuple[Any, ...]:
-        """Return what sorts deliveries, the newest last."""
-        return not self.sent, retries_of(self.told) or 0, self.began, self.process
-
-    def progress(self) -> tuple[Any, ...]:
-        """Return what sorts those that joined each other, the one that got furthest last."""
-        state = self.told["state"]
-        return state in ENDED, RANKS.get(state, CUSTOM_RANK), self.told["timestamp"], self.process
+def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+    """Let a task-sent fill in what nothing else has told."""
+    if "state" not in told:
+        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
+        if event.get("clock") is not None:
+            told["clock"] = event["clock"]
+    told["sent"] = timestamp
+    client = process_of(event)[0]
+    if client:
+        told["client"] = client
+    take_fields(told, event, NOT_SENT, NO_KEYS)
 
 
-def delivery_of(event: Mapping[str, Any], kind: Kind, mine: list[Delivery]) -> Delivery | None:
-    """Return which delivery of its process an event belongs to; None if it begins one."""
-    retries = retries_of(event)
-    if kind.time == "received":
-        return None
-    if retries is not None:
-        same = [delivery for delivery in mine if (retries_of(delivery.told) or 0) == retries]
-        mine = same or [d for d in mine if retries_of(d.told) is None and d.told["state"] not in ENDED]
-    still = [delivery for delivery in mine if delivery.told["state"] not in ENDED]
-    waiting = [delivery for delivery in still if delivery.told["state"] == "RECEIVED"][:1]
-    running = [delivery for delivery in still if delivery.told["state"] != "RECEIVED"][-1:]
+@lru_cache(1000)
+def shared(keys: frozenset[str]) -> frozenset[str]:
+    """Return the same object for equal ones."""
+    return keys
+
+
+def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
+    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
+    return shared(frozenset(keys))
+
+
+def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
+    if type(event.get("retries")) is int:
+        unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
+        mine = [told for told in mine if attempt_of(told) == event["retries"]] or unknown
+    still = [told for told in mine if told["state"] not in ENDED]
+    waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
+    running = [told for told in still if told["state"] != "RECEIVED"][-1:]
     choices = waiting + running if kind.time == "started" else running + waiting
-    return next(iter(choices or mine[-1:]), None)
+    return None if kind.time == "received" else next(iter(choices or mine[-1:]), None)
 
 
-def grouped(deliveries: Iterable[Delivery]) -> list[list[Delivery]]:
+def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
 
-    What a process tells that never received the task itself joins a delivery of its hostname: the newest that had begun
-    by then.
+    A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
-    ordered = sorted(deliveries, key=Delivery.age)
-    receivers = {delivery.process for delivery in ordered if "received" in delivery.told}
+    ordered = sorted(deliveries, key=age_of)
+    receivers = {process_in(told) for told in ordered if "received" in told}
     hosts = {hostname for hostname, _ in receivers}
-    joining = [d for d in ordered if not d.sent and d.process not in receivers and d.process[0] in hosts]
-    groups = [[delivery] for delivery in ordered if delivery not in joining]
-    for delivery in joining:
-        there = [group for group in groups if group[0].process in receivers and group[0].process[0] == delivery.process[0]]
-        begun = [group for group in there if group[0].began <= delivery.told["timestamp"]]
-        (begun[-1] if begun else there[0]).append(delivery)
-    return [sorted(group, key=Delivery.progress) if group[1:] else group for group in groups]
+    joins = [
+        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
+    ]
+    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
+    for told, joining in zip(ordered, joins):
+        if joining:
+            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+            (begun[-1] if begun else there[0]).append(told)
+    return [sorted(group, key=progress_of) if group[1:] else group for group in groups]
 
 
-def merged(deliveries: Iterable[Delivery]) -> dict[str, Any]:
-    """Return what all deliveries of a task together tell of it."""
+def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    closed: frozenset[str] = NO_KEYS  # what older ones have no say in
-    for group in reversed(grouped(deliveries)):
-        for delivery in reversed(group):
-            told = delivery.told
+    closed = NO_KEYS  # what older ones have no say in
+    for group in reversed(groups):
+        for told in reversed(group):
             for key, value in told.items():
                 if key in TIMES:
                     shown[key] = max(value, shown.get(key, value))
@@ -2588,82 +2580,45 @@ def merged(deliveries: Iterable[Delivery]) -> dict[str, Any]:
     return shown
 
 
-def told_by_sent(event: Mapping[str, Any], timestamp: float) -> dict[str, Any]:
-    """Return what a task-sent tells of its task."""
-    told = {"state": "PENDING", "timestamp": timestamp, "sent": timestamp}
-    client = process_of(event)[0]
-    if client:
-        told["client"] = client
-    if event.get("clock") is not None:
-        told["clock"] = event["clock"]
-    take_fields(told, event, NOT_SENT)
-    return told
-
-
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
-    """Whether a task with its new event still has at most one task-sent and one delivery, and its dict can tell them apart.
-
-    It can if the first event of the delivery has a time of its own, of which there is only one, and no attempt differs.
-    """
-    if not task.keys() & STAMPS and kind.time == "sent":
-        return True
-    same_attempt = (retries_of(event) or 0) == (retries_of(task) or 0)
+    """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
+    same_attempt = attempt_of(event) == attempt_of(task)
     if kind.time == "sent":
-        return "sent" not in task and same_attempt
-    if "state" not in task or "state" in sent:
-        return kind.time != "" and (not sent or same_attempt)
-    return (
-        kind.time not in (*task.keys(), "received")
-        and event.get("hostname") == task.get("worker")
-        and event.get("pid") == task.get("pid")
-        and event.get("retries") in (None, task.get("retries"))
-    )
+        return "state" not in task or "sent" not in task and same_attempt
+    if "state" not in task or sent is ALONE:
+        return not sent or same_attempt
+    same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
+    return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
 
 
-def split(task: Mapping[str, Any], sent: Container[str]) -> Iterator[Delivery]:
-    """Yield what a task's dict tells of its one task-sent and of its one delivery."""
+def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
+    """Return what a task's dict tells of its only task-sent, and of its only delivery."""
     told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
-    if sent:
-        retries = {"retries": task["retries"]} if "retries" in task else {}
-        by_sent = {**{key: value for key, value in told.items() if key in sent}, **retries}
-        yield Delivery((by_sent.get("client", ""), NO_PID), by_sent["sent"], {"state": "PENDING", **by_sent}, True)
-        told = {key: value for key, value in told.items() if key not in sent}
-    if "state" in told:
-        began = next(value for key, value in told.items() if key in TIMES)
-        yield Delivery((told.get("worker", ""), told.get("pid", NO_PID)), began, told)
+    if "sent" not in told or sent is ALONE:
+        return [told] if told else []
+    by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
+    by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
+    return [by_sent, {key: value for key, value in told.items() if key not in sent}]
 
 
-def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what sorts the processes of a worker, the one whose word is the last one last."""
-    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
-
-
-@lru_cache(1000)
-def shared(value: Any) -> Any:
-    """Return the same object for equal ones."""
-    return value
-
-
-def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what State.attempts() tells of a delivery."""
-    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
-    ended = next((told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED), None)
-    return {**{key: told.get(key) for key in keys}, "ended": ended}
-
-
-def is_heard(worker: Mapping[str, Any], now: float) -> bool:
-    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
-    freq = number(worker.get("freq"), 0.0)
-    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
+def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has been running; None if that is not known."""
+    state, end = task["state"], now
+    if state in FINISHED:
+        runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
+        if runtime >= 0:
+            return runtime
+    known = "started" in task and state not in ("RECEIVED", "RETRY")
+    return max(0.0, end - task["started"]) if known else None
 
 
 def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
     """Return what State.type_stats() tells of the tasks of one name."""
     states = Counter(task["state"] for task in tasks)
     times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
-    failed = [task for task in tasks if task["state"] == "FAILURE"]
+    failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(n for state, n in states.items() if state not in WAITING),
+        "running": sum(n for state, n in states.items() if state not in ENDED and state not in ("PENDING", "RECEIVED")),
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2671,8 +2626,26 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
         "p95": times[ceil(0.95 * len(times)) - 1] if times else None,
         "max": times[-1] if times else None,
         "last": max(task["timestamp"] for task in tasks),
-        "error": max(failed, key=lambda task: task["timestamp"]).get("exception") if failed else None,
+        "error": max(failures, key=lambda failure: failure[0])[1] if failures else None,
     }
+
+
+def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what State.attempts() tells of a delivery."""
+    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
+    ends = [told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED]
+    return {**dict.fromkeys(keys), **{key: told[key] for key in keys if key in told}, "ended": ends[0] if ends else None}
+
+
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker; what the last one says of it, it shows."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
+def is_heard(worker: Mapping[str, Any], now: float) -> bool:
+    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
+    freq = number(worker.get("freq"), 0.0)
+    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2682,6 +2655,27 @@ class Table(OrderedDict["str", "Any"]):
     __ne__ = dict.__ne__
     __hash__ = None  # type: ignore[assignment]
 
+
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPE = 100  # characters of an event type that is counted apart
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
+MAX_DELIVERIES = 100  # of a task
+MAX_PROCESSES = 100  # of a worker
+LIVE = 10.0  # an event that was received longer ago is from a recording
+
+
+def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Return a method of State that takes events of this type."""
+    kind, count = KINDS[type], type == "task-received"
+
+    def take(self: State, event: Mapping[str, Any]) -> None:
+        self.task_count += count
+        self._task(event, kind)
+
+    take.__doc__ = summary
+    return take
 
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
@@ -2729,9 +2723,10 @@ class State:
         self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
         self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
-        self._deliveries: dict[str, list[Delivery]] = {}  # uuid -> all, of tasks that are not one task-sent and one delivery
-        self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
+        self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
@@ -2780,64 +2775,48 @@ class State:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
-                self._hear(hostname, event)
+                self._last[hostname] = event
+                if len(self._last) > 2 * self.max_workers_in_memory:
+                    self._forget_last()
+                worker = self.workers.get(hostname)
+                if worker is not None and worker["heard"] != self._heard:
+                    self._set_clock(worker, event)
+                if hostname in self._gone:
+                    self._revive(event)
             method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
             elif type.startswith("task-"):
                 state = type[5:].upper()
-                self._task(event, Kind(state, "", RANKS.get(state, CUSTOM_RANK)))
-            if type == "" or not (type.startswith("task-") or type == "worker-heartbeat"):
+                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
+                return
+            if type not in NOT_NOTES:
                 self.notes.append(event)
 
-    def task_sent(self, event: Mapping[str, Any]) -> None:
-        """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
-        self._task(event, KINDS["task-sent"])
-
-    def task_received(self, event: Mapping[str, Any]) -> None:
-        """A worker has received the task: RECEIVED."""
-        self.task_count += 1
-        self._task(event, KINDS["task-received"])
-
-    def task_started(self, event: Mapping[str, Any]) -> None:
-        """A worker has started the task: STARTED."""
-        self._task(event, KINDS["task-started"])
-
-    def task_succeeded(self, event: Mapping[str, Any]) -> None:
-        """The task has returned: SUCCESS."""
-        self._task(event, KINDS["task-succeeded"])
-
-    def task_failed(self, event: Mapping[str, Any]) -> None:
-        """The task has raised: FAILURE."""
-        self._task(event, KINDS["task-failed"])
-
-    def task_rejected(self, event: Mapping[str, Any]) -> None:
-        """The worker does not want the task: REJECTED."""
-        self._task(event, KINDS["task-rejected"])
-
-    def task_revoked(self, event: Mapping[str, Any]) -> None:
-        """The task was called off: REVOKED."""
-        self._task(event, KINDS["task-revoked"])
-
-    def task_retried(self, event: Mapping[str, Any]) -> None:
-        """The task has failed and will be tried again: RETRY."""
-        self._task(event, KINDS["task-retried"])
+    task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
+    task_received = taking("task-received", "A worker has received the task: RECEIVED.")
+    task_started = taking("task-started", "A worker has started the task: STARTED.")
+    task_succeeded = taking("task-succeeded", "The task has returned: SUCCESS.")
+    task_failed = taking("task-failed", "The task has raised: FAILURE.")
+    task_rejected = taking("task-rejected", "The worker does not want the task: REJECTED.")
+    task_revoked = taking("task-revoked", "The task was called off: REVOKED.")
+    task_retried = taking("task-retried", "The task has failed and will be tried again: RETRY.")
 
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
-        self._set_status(event, "alive", told=True, joins=True)
+        self._set_status(event, "alive", event)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._set_status(event, "alive", told=True)
+        self._set_status(event, "alive", event)
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
-        """A worker has gone offline: it has ended."""
-        self._set_status(event, "ended", told=True)
+        """A worker has said goodbye: it has ended."""
+        self._set_status(event, "ended", event)
 
     def worker_lost(self, event: Mapping[str, Any]) -> None:
-        """A worker has fallen silent without a word: it is lost."""
-        self._set_status(event, "lost", told=True)
+        """A worker has fallen silent without a goodbye: it is lost."""
+        self._set_status(event, "lost", event)
 
     # Queries.
 
@@ -2855,10 +2834,8 @@ class State:
         """
         with self._lock:
             task = self.tasks.get(uuid, {})
-            told = [merged(group) for group in grouped(self._deliveries.get(uuid, ())) if not group[0].sent]
-            if not told and task.get("state", "PENDING") != "PENDING":
-                told = [task]
-            return [attempt(record) for record in told]
+            deliveries = self._deliveries.get(uuid) or split(task, self._sent.get(uuid, NO_KEYS))
+            return [attempt(merged([group])) for group in grouped(deliveries) if "sent" not in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2979,6 +2956,7 @@ class State:
             self.clear_tasks(ready)
             self.workers.clear()
             self._processes.clear()
+            self._gone.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2987,8 +2965,6 @@ class State:
         with self._lock:
             for uuid in [uuid for uuid, task in self.tasks.items() if not ready or task["state"] in FINISHED]:
                 self._forget(uuid)
-            if not ready:
-                self._orphans.clear()
 
     def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any) -> Any:
         """Return fun(*args, **kwargs), during which no event changes anything; then clear() if `clear_after`."""
@@ -3018,19 +2994,15 @@ class State:
             type = ""
         self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _hear(self, hostname: str, event: Mapping[str, Any]) -> None:
-        """Note that something was heard from a hostname, and from a process of it."""
-        self._last[hostname] = event
-        if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-            many = len(self._last) - max(0, self.max_workers_in_memory)
-            self._last = dict(islice(self._last.items(), many, None))
-        worker = self.workers.get(hostname)
-        if worker is None:
-            return
-        if worker["heard"] != self._heard:
-            self._set_clock(worker, event)
-        process = self._processes[hostname].get(process_of(event)[1])
-        if process is not None and process["status"] != "alive":  # it speaks again
+    def _forget_last(self) -> None:
+        """Forget the last events of many hostnames at a time: to find the first takes long."""
+        many = len(self._last) - max(0, self.max_workers_in_memory)
+        self._last = dict(islice(self._last.items(), many, None))
+
+    def _revive(self, event: Mapping[str, Any]) -> None:
+        """Let the process that speaks be alive again, if it was not."""
+        hostname, pid = process_of(event)
+        if self._processes[hostname].get(pid, NO_FIELDS).get("status", "alive") != "alive":
             self._set_status(event, "alive")
 
     def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
@@ -3039,164 +3011,200 @@ class State:
         sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
         worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
 
-    def _set_status(self, event: Mapping[str, Any], status: str, told: bool = False, joins: bool = False) -> None:
-        """Give a process of a worker a status, and what the event tells of the worker if that is `told`.
+    def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
+        """Give a process of a worker a status and fields.
 
-        A worker shows the status and fields of its processes. One that is alive and told something last has the last word.
+        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
         """
         hostname, pid = process_of(event)
         if not hostname:
             return
-        known = self.workers.get(hostname)
-        before = known["status"] if known else ""
-        worker = known or self._new_worker(hostname, event)
+        before = self.workers[hostname]["status"] if hostname in self.workers else ""
+        worker = self.workers.get(hostname) or self._new_worker(hostname, event)
         self.workers.move_to_end(hostname)  # now the last to be forgotten
         processes = self._processes[hostname]
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
-        if told:
-            take_fields(process, event, NOT_WORKERS)
         for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
+        take_fields(process, fields, NOT_WORKERS, fields)
+        gone = any(one["status"] != "alive" for one in processes.values())
+        (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
-            take_fields(worker, one, NO_KEYS)
-        if self.on_node_join and worker["status"] == "alive" and (joins or before != "alive"):
+            take_fields(worker, one, NO_KEYS, one)
+        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            del self._processes[self.workers.popitem(last=False)[0]]
+            gone = self.workers.popitem(last=False)[0]
+            del self._processes[gone]
+            self._gone.discard(gone)
         worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
         self._processes[hostname] = {}
         self._set_clock(worker, event)
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task."""
+        """Let an event change its task: here in the usual case, of a task with one delivery."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
-            timestamp = number(timestamp, time.time())
-        known = self.tasks.get(uuid)
-        task = known or self._new_task(uuid)
+            timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        task = self.tasks.get(uuid)
+        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
+            before = None
+            task = self._new_task(uuid)
+            self._begin(task, event, timestamp)
+        elif task is not None and kind.follows and self._follows(task, event):
+            before = task["state"]
+        else:
+            self._take_unusual(uuid, event, kind, timestamp)
+            return
+        task["state"] = kind.state
+        task["timestamp"] = timestamp
+        clock = event.get("clock")
+        if clock is not None:
+            task["clock"] = clock
+        if kind.time:
+            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
+        for key, value in event.items():
+            if value is not None and key not in NOT_FIELDS:
+                task[key] = value
+        self._enter(task["uuid"], task, before)
+        if "parent_id" in task and before is None:
+            self._adopt(uuid, task["parent_id"])
+
+    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+        """Whether an event is simply the next of the only delivery of its task."""
+        uuid = task["uuid"]
+        return (
+            task["state"] not in FINISHED
+            and event.get("pid") == task.get("pid")
+            and event.get("hostname") == task.get("worker")
+            and uuid not in self._deliveries
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
+            and event.get("retries") in (None, task.get("retries"))
+            and "parent_id" not in event
+            and len(task) + len(event) < MAX_FIELDS
+        )
+
+    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Let an event change its task, whatever they are."""
+        task = self.tasks.get(uuid) or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
         before, parent = task.get("state"), task.get("parent_id")
         sent = self._sent.get(uuid, NO_KEYS)
         if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-            task = self._merge(task, event, kind, timestamp, sent)
+            task = self._merge(task, event, kind, timestamp)
         elif kind.time == "sent":
-            told = told_by_sent(event, timestamp)
-            told = {key: value for key, value in told.items() if key not in task}
-            task.update(told)
-            self._sent[uuid] = shared(frozenset(told))
+            told = set(task)
+            take_sent(task, event, timestamp)
+            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
         else:
-            if before is None or "state" in sent:
-                if event.get("clock") is None:
-                    task.pop("clock", None)
-                task.update(self._place(event))
-            take_event(task, event, kind, timestamp, sent)
             if sent:
-                told_now = (key for key in event if event[key] is not None)
-                self._sent[uuid] = shared(sent.difference(told_now, STAMPS))
+                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
+            if before is None or sent is ALONE:
+                self._begin(task, event, timestamp)
+            take_event(task, event, kind, timestamp, sent)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
-            self._adopt(uuid, parent, task.get("parent_id"))
+            self._disown(uuid, parent)
+            self._adopt(uuid, task.get("parent_id"))
 
-    def _place(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Return worker and pid, where a delivery that begins is; they are known from now on."""
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+        """Begin a delivery with an event of it; its process is known as a worker from now on."""
         hostname, pid = process_of(event)
-        if hostname and pid not in self._processes.get(hostname, ()):
-            self._set_status(event, "alive")
-        worker = {"worker": self.workers[hostname]["hostname"]} if hostname else {}
-        return worker if pid == NO_PID else {**worker, "pid": pid}
+        told["began"] = timestamp
+        if hostname:
+            if pid not in self._processes.get(hostname, ()):
+                self._set_status(event, "alive")
+            told["worker"] = self.workers[hostname]["hostname"]
+        if pid != NO_PID:
+            told["pid"] = pid
+        if told.get("clock") is not None and event.get("clock") is None:
+            del told["clock"]  # that of the task-sent
 
     def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
     ) -> dict[str, Any]:
-        """Return a new dict for a task with more than one delivery, after its event."""
-        uuid, process = task["uuid"], process_of(event)
-        deliveries = self._deliveries.get(uuid)
-        if deliveries is None:
-            deliveries = self._deliveries[uuid] = list(split(task, sent))
-            self._sent.pop(uuid, None)
+        """Return a new dict for a task that is not simple, after its event."""
+        uuid = task["uuid"]
+        deliveries = self._deliveries.setdefault(uuid, [])
+        if not deliveries:
+            deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
+        told: dict[str, Any] | None = None
+        if kind.time != "sent":
+            process = process_of(event)
+            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
+            told = delivery_for(event, kind, mine)
+        if told is None:
+            told = {}
+            deliveries.append(told)
+            if kind.time != "sent":
+                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
+                self._begin(told, event, began)
         if kind.time == "sent":
-            process, told = (process[0], NO_PID), told_by_sent(event, timestamp)
-            mine = [delivery for delivery in deliveries if delivery.sent and delivery.process == process]
-            delivery = None
+            take_sent(told, event, timestamp)
         else:
-            mine = [delivery for delivery in deliveries if not delivery.sent and delivery.process == process]
-            delivery = delivery_of(event, kind, mine)
-            told = delivery.told if delivery else self._place(event)
-            take_event(told, event, kind, timestamp)
-        if not delivery:
-            began = max([timestamp, *(delivery.began for delivery in mine)])
-            deliveries.append(Delivery(process, began, told, kind.time == "sent"))
-            if len(deliveries) > MAX_DELIVERIES:
-                deliveries.remove(min(deliveries, key=Delivery.age))
+            take_event(told, event, kind, timestamp, NO_KEYS)
+        if len(deliveries) > MAX_DELIVERIES:
+            deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        record.update(merged(deliveries))
+        record.update(merged(grouped(deliveries)))
         return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
-        """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
+        """Make room for a task, and return it; _enter() enters it."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = vars(Record())
         task["uuid"] = uuid
-        task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
+        task["children"] = self._children.get(uuid, NO_CHILDREN)
         return task
 
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        there = self._classes.get(state, self._active)
+        here, there = self._classes.get(before or state, self._active), self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
             self.tasks.move_to_end(uuid)  # now the newest
-            here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
         there[uuid] = None
-        if state in FINISHED:
-            self._share(task)
+        if state in FINISHED:  # have what is equal in other tasks but once
+            if task.get("root_id") == uuid:
+                task["root_id"] = uuid
+            for key in ("name", "kwargs"):
+                if type(task.get(key)) is str and len(task[key]) <= MAX_TYPE:
+                    task[key] = sys.intern(task[key])
 
-    def _share(self, task: dict[str, Any]) -> None:
-        """Let the task have the same objects as others, where each event brought its own."""
-        if task.get("root_id") == task["uuid"]:
-            task["root_id"] = task["uuid"]
-        for key in ("name", "kwargs"):
-            value = task.get(key)
-            if type(value) is str and len(value) <= MAX_TYPE:
-                task[key] = shared(value)
-
-    def _adopt(self, uuid: str, before: Any, parent: Any) -> None:
-        """Enter a task among the children of its parent, now or when that is heard of, and no longer among others'."""
-        self._disown(uuid, before)
+    def _adopt(self, uuid: str, parent: Any) -> None:
+        """Enter a task among the children of its parent, whether that is known yet or not."""
         if isinstance(parent, str):
-            if parent not in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-                insort(self._orphans.setdefault(parent, []), uuid)
-            elif self.tasks[parent]["children"]:
-                insort(self.tasks[parent]["children"], uuid)
-            else:
-                self.tasks[parent]["children"] = [uuid]
+            children = self._children.setdefault(parent, [])
+            insort(children, uuid)
+            if parent in self.tasks:
+                self.tasks[parent]["children"] = children
 
     def _disown(self, uuid: str, parent: Any) -> None:
         """Enter a task no longer among its parent's children."""
         if isinstance(parent, str):
-            siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, NO_CHILDREN)
-            at = bisect_left(siblings, uuid)
-            if siblings[at : at + 1] == [uuid]:
-                del siblings[at]
-            if parent in self._orphans and not siblings:
-                del self._orphans[parent]
+            children = self._children[parent]
+            del children[bisect_left(children, uuid)]
+            if not children:
+                del self._children[parent]
+                if parent in self.tasks:
+                    self.tasks[parent]["children"] = NO_CHILDREN
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -3205,11 +3213,9 @@ class State:
         self._forget(next(uuid for some in classes for uuid in some))
 
     def _forget(self, uuid: str) -> None:
-        task = self.tasks[uuid]
+        task = self.tasks.pop(uuid)
+        del self._classes.get(task["state"], self._active)[uuid]
         self._disown(uuid, task.get("parent_id"))
-        if task["children"]:
-            self._orphans[uuid] = task["children"]
-        del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
         self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
 
@@ -3217,12 +3223,12 @@ class State:
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
 # All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+# The cursor is the identity of a row, None for the first whichever it is; if it is gone, what is now at its index.
 Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
 Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
 Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
-Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
-Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
-    "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
+Layer = namedtuple(  # an open sheet, with its cursor; `order` is the number of the column to sort by, None for the usual one
+    "Layer", "kind subject cursor index order reverse filter", defaults=(None, None, 0, None, False, "")
 )
 View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
 Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
@@ -3481,7 +3487,7 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
 
 
-def progress_of(task: Facts) -> str:
+def progress_text(task: Facts) -> str:
     """Return how far an unfinished task has come, as a number and a bar."""
     done = number(task.get("progress"), -1.0)
     unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
@@ -3494,7 +3500,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
     outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
     retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
-    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_of(task))
+    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_text(task))
     given = together(printable(task.get("args")), printable(task.get("kwargs")))
     return together(first, "←" if outcome and given else "", given)
 
@@ -3552,7 +3558,7 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
-    Column("NAME", 14, "name", style="bold", share=0.1, tail=True),
+    Column("NAME", 14, "name", share=0.1, tail=True),
     Column("TIME", 8, "timestamp", style="dim", least=64),
     Column("UUID", 36, "uuid", style="dim", least=150),
     Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
@@ -3633,7 +3639,7 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
             yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-def trace(record: Facts, stage: Stage) -> Items:
+def trace(record: Facts) -> Items:
     """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
     style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
     *lines, last = text.splitlines() or [""]
@@ -3653,48 +3659,53 @@ def task_item(label: str, task: Facts, stage: Stage) -> Item:
 
 def timeline(task: Facts, stage: Stage) -> Items:
     """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
-    attempts, moments = stage.state.attempts(task["uuid"]), []
-    for index, attempt in enumerate(attempts, 1):
-        where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
-        end = attempt["state"], together(where, printable(attempt["exception"]))
-        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
-            moments.append((attempt[key], printable(what), text))
+    moments = []
+    for index, attempt in enumerate(stage.state.attempts(task["uuid"]), 1):
+        where = f"{printable(attempt['worker'])}  attempt {index}"
+        end = together(where, printable(attempt["exception"]))
+        moments += [(attempt["received"], "RECEIVED", where), (attempt["started"], "STARTED", where)]
+        moments.append((attempt["ended"], printable(attempt["state"]), end))
     for _, event, _ in event_rows(task["uuid"], stage):
         if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
             moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
-    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
+    moments = sorted([moment for moment in moments if number(moment[0], inf) < inf], key=lambda moment: moment[0])
     for when, what, text in moments:
-        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}")
+
+
+def began(task: Facts) -> float:
+    """Return when a task was received, or what is known instead."""
+    return float(task.get("received", task["timestamp"]))
 
 
 def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
-    """Yield a task and those below it that are in memory, each with its depth."""
+    """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
     seen.add(uuid)
     yield uuid, depth
-    for child in tasks[uuid]["children"] if depth < MAX_DEPTH else ():
-        if child in tasks and child not in seen:
+    children = [child for child in tasks[uuid]["children"] if child in tasks and depth < MAX_DEPTH]
+    for child in sorted(children, key=lambda child: began(tasks[child])):
+        if child not in seen:
             yield from descendants(child, tasks, depth + 1, seen)
 
 
 def family(uuid: str, stage: Stage) -> Items:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
     tasks = stage.state.tasks
-    root: Any = uuid
-    for _ in range(MAX_DEPTH):
-        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
-    members = dict(islice(descendants(root, tasks, 0, set()), 100))
-    if uuid not in members:  # it is large
-        members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
-    starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
-    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
-    first = min(starts.values())
-    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
-    for member, depth in members.items() if len(members) > 1 else ():
-        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
-        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
-        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
+    members: list[tuple[str, int]] = []
+    for root in (tasks[uuid].get("root_id"), tasks[uuid].get("parent_id"), uuid):
+        if known(tasks, root) and uuid not in dict(members):  # of a large family there is room for a part
+            members = list(islice(descendants(root, tasks, 0, set()), 100))
+    starts = [began(tasks[member]) for member, _ in members]
+    runs = [max(0.0, seconds_run(tasks[member], stage)) for member, _ in members]
+    first = min(starts)
+    scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in zip(starts, runs)))
+    for (member, depth), start, run in zip(members, starts, runs) if len(members) > 1 else ():
+        task = tasks[member]
+        name = fit("  " * depth + printable(task.get("name")), 20)
+        bar = " " * int((start - first) * scale) + "█" * ceil(run * scale)
         label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
+        link = None if member == uuid else ("task", member)
+        yield Item(label, f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6} {bar}", link)
 
 
 def task_panel(uuid: str, stage: Stage) -> Items:
@@ -3703,14 +3714,14 @@ def task_panel(uuid: str, stage: Stage) -> Items:
     if not task:
         yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_text(task)))
     yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
     yield Item("latest", exact(task["timestamp"]))
     yield from timeline(task, stage)
     yield from family(uuid, stage)
     yield from fields(task, keys_of(task), stage)
     if "traceback" in task or "stderr" in task:
-        yield from trace(task, stage)
+        yield from trace(task)
 
 
 def worker_panel(name: str, stage: Stage) -> Items:
@@ -3719,18 +3730,16 @@ def worker_panel(name: str, stage: Stage) -> Items:
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
     yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
-    yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
+    yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
     yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
 def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
     task = known(stage.state.tasks, event.get("uuid"))
-    yield Item("type", event.get("type"))
     yield Item("time", exact(event.get("timestamp")))
-    if task:
-        yield task_item("task", task, stage)
-    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
+    yield from [task_item("task", task, stage)] if task else []
+    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback"), stage)
 
 
 PANEL = (
@@ -3745,10 +3754,13 @@ SHEETS = {
     "task": Sheet(task_panel, PANEL),
     "worker": Sheet(worker_panel, PANEL),
     "event": Sheet(event_panel, PANEL),
-    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:]),
     "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
     "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
+
+
+PAGES = dict(zip("1234", SHEETS))
 
 
 # The lines of the screen.
@@ -3825,78 +3837,72 @@ def rows_of(view: View, stage: Stage) -> Rows:
     return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
 
 
-def layout(view: View, height: int) -> tuple[int, int, int, int]:
-    """Return how many lines go to the header, the headings, the footer; and to the rows."""
-    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
-    headings, footer = int(height > 5), int(height > 2)
-    return header, headings, footer, height - header - headings - footer
-
-
-def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
-    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
-    identity, index, line = view.layers[-1].cursor
-    gone = max(0, min(index, len(rows) - 1))
-    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
-    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
+def locate(view: View, rows: Rows) -> int:
+    """Return the index of the row that the cursor is on."""
+    layer = view.layers[-1]
+    gone = max(0, min(layer.index, len(rows) - 1))
+    return next((index for index, row in enumerate(rows) if row.identity == layer.cursor), gone)
 
 
 def title_line(view: View, stage: Stage) -> Line:
     """Return the pages and how much they have, what went wrong, the rate, and the URL."""
     live, status = stage.state, stage.status
-    workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
-    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    alive = len(live.alive_workers(stage.now))
+    tabs = (
+        f"Tasks {len(live.tasks):,} ",
+        f"Names {len(live.task_types()):,} ",
+        f"Workers {alive:,}/{len(live.workers):,} ",
+        f"Events {live.event_count:,} ",
+    )
     line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
-    for index, (kind, many) in enumerate(counts.items(), 1):
+    for (page, kind), text in zip(PAGES.items(), tabs):
         here = kind == view.layers[0].kind
-        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
-        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
-    losses = Counter({name: many for name, many in status.items() if name not in ("url", "empty")}, evicted=live.evicted)
-    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+        line.append(Span(f" {page} {text if here or stage.width >= 64 else ''}", "reverse" if here else "", page))
+    losses = [(name, many) for name, many in (*status.items(), ("evicted", live.evicted)) if many]
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses if isinstance(many, int)]
     left = max(0, stage.width - sum([cells(span.text) for span in line]))
-    rate = sum(live.counts(1, 5.0, stage.now)) / 5
-    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
+    rate, url = sum(live.counts(1, 5.0, stage.now)) / 5, printable(status.get("url")).partition("?")[0]
+    return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
-    """Return what runs, and for how long the longest has; and what has failed, and why."""
-    tasks = stage.state.tasks
-    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
-    runs = [run for run in runs if run[0] >= 0]
-    running = f" {len(runs):,} running"
-    if runs:
-        seconds, uuid = max(runs)
-        task = tasks[uuid]
-        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
+def now_lines(stage: Stage, running: Sequence[tuple[float, str]]) -> list[Line]:
+    """Return how many run, and which for how long; and what has failed, and why."""
+    text = f" {len(running):,} running"
+    if running:
+        seconds, uuid = max(running)
+        task = stage.state.tasks[uuid]
+        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
     ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
     if not ages:
-        return [[Span(running)], [Span(" no failures", "dim")]]
-    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
+        return [[Span(text)], [Span(" no failures", "dim")]]
+    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
     when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
-    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+    return [[Span(text)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
 
 
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
     counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
-    most = max([1, *counts])
-    drawn = width - next((index for index, count in enumerate(counts) if count), width)
-    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
+    most = max(1, *counts, 0)
+    drawn = len("".join([" x"[count > 0] for count in counts]).lstrip())
     labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
     return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
 def header_lines(view: View, stage: Stage) -> list[Line]:
     """Return what stands above every table."""
-    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
-    order = list(STYLES)
-    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
+    tasks, order = stage.state.tasks, list(STYLES)
+    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
+    tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
+    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
-    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
+    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, [run for run in runs if run[0] >= 0]), graph)]
+    return [title_line(view, stage), *now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
@@ -3925,16 +3931,6 @@ def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Lin
     return line
 
 
-def empty_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what to do about a table without rows."""
-    layer, text = view.layers[-1], str(stage.status.get("empty", ""))
-    if stage.state.event_count:
-        text = SHEETS[layer.kind].empty
-    if layer.filter:
-        text = f"nothing matches {layer.filter} — Escape drops the filter"
-    return [[Span(line)] for line in wrap(text, stage.width)]
-
-
 def footer_line(view: View, index: int, many: int) -> Line:
     """Return the filter, which row this is of how many, and keys."""
     layer = view.layers[-1]
@@ -3953,14 +3949,22 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     view = settled(view, stage.state)
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
     sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
-    header, headings, footer, room = layout(view, stage.height)
     rows = rows_of(view, stage) if rows is None else rows
-    chosen, top = locate(view, rows, room)
-    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
+    lines = header_lines(view, stage)[: min(1 if order_of(layer) is None else 4, stage.height // 4)]
+    lines += [heading_line(layer, stage)] * (stage.height > 5)
+    footer = int(stage.height > 2)
+    room = stage.height - len(lines) - footer
+    chosen = locate(view, rows)
+    top = max(0, min(chosen - room // 2, len(rows) - room))
     for index, row in enumerate(rows[top : top + room], top):
+        action = "show" if index == chosen else f"move {index - chosen}"
         line = row_line(row, sizes, shown)
-        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
-    lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
+        lines.append([Span(text, "selected" if index == chosen else style, action) for text, style, _ in line])
+    if not rows:
+        empty = SHEETS[layer.kind].empty if stage.state.event_count else str(stage.status.get("empty", ""))
+        empty = f"nothing matches {layer.filter} — Escape drops the filter" if layer.filter else empty
+        lines += [[Span(text)] for text in wrap(empty, stage.width)]
+    lines = [*lines, *[[]] * room][: stage.height - footer]
     return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
@@ -3974,24 +3978,19 @@ def change(view: View, **changes: Any) -> View:
 
 def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
-    room, step = layout(view, stage.height)[-1], float(step)
-    index, top = locate(view, rows, room)
-    step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
-    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
-    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
-
-
-def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Go to a page."""
-    return view._replace(layers=(Layer(kind),))
+    step = float(step)
+    step = step * max(2, stage.height - 6) if abs(step) < 1 else step
+    index = int(max(0, min(locate(view, rows) + step, len(rows) - 1)))
+    return change(view, cursor=rows[index].identity if index else None, index=index)
 
 
 def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
     layer = view.layers[-1]
     if order_of(layer) is not None:
-        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
-    here, _ = locate(view, rows, 1)
+        kinds = list(PAGES.values())
+        return view._replace(layers=(Layer(kinds[(kinds.index(layer.kind) + int(step)) % len(kinds)]),))
+    here = locate(view, rows)
     links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
     return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
@@ -4003,20 +4002,12 @@ def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -
     return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
 
 
-def link_of(view: View, rows: Rows) -> Any:
-    """Return kind and subject of what the cursor's row leads to, or None."""
-    return rows[locate(view, rows, 1)[0]].link if rows else None
-
-
-def enter(view: View, stage: Stage, rows: Rows) -> View:
-    """Open what the cursor is on."""
-    link = link_of(view, rows)
-    return push(view, stage, rows, *link) if link else view
-
-
-def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
-    about, subject = link_of(view, rows) or view.layers[-1][:2]
+def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
+    """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
+    link = rows[locate(view, rows)].link if rows else None
+    if not kind:
+        return push(view, stage, rows, *link) if link else view
+    about, subject = link or view.layers[-1][:2]
     if about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
     return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
@@ -4040,12 +4031,6 @@ def freeze(view: View, stage: Stage, rows: Rows) -> View:
     return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
-def clear(view: View, stage: Stage, rows: Rows) -> View:
-    """Forget the finished tasks."""
-    stage.state.clear_tasks()
-    return view
-
-
 def leave(view: View, stage: Stage, rows: Rows) -> View:
     """Close the uppermost layer, or quit."""
     return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
@@ -4058,30 +4043,21 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
     return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def edit(view: View, stage: Stage, rows: Rows) -> View:
-    """Begin to type a filter."""
-    return view._replace(typing=True)
-
-
-def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
-    """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
-    here, _ = locate(view, rows, 1)
-    view = move(view, stage, rows, int(index) - here)
-    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
-
-
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen."""
+    """Do what is there on the screen; in a panel, follow the link at once."""
     action, left = "", int(column)
     for span in screen(view, stage, rows)[int(line)]:
         action = span.action if left >= 0 else action
         left -= cells(span.text)
-    return press(view._replace(typing=False), action, stage, rows)
+    view = press(view._replace(typing=False), action, stage, rows)
+    return show(view, stage, rows) if action.startswith("move") and order_of(view.layers[-1]) is None else view
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
-    action.__name__: action
-    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
+    **{action.__name__: action for action in (move, tab, push, show, sort, freeze, leave, back, click)},
+    "page": lambda view, stage, rows, kind: view._replace(layers=(Layer(kind),)),
+    "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
+    "type": lambda view, stage, rows: view._replace(typing=True),
 }
 KEYS = {
     "j": "move 1",
@@ -4090,18 +4066,18 @@ KEYS = {
     "PgUp": "move -0.9",
     "g": "move -inf",
     "G": "move inf",
-    "1": "turn tasks",
-    "2": "turn names",
-    "3": "turn workers",
-    "4": "turn events",
+    "1": "page tasks",
+    "2": "page names",
+    "3": "page workers",
+    "4": "page events",
     "tab": "tab 1",
     "shift-tab": "tab -1",
-    "enter": "enter",
+    "enter": "show",
     "t": "show traceback",
     "r": "show result",
     "e": "show events",
     "?": "push keys",
-    "/": "edit",
+    "/": "type",
     "s": "sort 1",
     "S": "sort 0",
     "space": "freeze",
@@ -4125,7 +4101,7 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     if view.typing and (len(key) == 1 or name in edits):
         text = (text + key)[:100] if len(key) == 1 else edits[name]
         view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
-        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
+        return change(view, filter=text, index=0)
     action, *arguments = KEYS.get(name, name).split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
@@ -4323,6 +4299,8 @@ class Terminal:
                 continue
             self._window.move(row, 0)
             self._window.clrtoeol()
+            if row < 4:  # of a bar that goes, the edge of its glyph may be left beside its cell
+                self._window.redrawln(row, 1)
             column = 0
             for text, style, _ in line:
                 with suppress(self._curses.error):  # behind the last cell is no place for the cursor
