@@ -4822,16 +4822,14 @@ def copied_streams() -> list[str]:
 
 def start(words: Sequence[str], **streams: Any) -> Any:
     """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
-    from shutil import which
     from subprocess import Popen
 
-    popen: Any = partial(Popen, close_fds=False, **streams)
     try:
-        return popen(words)
+        return Popen(words, close_fds=False, **streams)
     except OSError as problem:
         if problem.errno != errno.ENOEXEC:
             raise
-        return popen(["/bin/sh", which(words[0]) or words[0], *words[1:]])
+        return Popen(["/bin/sh", *words], close_fds=False, **streams)
 
 
 def copy_errors(command: Any, pipe: int) -> str:
@@ -5115,23 +5113,15 @@ def serve(events: Dispatcher) -> NoReturn:
                 task.retried(TimeoutError("mail.example.com"))
             uuid = task.uuid
 
-    @events.task("shop.order")
-    def order(number: int) -> str:
-        events.send("order-placed", order=number)
-        charge(number, cents=number // 2)
-        mail(f"customer-{number}@example.com")
-        return "sent"
-
-    def stock(number: int) -> None:
-        with events.task("shop.stock", args=repr((number,))) as task:
-            for row in range(20):
-                time.sleep(random() / 2)
-                task.progress((row + 1) / 20)
-
     while True:
-        with suppress(ConnectionRefusedError):  # the events have told of it
-            (order if random() < 0.7 else stock)(int(1000 + 9000 * random()))
-        time.sleep(random())
+        number = int(1000 + 9000 * random())
+        events.send("order-placed", order=number)
+        with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
+            charge(number, cents=number // 2)
+            for step in range(1, 10):
+                time.sleep(random() / 2)
+                order.progress(step / 10)
+            mail(f"customer-{number}@example.com")
 
 
 def demo_worker(options: Any) -> int:
@@ -5179,7 +5169,7 @@ def seconds(word: str) -> float:
     return float(word)
 
 
-Command = namedtuple("Command", ["work", "help", "arguments"])
+Command = namedtuple("Command", ["work", "summary", "examples", "arguments"])
 
 FLAG: dict[str, Any] = {"action": "store_true"}
 WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -5191,27 +5181,17 @@ WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": seconds}),
     ("--no-history", "begin with what is sent from now on", FLAG),
 )
-COMMANDS = {  # help: a summary, and what is said below the arguments
+COMMANDS = {
     "watch": Command(
         watch,
-        """Show what is heard, or what FILE holds, until the user or a limit ends it.
-
-examples:
-  python eventmon.py watch
-  python eventmon.py watch --json --type 'task-*' | jq .uuid
-
-exit status: 0, also when ctrl-C or the end of a pipe ends it; 1 for a failure, 2 for wrong usage""",
+        "show what is heard, or what FILE holds, until the user or a limit ends it",
+        ("watch", "watch --json --type 'task-*' | jq .uuid", "watch recorded.jsonl"),
         (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
     ),
     "send": Command(
         send,
-        """Send an event, or those on standard input, and say how many watchers have everything.
-
-examples:
-  python eventmon.py send deploy-done version=1.2 seconds:=8.5
-  python eventmon.py send - < recorded.jsonl
-
-exit status: 0 when every event is sent and no watcher lacks one; 1 for a failure, 2 for wrong usage""",
+        "send an event, or those on standard input, and say how many watchers have everything",
+        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
         (
             ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
             ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
@@ -5219,13 +5199,8 @@ exit status: 0 when every event is sent and no watcher lacks one; 1 for a failur
     ),
     "run": Command(
         run,
-        """Run COMMAND as if it were run alone, and send the events of a task for it.
-
-examples:
-  python eventmon.py run -- make test
-  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
-
-exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed""",
+        "run COMMAND as if it were run alone, with its exit status, and send the events of a task for it",
+        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
         (
             ("--name", "of the task (default: the command's)", {}),
             ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
@@ -5233,24 +5208,14 @@ exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 
     ),
     "check": Command(
         check,
-        """Try the URL in force step by step, and say what is wrong and what to do.
-
-examples:
-  python eventmon.py check
-  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
-
-exit status: 0 when the URL works; 1 for a failure, 2 for wrong usage""",
+        "try the URL in force step by step, and say what is wrong and what to do",
+        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
         (("--all-interfaces", "try each interface, too", FLAG),),
     ),
     "demo": Command(
         demo,
-        """Show a shop at work: three worker processes, on a URL of their own, and the monitor.
-
-examples:
-  python eventmon.py demo
-  python eventmon.py demo --plain --limit 20
-
-exit status: 0; 1 for a failure, 2 for wrong usage""",
+        "show a shop at work: three worker processes, on a URL of their own, and the monitor",
+        ("demo", "demo --plain --limit 20"),
         (*WATCHING, ("--worker", "==SUPPRESS==", {})),
     ),
 }
@@ -5264,14 +5229,16 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
         def error(self, message: str) -> NoReturn:
             raise Failure(message, 2)
 
-    summary, _, more = COMMANDS[name].help.partition("\n\n")
+    command = COMMANDS[name]
+    examples = "\n  python eventmon.py ".join(("examples:", *command.examples))
+    more = f"{examples}\n\nexit status: 0, 1 for a failure, 2 for wrong usage"
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=more, formatter_class=form)
+    parser = Parser(prog=f"eventmon {name}", description=command.summary, epilog=more, formatter_class=form)
     parser.set_defaults(file=None, json=False)
     parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
     parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
     parser.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
-    for argument, text, settings in COMMANDS[name].arguments:
+    for argument, text, settings in command.arguments:
         parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.json and options.plain:
@@ -5295,7 +5262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
             lines = [f"eventmon {__version__}"]
             if name != "--version":
-                lines += (f"  {name:<6} {command.help.splitlines()[0]}" for name, command in COMMANDS.items())
+                lines += (f"  {name:<6} {command.summary}" for name, command in COMMANDS.items())
                 lines.append("python eventmon.py COMMAND --help says more")
             print(*lines, sep="\n")
             return 0
