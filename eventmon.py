@@ -4604,7 +4604,7 @@ MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
 
 
 class BadLines:
-    """Takes what is wrong with lines of a file: complains of the first few, and in the end says how many more there are."""
+    """Takes what is wrong with lines of a file: complains of the first few, and says in the end how many more are bad."""
 
     def __init__(self, at_once: bool) -> None:
         self.count = 0
@@ -4838,7 +4838,8 @@ def copy_errors(command: Any, pipe: int) -> str:
     What its own children write later, another process copies.
     """
     tail, data, has_ended = b"", b"-", False
-    with open(pipe, "rb", buffering=0) as source, suppress(OSError):  # whoever reads us has gone: the command finds a broken pipe, too
+    # An error: whoever reads us has gone, and the command finds a broken pipe, too.
+    with open(pipe, "rb", buffering=0) as source, suppress(OSError):
         while data and not has_ended:
             has_ended = command.poll() is not None
             if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
@@ -4944,7 +4945,7 @@ class Trial:
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
         self.is_group = is_group(self.url.host)
-        self.leaves = self.is_group and not on_loopback(self.url)  # so that what is heard here proves nothing about there
+        self.leaves = self.is_group and not on_loopback(self.url)  # to hear it here then proves nothing about there
         self.dispatcher = Dispatcher(url, key=key)
         self.receiver = Receiver(url, key=key)
         self.listens = False
@@ -4974,7 +4975,7 @@ def try_open(trial: Trial) -> str:
     """Open a socket that sends."""
     Link(trial.url).close()
     where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
-    return f"a socket that sends {where}" + (", to this machine alone: ttl=0" if trial.leaves and not trial.url.ttl else "")
+    return f"a socket that sends {where}" + (", but no further: ttl=0" if trial.leaves and not trial.url.ttl else "")
 
 
 def try_join(trial: Trial) -> str:
@@ -5015,7 +5016,9 @@ def try_receive(trial: Trial) -> str:
 def try_sizes(trial: Trial) -> str:
     """Receive an event that takes about the largest datagram that is sent to this URL."""
     size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
-    if not trial.arrives("x" * (size - 4 * MAX_HEADER)) or trial.leaves and trial.dispatcher.stats["behind"]:
+    arrives = trial.arrives("x" * (size - 4 * MAX_HEADER))
+    trial.dispatcher.flush(HEAR_TIME)  # so that watchers on other machines can confirm it
+    if not arrives or trial.dispatcher.stats["behind"] and trial.leaves:
         raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
     return f"up to {size:,} bytes in a datagram"
 
@@ -5033,7 +5036,8 @@ def try_others(trial: Trial) -> str:
     if trial.listens:
         trial.listen(LISTEN_TIME)
     watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
-    texts = [f"{counted(senders, 'Dispatcher')} and {counted(len(watchers) - trial.listens, 'watcher')} beside this one"]
+    others = counted(len(watchers) - trial.listens, "watcher")
+    texts = [f"{counted(senders, 'Dispatcher')} and {others} beside this one"]
     if trial.leaves:
         texts.append("only a watcher on another machine proves that anything gets there")
         texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
@@ -5045,15 +5049,11 @@ def try_others(trial: Trial) -> str:
     return "; ".join(texts)
 
 
-STEPS: tuple[Callable[[Trial], str], ...]
-STEPS = (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others)
-
-
-def check_steps(url: str, key: bytes, steps: Sequence[Callable[[Trial], str]] = STEPS) -> Iterator[tuple[str, str, str]]:
+def check_steps(url: str, key: bytes) -> Iterator[tuple[str, str, str]]:
     """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
     trial = Trial(url, key)
     with trial.dispatcher, trial.receiver:
-        for step in steps:
+        for step in (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others):
             name = step.__name__[4:]
             try:
                 yield "ok", name, step(trial)
@@ -5079,7 +5079,7 @@ def check(options: Any) -> int:
     for name in filter(is_host, names):
         other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
         if options.all_interfaces:
-            *_, (_, step, text) = check_steps(other, key, STEPS[:4])
+            *_, (_, step, text) = islice(check_steps(other, key), 4)
             outcome = f"  {step}: {text}"
         print(f"  {name:<10} '{other}'{outcome}", flush=True)
     return 0 if verdict == "ok" else 1
@@ -5145,7 +5145,8 @@ def demo(options: Any) -> int:
     options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
     parse_url(options.url)
     in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
-    words = [sys.executable, *([__file__] if os.path.isfile(__file__) else ["-c", in_zip]), "demo", "--url", options.url]
+    program = [__file__] if os.path.isfile(__file__) else ["-c", in_zip]
+    words = [sys.executable, *program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
@@ -5237,7 +5238,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
     parser.set_defaults(file=None, json=False)
     parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
     parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
-    parser.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
+    parser.add_argument("--key-file", metavar="FILE", help="holds the key that authenticates ($EVENTMON_KEY is one)")
     for argument, text, settings in command.arguments:
         parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)

@@ -154,16 +154,6 @@ def receive_row(n, burst=50):
                 yield n / ours, n / naive
 
 
-def take_ours(state, events):
-    for event in events:
-        state.event(event)
-
-
-def take_by_hand(tasks, events):
-    for event in events:
-        tasks.setdefault(event["uuid"], {}).update(event)
-
-
 def take(taking, n):
     """Have the events of `n` tasks taken, which come from JSON a thousand at a time; return the seconds."""
     who = {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0, "clock": 1, "timestamp": 1.7e9}
@@ -174,27 +164,35 @@ def take(taking, n):
         pairs = [(f"task-{i}", step) for i in range(start, min(n, start + 333)) for step in steps]
         dicts = ({"type": f"task-{subject}", "uuid": uuid, **who, **more} for uuid, (subject, more) in pairs)
         events = [Event(**json.loads(json.dumps(fields))) for fields in dicts]
-        seconds += seconds_for(lambda events=events: taking(events))
+        seconds += seconds_for(lambda events=events: [taking(event) for event in events] and None)
     return seconds
 
 
+def takers(n):
+    """Return what takes an event: a State, and a dict of dicts."""
+    tasks = {}
+    return State(max_tasks_in_memory=n).event, lambda event: tasks.setdefault(event["uuid"], {}).update(event)
+
+
 def state_row(n):
-    """Events a second that a State takes, and a dict of dicts."""
+    """Events a second."""
     while True:
-        seconds = take(partial(take_ours, State(max_tasks_in_memory=n)), n), take(partial(take_by_hand, {}), n)
-        yield 3 * n / seconds[0], 3 * n / seconds[1]
+        yield tuple(3 * n / take(taking, n) for taking in takers(n))
+
+
+def bytes_for(taking, n):
+    tracemalloc.start()
+    try:
+        take(taking, n)
+        return tracemalloc.get_traced_memory()[0] / n
+    finally:
+        tracemalloc.stop()
 
 
 def memory_row(n):
     """Bytes for each finished task."""
     while True:
-        sizes = []
-        for taking in partial(take_ours, State(max_tasks_in_memory=n)), partial(take_by_hand, {}):
-            tracemalloc.start()
-            take(taking, n)
-            sizes.append(tracemalloc.get_traced_memory()[0] / n)
-            tracemalloc.stop()
-        yield tuple(sizes)
+        yield tuple(bytes_for(taking, n) for taking in takers(n))
 
 
 def query_row(n, ask, look):
@@ -202,7 +200,8 @@ def query_row(n, ask, look):
     state, now = State(max_tasks_in_memory=n), time.time()
     kinds = ["task-succeeded" if i % max(1, n // 50) else "task-started" for i in range(n)]
     tasks = [Event(kind, uuid=str(i), timestamp=now - 60 + 60 * i / n, hostname="a") for i, kind in enumerate(kinds)]
-    take_ours(state, tasks)
+    for task in tasks:
+        state.event(task)
     while True:
         yield 1e6 * seconds_for(lambda: ask(state), 20), 1e6 * seconds_for(lambda: look(tasks))
 
@@ -4238,6 +4237,8 @@ def test_what_watch_records_can_be_watched_and_sent_again(tmp_path):
     assert len(errors) == 1
     assert "line 2" in errors[0]
     assert run("send", "-", input=file.read_bytes())[0] == 1
+    status, out, errors = run("watch", str(MODULE.with_name("README.md")), "--plain")
+    assert (status, out, len(errors), errors[5][:13]) == (1, b"", 6, "eventmon: and")
 
 
 def test_send_says_how_many_watchers_have_everything():
@@ -4305,13 +4306,6 @@ def test_an_error_is_one_line_and_a_status(words, status, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"eventmon: [^\n]+\n", err)
-
-
-def test_the_command_line_can_be_called_from_python(capsys):
-    with Dispatcher() as dispatcher:
-        dispatcher.send("hello", n=1)
-        assert main(["watch", "--json", "--limit", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 1
 
 
 def test_a_file_is_not_recorded_into_itself(tmp_path):
