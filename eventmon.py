@@ -3236,7 +3236,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 NOTHING: Facts = {}
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
-    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
     "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
@@ -3850,22 +3850,6 @@ def title_line(view: View, stage: Stage) -> Line:
     return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, running: Sequence[tuple[float, str]]) -> list[Line]:
-    """Return how many run, and which for how long; and what has failed, and why."""
-    text = f" {len(running):,} running"
-    if running:
-        seconds, uuid = max(running)
-        task = stage.state.tasks[uuid]
-        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
-    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
-    if not ages:
-        return [[Span(text)], [Span(" no failures", "dim")]]
-    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
-    return [[Span(text)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
-
-
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
@@ -3877,17 +3861,39 @@ def graph_lines(stage: Stage) -> list[Line]:
     return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
-def header_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what stands above every table."""
-    tasks, order = stage.state.tasks, list(STYLES)
-    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+def running_text(stage: Stage, names: Facts) -> str:
+    """Return how many tasks run, and which for how long; `names` are the states of the unfinished ones."""
+    tasks = stage.state.tasks
     runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
+    seconds, uuid = max(runs, default=(-1.0, ""))
+    if seconds < 0:
+        return " 0 running"
+    many, task = sum(run >= 0 for run, _ in runs), tasks[uuid]
+    longest = f"{printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    return f" {many:,} running, longest {longest}"
+
+
+def failed_line(stage: Stage) -> Line:
+    """Return how many tasks have failed in the last minute, and why the last one has."""
+    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
+    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
+    if not ages:
+        return [Span(" no failures", "dim")]
+    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]
+
+
+def now_lines(stage: Stage) -> list[Line]:
+    """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
+    tasks, order, graph = stage.state.tasks, list(STYLES), graph_lines(stage)
+    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
     tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
-    graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, [run for run in runs if run[0] >= 0]), graph)]
-    return [title_line(view, stage), *now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
+    now = zip(([Span(running_text(stage, names))], failed_line(stage)), graph)
+    counts = [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]
+    return [*(fit_line(line, left) + bars for line, bars in now), counts]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
@@ -3935,7 +3941,7 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
     sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
     rows = rows_of(view, stage) if rows is None else rows
-    lines = header_lines(view, stage)[: min(1 if order_of(layer) is None else 4, stage.height // 4)]
+    lines = [title_line(view, stage), *(now_lines(stage) if order_of(layer) is not None else [])][: stage.height // 4]
     lines += [heading_line(layer, stage)] * (stage.height > 5)
     footer = int(stage.height > 2)
     room = stage.height - len(lines) - footer

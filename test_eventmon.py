@@ -4022,6 +4022,15 @@ def test_watch_chooses_types_and_stops_after_a_limit_or_a_while():
         assert run("watch", "--json", "--no-history", "--timeout", "0.3") == (0, b"", [])
 
 
+def test_plain_lines_have_the_tasks_name_and_the_reason_also_when_only_failures_are_chosen():
+    with Dispatcher(hostname="w") as dispatcher:
+        with suppress(ValueError), dispatcher.task("shop.charge", uuid="aca02be9-33"):
+            raise ValueError("refused")
+        status, out, errors = run("watch", "--plain", "--type", "task-failed", "--limit", "1")
+    assert (status, errors) == (0, [])
+    assert re.fullmatch(r"[\d:]{8}  task-failed  shop.charge aca02be9  w  ValueError\('refused'\)  runtime=\S+\n", out.decode())
+
+
 def test_what_watch_records_can_be_watched_and_sent_again(tmp_path):
     file = tmp_path / "recorded.jsonl"
     with Dispatcher() as dispatcher:
