@@ -3544,7 +3544,7 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
     Column("NAME", 14, "name", share=0.1, tail=True),
-    Column("TIME", 8, "timestamp", style="dim", least=64),
+    Column("TIME", 8, "timestamp", style="dim", least=88),
     Column("UUID", 36, "uuid", style="dim", least=150),
     Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
     Column("   RUN", 6, run_of, order=urgency),
@@ -3574,7 +3574,7 @@ WORKER_COLUMNS = (
 )
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
-    Column("TYPE", 14, "type", style=None, share=0.05),
+    Column("TYPE", 16, "type", style=None, share=0.05),
     Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
@@ -3713,6 +3713,7 @@ def worker_panel(name: str, stage: Stage) -> Items:
     """Yield everything about a worker, its running tasks first."""
     worker, state = known(stage.state.workers, name), stage.state
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
+    tasks.sort(key=lambda task: urgency(task, stage))
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
     yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
     yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
