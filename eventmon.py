@@ -3251,7 +3251,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 NOTHING: Facts = {}
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
-    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
     "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
@@ -3559,7 +3559,7 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
     Column("NAME", 14, "name", share=0.1, tail=True),
-    Column("TIME", 8, "timestamp", style="dim", least=64),
+    Column("TIME", 8, "timestamp", style="dim", least=88),
     Column("UUID", 36, "uuid", style="dim", least=150),
     Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
     Column("   RUN", 6, run_of, order=urgency),
@@ -3589,7 +3589,7 @@ WORKER_COLUMNS = (
 )
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
-    Column("TYPE", 14, "type", style=None, share=0.05),
+    Column("TYPE", 16, "type", style=None, share=0.05),
     Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
@@ -3728,6 +3728,7 @@ def worker_panel(name: str, stage: Stage) -> Items:
     """Yield everything about a worker, its running tasks first."""
     worker, state = known(stage.state.workers, name), stage.state
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
+    tasks.sort(key=lambda task: urgency(task, stage))
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
     yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
     yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
@@ -3865,22 +3866,6 @@ def title_line(view: View, stage: Stage) -> Line:
     return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
-def now_lines(stage: Stage, running: Sequence[tuple[float, str]]) -> list[Line]:
-    """Return how many run, and which for how long; and what has failed, and why."""
-    text = f" {len(running):,} running"
-    if running:
-        seconds, uuid = max(running)
-        task = stage.state.tasks[uuid]
-        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
-    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
-    if not ages:
-        return [[Span(text)], [Span(" no failures", "dim")]]
-    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
-    return [[Span(text)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
-
-
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
@@ -3892,17 +3877,39 @@ def graph_lines(stage: Stage) -> list[Line]:
     return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
-def header_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what stands above every table."""
-    tasks, order = stage.state.tasks, list(STYLES)
-    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+def running_text(stage: Stage, names: Facts) -> str:
+    """Return how many tasks run, and which for how long; `names` are the states of the unfinished ones."""
+    tasks = stage.state.tasks
     runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
+    seconds, uuid = max(runs, default=(-1.0, ""))
+    if seconds < 0:
+        return " 0 running"
+    many, task = sum(run >= 0 for run, _ in runs), tasks[uuid]
+    longest = f"{printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    return f" {many:,} running, longest {longest}"
+
+
+def failed_line(stage: Stage) -> Line:
+    """Return how many tasks have failed in the last minute, and why the last one has."""
+    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
+    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
+    if not ages:
+        return [Span(" no failures", "dim")]
+    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]
+
+
+def now_lines(stage: Stage) -> list[Line]:
+    """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
+    tasks, order, graph = stage.state.tasks, list(STYLES), graph_lines(stage)
+    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
     tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
-    graph = graph_lines(stage)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [fit_line(line, left) + bars for line, bars in zip(now_lines(stage, [run for run in runs if run[0] >= 0]), graph)]
-    return [title_line(view, stage), *now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
+    now = zip(([Span(running_text(stage, names))], failed_line(stage)), graph)
+    counts = [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]
+    return [*(fit_line(line, left) + bars for line, bars in now), counts]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
@@ -3950,7 +3957,7 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
     sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
     rows = rows_of(view, stage) if rows is None else rows
-    lines = header_lines(view, stage)[: min(1 if order_of(layer) is None else 4, stage.height // 4)]
+    lines = [title_line(view, stage), *(now_lines(stage) if order_of(layer) is not None else [])][: stage.height // 4]
     lines += [heading_line(layer, stage)] * (stage.height > 5)
     footer = int(stage.height > 2)
     room = stage.height - len(lines) - footer

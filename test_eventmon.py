@@ -3459,7 +3459,7 @@ def test_lost_tasks_come_first_then_the_longest_running_then_the_newest_finished
 
 def test_a_running_task_counts_its_time_and_a_lost_or_finished_one_does_not():
     before, after = (table(shop(), "1", second=second) for second in (10, 11))
-    times = [[line[4] for line in rows if line[1] in ("users", "shop.import", "shop.charge")] for rows in (before, after)]
+    times = [[line[3] for line in rows if line[1] in ("users", "shop.import", "shop.charge")] for rows in (before, after)]
     assert times == [["6.0s", "8.0s", "1.0s"], ["6.0s", "9.0s", "1.0s"]]
 
 
@@ -3467,7 +3467,7 @@ def test_a_clock_that_is_wrong_is_told_of_and_does_not_count():
     state = State()
     for type in ("worker-online", "task-received", "task-started"):
         state.event(Event(type, hostname="w", uuid="1", name="job", pid=1, timestamp=NOON - 3600, local_received=NOON))
-    assert table(state, "1", second=5)[0][4] == "5.0s"
+    assert table(state, "1", second=5)[0][3] == "5.0s"
     assert "clock 60m00s behind" in shown(state, typed(state, "3"), 24, 120)
 
 
@@ -4222,6 +4222,15 @@ def test_watch_chooses_types_and_stops_after_a_limit_or_a_while():
         status, out, _ = run("watch", "--plain", "--limit", "1")
         assert (status, len(out.splitlines())) == (0, 1)
         assert run("watch", "--json", "--no-history", "--timeout", "0.3") == (0, b"", [])
+
+
+def test_plain_lines_have_the_tasks_name_and_the_reason_also_when_only_failures_are_chosen():
+    with Dispatcher(hostname="w") as dispatcher:
+        with suppress(ValueError), dispatcher.task("shop.charge", uuid="aca02be9-33"):
+            raise ValueError("refused")
+        status, out, errors = run("watch", "--plain", "--type", "task-failed", "--limit", "1")
+    assert (status, errors) == (0, [])
+    assert re.fullmatch(r"[\d:]{8}  task-failed  shop.charge aca02be9  w  ValueError\('refused'\)  runtime=\S+\n", out.decode())
 
 
 def test_what_watch_records_can_be_watched_and_sent_again(tmp_path):
