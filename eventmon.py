@@ -1670,7 +1670,8 @@ def traceback_of(problem: BaseException, inside: bool = False) -> str:
         while start and node and id(node) != start:
             frame, line = node.tb_frame, node.tb_lineno
             source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n    {source}\n'
+            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+            outer += f"    {source}\n" if source else ""
             node = node.tb_next
         if not (start and node):
             lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
