@@ -70,9 +70,9 @@ import struct
 import sys
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
@@ -81,15 +81,16 @@ from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TypeVar
 
     Source = tuple[str, int]
     Ranges = list[tuple[int, int]]
-    Span = tuple[str, str]
-    Line = list[Span]
-    Row = tuple[Line, Any]
-    Text = Callable[[Mapping[str, Any], float], str]
+    Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
+    Line = list["Span"]
+    Rows = list["Row"]
+    Items = Iterator["Item"]
+    Feed = Iterator["Event | None"]
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = ["DEFAULT_URL", "Dispatcher", "Event", "LogHandler", "Receiver", "State", "capture_events", "main"]  # noqa: F822
@@ -957,6 +958,9 @@ class Dispatcher:
 
         if freq is not None and not freq >= 0:
             raise ValueError(f"freq is {freq!r}, expected seconds")
+        groups, buffer_group = frozenset(groups or ()), frozenset(buffer_group)
+        again = partial(type(self), url, hostname, enabled=enabled, groups=groups, buffer_group=buffer_group, freq=freq)
+        self._again = partial(again, buffer_limit=buffer_limit, key=key, max_wait=max_wait, max_repr=max_repr)
         self.url = url_from(url)
         self.enabled = False
         self.on_enabled: set[Callable[[], object]] = set()
@@ -965,8 +969,8 @@ class Dispatcher:
         self._url = parse_url(self.url)
         self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
         self._name = hostname
-        self._groups = frozenset(groups or ())
-        self._buffered = frozenset(buffer_group)
+        self._groups = groups
+        self._buffered = buffer_group
         self._buffer_limit = max(1, buffer_limit)
         self._freq = freq
         self._key = key_from(key)
@@ -1025,6 +1029,10 @@ class Dispatcher:
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
         return [sum(numbers) for numbers in self._window.lacking(time.monotonic())]
+
+    def watchers(self) -> list[Source]:
+        """Return where each live watcher answers from."""
+        return [watcher.address for watcher in self._window.live(time.monotonic()) if watcher.address]
 
     def send(self, /, type: str, blind: bool = False, **fields: Any) -> Event | None:
         """Send an event and return it, or None if disabled or not of `groups`.
@@ -1138,20 +1146,23 @@ class Dispatcher:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        return self._again, ()  # pickled or copied, it is a new one
+
     def __repr__(self) -> str:
         return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
 
     # From here on: an event on its way to the kernel.
 
-    def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False) -> Event | None:
-        known = self._look_up(type)
+    def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
+        known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
         if known is None:
             return None
         ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
-        self._post(format_json(event), known.buffered)
+        self._post(format_json(event), known.buffered or hold)
         return event
 
     def _look_up(self, type: Any) -> Known | None:
@@ -1379,9 +1390,9 @@ class Dispatcher:
                 window.waited(since, now)
                 self._ask(now)
 
-    def _pause(self, now: float) -> float:
+    def _pause(self, now: float, longest: float = 0.01) -> float:
         """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(0.01, max(0.001, (now - self._window.advanced_at) / 2))
+        return min(longest, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
@@ -1407,7 +1418,7 @@ class Dispatcher:
                 if enough or now >= start + timeout:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(self._pause(now))
+            time.sleep(self._pause(now, 0.04))  # the thread sees to the rest
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
@@ -1485,18 +1496,22 @@ class Dispatcher:
 
     # The worker and its tasks.
 
-    def _sends_tasks(self) -> bool:
-        """Whether it is worth while to tell more of a task."""
+    def sends_tasks(self) -> bool:
+        """Whether the events of tasks are sent."""
         return self.enabled and (not self._groups or "task" in self._groups)
 
-    def _begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
-        self._send("task-received", {"uuid": uuid, **fields})
+    def begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
+        """Send task-received, with `fields`, and task-started, together in a datagram; errors as in send()."""
+        self._send("task-received", {"uuid": uuid, **fields}, hold=True)
         self._send("task-started", {"uuid": uuid})
         self._count_task(1, 0)
 
-    def _end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+    def end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
+        """Send how a task ended; never raises."""
         self._count_task(-1, 1)
         self._send_quietly(type, {"uuid": uuid, **outcome})
+
+    _begin_task, _end_task = begin_task, end_task  # names in the commands run and demo
 
     def _count_task(self, active: int, processed: int) -> None:
         with self._lock:
@@ -1553,9 +1568,7 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)
-MAX_TRACEBACK = 65536  # characters of a failed task's traceback, the last ones
-MAX_FRAMES = 50  # of a traceback, the innermost; all of a deep recursion would take seconds
+# The screen alone uses these three.
 
 
 def weight(value: Any, most: int, depth: int = 0) -> int:
@@ -1609,14 +1622,26 @@ def start_of(pieces: Iterable[str], limit: int) -> str:
     return "".join(taken)[:limit]
 
 
-BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
+# From here on: tasks and logs.
+
+MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
+MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
+STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
+_current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)  # the last one that began here
+_logging: ContextVar[bool] = ContextVar("eventmon_logging", default=False)  # whether a LogHandler is at work
 
 
-def repr_brackets(value: Any) -> Sequence[str] | None:
-    """Return what stands around the items of a value in its repr, None if it has none, or is of a class of the user's."""
-    if type(value) is tuple and len(value) == 1:
-        return "(", ",)"
-    return BRACKETS.get(type(value)) if value or type(value) is not set else None
+def start_of_value(value: Any, limit: int, left: Iterator[int]) -> Any:
+    """Return a copy of a value that takes no more items than are `left`, nor characters of a text than `limit`."""
+    kind = type(value)
+    if kind in (str, bytes):
+        return value[:limit]
+    if kind is dict:
+        pairs = ((key, value[key]) for key, _ in zip(value, left))
+        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for key, item in pairs}
+    if kind in (list, tuple, set):
+        return kind(start_of_value(item, limit, left) for item, _ in zip(value, left))
+    return value
 
 
 def cut(text: str, limit: int) -> str:
@@ -1625,191 +1650,187 @@ def cut(text: str, limit: int) -> str:
 
 
 def shortened(value: Any, limit: int = MAX_REPR) -> str:
-    """Return the repr of `value`, visibly shortened; of a large list, tuple, dict, set or text no more of it is made."""
-    try:
-        large = weight(value, 4 * limit) > 4 * limit
-        text = start_of(spell(value, limit, readable, repr_brackets), limit + 1) if large else readable(value)
-    except Exception:  # noqa: BLE001 - of a class of the user's, or another thread changes the value
-        text = readable(value)
-    return cut(text, limit)
+    """Return the repr of a value, visibly cut where it has more than `limit` characters; no more of it is made."""
+    with suppress(Exception):  # a value inside itself, or one that another thread changes
+        value = start_of_value(value, limit, iter(range(limit)))
+    return cut(readable(value), limit)
 
 
-def traceback_of(problem: BaseException) -> str:
-    """Return the end of an exception's traceback."""
+OUR_FRAME = re.compile(  # in a traceback, which may be that of an exception group
+    rf'^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n(\1    .*\n)*',
+    re.MULTILINE,
+)
+
+
+def traceback_of(problem: BaseException, inside: bool = False) -> str:
+    """Return the end of an exception's traceback, without our frames.
+
+    An exception that leaves a task `inside` another takes the text along: the outer one only adds its own frames.
+    """
+    import linecache
     import traceback
 
     try:
-        lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
+        told: tuple[int, str] = vars(problem).pop("_eventmon", (0, ""))
+        start, text = told  # from this traceback object on
+        node, outer = problem.__traceback__, ""
+        while start and node and id(node) != start:
+            frame, line = node.tb_frame, node.tb_lineno
+            source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
+            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n    {source}\n'
+            node = node.tb_next
+        if not (start and node):
+            lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
+            text = OUR_FRAME.sub("", "\n" + "".join(lines))
+        elif text.count('  File "') < MAX_FRAMES / 2:
+            causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
+            text = causes + header + OUR_FRAME.sub("", outer) + rest if header else text  # that of an exception group
+        text = text[-MAX_TRACEBACK:]
+        if inside:
+            vars(problem)["_eventmon"] = id(problem.__traceback__), text
+        return text.lstrip("\n")
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
-        lines = [readable(problem)]
-    return "".join(lines)[-MAX_TRACEBACK:]
+        return readable(problem)
 
 
-def running(task: Task | None) -> Task | None:
-    """Return a task, or the one around it, that has not ended."""
-    for _ in range(MAX_DEPTH):  # who enters a task inside itself makes a circle
-        if task is None or not task._ended:
-            return task
-        task = task._outer
-    return None
+def reserve(calls: int) -> None:
+    """Raise RecursionError, without these frames, unless the stack has room for so many calls."""
+    try:
+        if calls:
+            reserve(calls - 1)
+    except RecursionError as problem:
+        raise problem.with_traceback(None) from None
 
 
 class Task:
     """One task, or by way of a decorated function one at each call; made by Dispatcher.task().
 
-    As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds) or
-    task-failed (exception, traceback, runtime), and lets the exception pass. A decorated function, coroutine function,
-    generator function (also an async one) or method adds args, kwargs and result, each shortened to the Dispatcher's
-    `max_repr` characters of repr; a generator is a task from its first value to its last, or until it is closed.
-    A task inside another, in the same context (see contextvars), has it as parent_id, and the outermost as root_id.
-    `uuid` is its name among all tasks.
+    As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds),
+    task-failed (exception, traceback, runtime) or, after retried(), task-retried, and lets the exception pass. A
+    decorated function, coroutine function, generator function (also an async one) or method adds args, kwargs and
+    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to its
+    last, or until it is closed. A task that begins while another runs in the same context (see contextvars) has the
+    innermost one as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
         from uuid import uuid4
 
         self.name = name
-        self.uuid = uuid or str(uuid4())
-        self.root_id = self.uuid
-        self._dispatcher = dispatcher
-        self._given = uuid
-        self._fields = fields
-        self._outer: Task | None = None  # the one in which this one runs just now
-        self._inner: Task | None = None  # the one that is open in it while it is suspended
-        self._ended = False
-        self._result: dict[str, Any] = {}
+        self.uuid = self.root_id = uuid or str(uuid4())
+        self._dispatcher, self._given, self._fields = dispatcher, uuid, fields
+        self._outer: Task | None = None  # the one in which this one began
+        self._is_parent = True
+        self._ended = self._retried = False
+        self._outcome: dict[str, Any] = {}
 
-    def progress(self, fraction: float, **fields: Any) -> None:
-        """Send task-progress: `fraction` of the work, 0 to 1, is done."""
+    def running(self) -> Task | None:
+        """Return this task or, if it has ended, the innermost one around it that has not."""
+        task: Task | None = self
+        while task and task._ended:
+            task = task._outer
+        return task
+
+    def progress(self, fraction: Any, **fields: Any) -> None:
+        """Send task-progress: `fraction` of the work, any number from 0 to 1, is done."""
+        with suppress(Exception):  # what is no number is sent as it is
+            fraction = float(fraction)
         self._dispatcher.send("task-progress", uuid=self.uuid, progress=fraction, **fields)
 
+    def retried(self, exception: BaseException | None = None) -> None:
+        """Say that this attempt failed and another follows: the task ends with task-retried, however it ends."""
+        self._retried, self._outcome = True, {} if exception is None else self._failure(exception)
+
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        parent = _current_task.get()
+        reserve(STACK)
+        last = _current_task.get()
+        outer = last.running() if last else None
         fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
-        fields.update(root_id=parent.root_id if parent else self.uuid, parent_id=parent.uuid if parent else None)
+        fields.update(root_id=outer.root_id if outer else self.uuid, parent_id=outer.uuid if outer else None)
         fields.update(self._fields)
-        self.root_id = fields["root_id"]
-        self._ended = False
-        self._start = time.monotonic()
-        self._dispatcher._begin_task(self.uuid, fields)
-        outer = running(parent)
-        self._outer = outer if outer is not self else None
-        _current_task.set(self)
+        self._dispatcher.begin_task(self.uuid, fields)
+        self.root_id, self._outer, self._start = fields["root_id"], outer, time.monotonic()
+        self._ended, self._retried, self._outcome = False, False, {}
+        if self._is_parent:
+            _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        outer = running(self._outer)
-        if _current_task.get() is self:  # else another one has begun since, or this is the context of another thread
-            _current_task.set(outer)
-        self._ended, self._outer = True, outer  # so that no chain of ended ones grows
-        outcome = {**self._result, "runtime": time.monotonic() - self._start}
-        # Nobody wants more of a generator: that is no failure.
-        if problem is None or isinstance(problem, GeneratorExit):
-            self._dispatcher._end_task("task-succeeded", self.uuid, outcome)
-        else:
-            if self._dispatcher._sends_tasks():
-                text = shortened(problem, self._dispatcher.max_repr)
-                outcome.update(exception=text, traceback=traceback_of(problem))
-            self._dispatcher._end_task("task-failed", self.uuid, outcome)
+        outer, self._outer, self._ended = self._outer, None, True
+        self._outer = outer.running() if outer else None  # so that no chain of ended ones grows
+        if _current_task.get() is self:  # else another one has begun since, or this is another context
+            _current_task.set(self._outer)
+        failed = problem is not None and not isinstance(problem, GeneratorExit)  # which ends a generator, no failure
+        outcome = {"runtime": time.monotonic() - self._start, **(self._failure(problem) if failed else {})}
+        type = "task-retried" if self._retried else "task-failed" if failed else "task-succeeded"
+        self._dispatcher.end_task(type, self.uuid, {**outcome, **self._outcome})
 
-    def _suspend(self) -> None:
-        """Let others begin where this task began: who iterates a generator is no part of it."""
-        self._inner = _current_task.get()
-        _current_task.set(running(self._outer))
-
-    def _resume(self) -> None:
-        """Let others begin inside this task again."""
-        self._outer = running(_current_task.get())
-        _current_task.set(self._inner)
+    def _failure(self, problem: Any) -> dict[str, str]:
+        """Return what is told of an exception."""
+        text = self._brief(problem)
+        nested = self._outer is not None or not self._is_parent  # of a generator nobody knows
+        return {"exception": text, "traceback": traceback_of(problem, nested)} if text else {}
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher._sends_tasks() else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
 
-    def _call(self, args: Any, kwargs: Any) -> Task:
+    def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
         """Return the task of one call of a decorated function."""
         fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
-        return Task(self._dispatcher, self.name, self._given, fields)
+        task = Task(self._dispatcher, self.name, self._given, fields)
+        task._is_parent = is_parent
+        return task
 
     def _returned(self, result: Any) -> Any:
-        self._result = {"result": self._brief(result)}
+        self._outcome["result"] = self._brief(result)
         return result
 
     def __call__(self, function: Function) -> Function:
         """Decorate a function, coroutine function, generator function or method."""
         import inspect
 
-        whole: Any = function
-        if isinstance(function, (classmethod, staticmethod)):
-            return type(whole)(self(whole.__func__))  # type: ignore[no-any-return]
-        if not callable(whole):
-            raise TypeError(f"a task is {readable(whole)}, expected a function")
-        kinds = (
-            (inspect.isasyncgenfunction, self._wrap_async_generator),
-            (inspect.isgeneratorfunction, self._wrap_generator),
-            (inspect.iscoroutinefunction, self._wrap_coroutine),
-        )
-        forms = whole, type(whole).__call__  # that of an object may be of any kind
-        wrap = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), self._wrap_function)
-        return wraps(whole)(wrap(whole))  # type: ignore[return-value]
+        body: Any = function
+        if isinstance(body, (classmethod, staticmethod)):
+            return type(body)(self(body.__func__))  # type: ignore[return-value]
+        if not callable(body):
+            raise TypeError(f"a task is {readable(body)}, expected a function")
 
-    def _wrap_function(self, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def in_task(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(function(*args, **kwargs))
+                return task._returned(body(*args, **kwargs))
 
-        return call
-
-    def _wrap_coroutine(self, function: Any) -> Any:
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def in_task_async(*args: Any, **kwargs: Any) -> Any:
             with self._call(args, kwargs) as task:
-                return task._returned(await function(*args, **kwargs))
+                return task._returned(await body(*args, **kwargs))
 
-        return call
+        def in_task_generator(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs, is_parent=False) as task:
+                return task._returned((yield from body(*args, **kwargs)))
 
-    def _wrap_generator(self, function: Any) -> Any:
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs) as task:
-                generator = function(*args, **kwargs)
-                step, value = generator.send, None
-                while True:
-                    try:
-                        item = step(value)
-                    except StopIteration as stop:
-                        return task._returned(stop.value)
-                    task._suspend()
-                    try:
-                        step, value = generator.send, (yield item)
-                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
-                        step, value = generator.throw, problem
-                    item = None  # which may be large
-                    task._resume()
-
-        return generate
-
-    def _wrap_async_generator(self, function: Any) -> Any:
-        async def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs) as task:
-                generator = function(*args, **kwargs)
-                hooks = sys.get_asyncgen_hooks()
-                sys.set_asyncgen_hooks(
-                    None, None
-                )  # an event loop that ends closes this one alone, which closes the other
-                step = generator.asend(None)
+        async def in_task_async_generator(*args: Any, **kwargs: Any) -> Any:
+            with self._call(args, kwargs, is_parent=False):
+                generator, hooks = body(*args, **kwargs), sys.get_asyncgen_hooks()
+                sys.set_asyncgen_hooks(None, None)  # at its end the event loop closes this one, and this one the other
+                step = generator.__anext__()
                 sys.set_asyncgen_hooks(*hooks)
                 while True:
                     try:
                         item = await step
                     except StopAsyncIteration:
                         return
-                    task._suspend()
                     try:
                         step = generator.asend((yield item))
                     except BaseException as problem:  # noqa: BLE001 - for the generator to see
                         step = generator.athrow(problem)
-                    item = None
-                    task._resume()
 
-        return generate
+        kinds: Any = (
+            (inspect.isasyncgenfunction, in_task_async_generator),
+            (inspect.isgeneratorfunction, in_task_generator),
+            (inspect.iscoroutinefunction, in_task_async),
+        )
+        forms = body, type(body).__call__  # that of an object may be of any kind
+        wrap: Any = next((wrap for is_kind, wrap in kinds if any(map(is_kind, forms))), in_task)
+        return wraps(function)(wrap)  # type: ignore[return-value]
 
 
 @lru_cache(None)
@@ -1818,10 +1839,9 @@ def log_handler() -> type:
     import logging
 
     class LogHandler(logging.Handler):
-        """Sends log records as events: "log-warning" with logger, message, the current task's uuid, and exception.
+        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
 
-        Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event of a record, by the
-        record's own arguments or by the report of a failure, is not sent.
+        Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
         """
 
         __qualname__ = "LogHandler"
@@ -1829,10 +1849,9 @@ def log_handler() -> type:
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
-            self._busy = threading.local()
 
         def createLock(self) -> None:
-            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for it for ever."""
+            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for ever."""
             self.lock = None
 
         def handle(self, record: Any) -> Any:
@@ -1844,29 +1863,24 @@ def log_handler() -> type:
 
         def emit(self, record: logging.LogRecord) -> None:
             """Send the record."""
-            if getattr(self._busy, "now", False):
+            if _logging.get():
                 return
-            self._busy.now = True
+            token = _logging.set(True)
             try:
-                self.dispatcher._send_quietly(f"log-{record.levelname.lower()}", self._fields(record))
+                fields: Any = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
+                last, problem = _current_task.get(), record.exc_info and record.exc_info[1]
+                task = last.running() if last else None
+                if task:
+                    fields["uuid"] = task.uuid
+                if problem or record.exc_text:
+                    fields["exception"] = traceback_of(problem, task is not None) if problem else record.exc_text
+                with suppress(ValueError):  # closed, or too large
+                    self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
-                try:
+                with suppress(Exception):  # there may be no standard error to tell of it
                     self.handleError(record)
-                except Exception:  # noqa: BLE001, S110 - there may be no standard error to tell of it
-                    pass
             finally:
-                self._busy.now = False
-
-        def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
-            fields = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-            if record.exc_text:
-                fields["exception"] = record.exc_text
-            elif record.exc_info and self.formatter:
-                fields["exception"] = self.formatter.formatException(record.exc_info)
-            elif record.exc_info and record.exc_info[1]:
-                fields["exception"] = traceback_of(record.exc_info[1])
-            task = _current_task.get()
-            return {**fields, "uuid": task.uuid} if task else fields
+                _logging.reset(token)
 
     return LogHandler
 
@@ -1879,7 +1893,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # for pydoc
-
 
 
 # --- Receiver -----------------------------------------------------------------------------------------------------
@@ -1920,7 +1933,8 @@ class Receiver:
 
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
-    MAX_QUEUED = 8 << 20  # bytes read and not delivered yet, from which on no more is read
+    MAX_AHEAD = 32  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
+    MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
     MAX_READ = 32  # datagrams that are read at a time
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
@@ -1950,7 +1964,6 @@ class Receiver:
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
         self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
-        self._senders: OrderedDict[Stream, float] = OrderedDict()  # of these, who has sent data lately -> when
         self._unconfirmed: dict[Stream, None] = {}
         self._broken: dict[Stream, None] = {}  # streams with gaps
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
@@ -2056,6 +2069,9 @@ class Receiver:
                 found = bool(self._queue)
                 if found:
                     self._parse()
+                    for _ in range(self.MAX_AHEAD):
+                        if self._queued > self.MAX_QUEUED or not self._read(0.0, self.MAX_READ):
+                            break
                 else:
                     found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
                 # whoever does not want to wait reads what is no event for 20 ms at most
@@ -2318,7 +2334,6 @@ class Receiver:
         start = self._displaced.pop(frame.stream, start)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
-        self._senders[stream] = now
         self._plan_ack(stream, now)
         return stream
 
@@ -2329,7 +2344,7 @@ class Receiver:
         if len(self._displaced) > 16 * self.MAX_STREAMS:
             del self._displaced[next(iter(self._displaced))]
             self._crowded_until = now + 60
-        for known in (self._unconfirmed, self._broken, self._senders, self._announced):
+        for known in (self._unconfirmed, self._broken, self._announced):
             known.pop(stream, None)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
@@ -2363,14 +2378,8 @@ class Receiver:
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
         """Confirm what has come of a stream, also as part of a NAK, if there is a socket to send it with."""
-        now = time.monotonic()
-        if stream.cost:
-            self._senders[stream] = now
-            self._senders.move_to_end(stream)
-        while self._senders and next(iter(self._senders.values())) < now - 0.5:
-            self._senders.popitem(last=False)
         window = stream.window
-        room = min(self._space // 2, ROOM) // max(1, len(self._senders))  # shared by who sends at the same time
+        room = min(self._space // 2, ROOM) // max(1, len(self._unconfirmed))  # shared by who sends at the same time
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         self._unconfirmed.pop(stream, None)
         stream.cost, stream.ack_at = 0, inf
@@ -2433,28 +2442,8 @@ class Receiver:
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
-MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
 FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-GRAPH_TICK = 0.25  # the finest column of State.scale_graph
-GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_FIELDS = 200  # of a task or a worker from its events
-MAX_TYPE = 100  # characters of an event type that is counted apart
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
-MAX_COMMON = 1000  # names and the like that a State's tasks share
-MAX_LINES = 20  # of a failed command's standard error, the last ones
-MAX_COPIED = 65536  # bytes of it that are copied at a time, and kept
-MAX_PIPE = 1 << 20  # bytes that a pipe may hold
-MAX_SHOWN = 1000  # characters of any value in a line on the screen
-MAX_DETAIL = 65536  # characters of any value that is shown whole
-MAX_ROWS = 2000  # of everything about a task, a worker or an event
-MAX_LINKS = 100  # children of a task, or tasks of a worker, that are shown with it
-MAX_PANELS = 50  # open above each other: going to and fro between parent and child opens one after the other
-MAX_GLYPHS = 4096  # characters of which it is remembered how they are shown, and how wide
-MAX_FILTER = 100  # characters
-MAX_PROBLEMS = 20  # bad lines of a file that are told of when the monitor ends
-MAX_RECENT = 1000  # events kept in State.recent
-WORKER_ALIVE = 60.0  # a worker that does not tell its freq is alive for this long after anything was heard of it
 
 TASK_STATES = {
     "task-sent": "PENDING",
@@ -2469,21 +2458,35 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
-METHODS = {
-    **{type: type.replace("-", "_") for type in TASK_STATES},
-    **{f"worker-{subject}": f"worker_{subject}" for subject in ("online", "heartbeat", "offline")},
-}
-NOT_FIELDS = frozenset(  # of an event that are none of its task: the task has its own of that name, or needs none
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "client")
-    + ("children", "parent_id", *(type[5:] for type in TASK_STATES))
+ENDED = FINISHED | {"RETRY"}  # how a delivery ends
+Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
+KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
+NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
+METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
+
+# The keys of a task, by where their values come from. A delivery is one process getting the task.
+TIMES = frozenset(kind.time for kind in KINDS.values())  # the latest of each transition
+OWN = frozenset(  # the newest delivery alone
+    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
 )
-NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received"))
-TASK_FIELDS = (  # that most tasks have, in the order in which they get them
-    ("uuid", "state", "timestamp", "children", "pid", "name", "args", "kwargs", "root_id", "retries", "clock", "worker")
-    + ("received", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress", "queue")
-    + ("exception", "traceback", "failed", "retried", "expires", "eta", "exchange", "routing_key")
+ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
+NOT_FIELDS = frozenset(  # none: what an event has under these keys is not a field of its task
+    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
+    + ("children", "began", *TIMES)
 )
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # none, for task-sent
+NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
+TASK_FIELDS = (  # that most tasks have
+    ("uuid", "children", "worker", "pid", "began", "state", "timestamp", "clock", "received", "name", "args", "kwargs")
+    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
+    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+)
+MAX_FIELDS = 60  # of a task or a worker from its events
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
+NO_KEYS: frozenset[str] = frozenset()
+NO_FIELDS: dict[str, Any] = {}
+ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
+NO_PID = -1
 
 
 def number(value: Any, default: float) -> float:
@@ -2491,9 +2494,16 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def heard_at(event: Mapping[str, Any]) -> float:
-    """Return when this machine received the event, now if that is not known."""
-    return number(event.get("local_received"), time.time())
+def attempt_of(event: Mapping[str, Any]) -> int:
+    """Return the `retries` of an event or a delivery, 0 if it does not say."""
+    retries = event.get("retries")
+    return retries if type(retries) is int else 0
+
+
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
+    hostname, pid = event.get("hostname"), event.get("pid")
+    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
 
 
 class Record:
@@ -2505,38 +2515,191 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: frozenset[str], news: bool = True) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a task's or a worker's dict that has room for them.
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Container[str]) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
 
-    Without `news` they only fill in what is missing.
+    They replace what is in `over`, and else only fill in what is missing.
     """
-    room = MAX_FIELDS - len(record)
-    crowded = len(event) > room  # else no field need be counted
-    for key in event:
-        if key not in others and (news or key not in record):
-            value = event[key]
-            if value is not None:
-                if crowded and key not in record:
-                    if room <= 0:
-                        continue
-                    room -= 1
-                record[key] = value
+    for key, value in event.items():
+        if value is not None and key not in others and (key in over if key in record else len(record) < MAX_FIELDS):
+            record[key] = value
 
 
-def is_news(task: dict[str, Any], event: Mapping[str, Any], state: str, transition: str) -> bool:
-    """Whether the event is newer than all that is known of its task."""
-    attempt = event.get("retries")
-    if type(attempt) is int:
-        known = number(task.get("retries"), 0)
-        if attempt != known:
-            return attempt > known and (transition != "sent" or task["state"] == "PENDING")
-    before = task["state"]
-    if transition == "sent":
-        return bool(before == "PENDING")
-    higher = RANKS.get(state, CUSTOM_RANK) > RANKS.get(before, CUSTOM_RANK)
-    if higher or event.get("hostname") != task.get("worker"):
-        return higher
-    return before not in FINISHED or state == "RECEIVED"
+# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
+# As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
+def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts deliveries, the newest last."""
+    if "sent" in told:
+        return False, attempt_of(told), told["sent"], told.get("client", ""), str(told.get("clock"))
+    return True, attempt_of(told), told["began"], process_in(told)
+
+
+def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
+    state = told["state"]
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
+
+
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+    """Let an event change what is told of its delivery, but for what is in `sent`."""
+    finished = told.get("state") in FINISHED and kind.rank < RANKS[told["state"]]
+    if not finished:
+        told["state"] = kind.state
+    told["timestamp"] = timestamp
+    if event.get("clock") is not None:
+        told["clock"] = event["clock"]
+    if kind.time:
+        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
+    take_fields(told, event, NOT_FIELDS, sent if finished else event)
+
+
+def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+    """Let a task-sent fill in what nothing else has told."""
+    if "state" not in told:
+        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
+        if event.get("clock") is not None:
+            told["clock"] = event["clock"]
+    told["sent"] = timestamp
+    client = process_of(event)[0]
+    if client:
+        told["client"] = client
+    take_fields(told, event, NOT_SENT, NO_KEYS)
+
+
+@lru_cache(1000)
+def shared(keys: frozenset[str]) -> frozenset[str]:
+    """Return the same object for equal ones."""
+    return keys
+
+
+def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
+    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
+    return shared(frozenset(keys))
+
+
+def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
+    if type(event.get("retries")) is int:
+        unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
+        mine = [told for told in mine if attempt_of(told) == event["retries"]] or unknown
+    still = [told for told in mine if told["state"] not in ENDED]
+    waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
+    running = [told for told in still if told["state"] != "RECEIVED"][-1:]
+    choices = waiting + running if kind.time == "started" else running + waiting
+    return None if kind.time == "received" else next(iter(choices or mine[-1:]), None)
+
+
+def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
+
+    A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
+    """
+    ordered = sorted(deliveries, key=age_of)
+    receivers = {process_in(told) for told in ordered if "received" in told}
+    hosts = {hostname for hostname, _ in receivers}
+    joins = [
+        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
+    ]
+    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
+    for told, joining in zip(ordered, joins):
+        if joining:
+            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+            (begun[-1] if begun else there[0]).append(told)
+    return [sorted(group, key=advance_of) if group[1:] else group for group in groups]
+
+
+def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what all deliveries together tell of their task."""
+    shown: dict[str, Any] = {}
+    closed = NO_KEYS  # what older ones have no say in
+    for group in reversed(groups):
+        for told in reversed(group):
+            for key, value in told.items():
+                if key in TIMES:
+                    shown[key] = max(value, shown.get(key, value))
+                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
+                    shown[key] = value
+            if not ERROR.isdisjoint(told):
+                closed |= ERROR
+        closed |= OWN
+    return shown
+
+
+def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
+    """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
+    same_attempt = attempt_of(event) == attempt_of(task)
+    if kind.time == "sent":
+        return "state" not in task or "sent" not in task and same_attempt
+    if "state" not in task or sent is ALONE:
+        return not sent or same_attempt
+    same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
+    return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
+
+
+def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
+    """Return what a task's dict tells of its only task-sent, and of its only delivery."""
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if "sent" not in told or sent is ALONE:
+        return [told] if told else []
+    by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
+    by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
+    return [by_sent, {key: value for key, value in told.items() if key not in sent}]
+
+
+def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
+    """Return how long a task took, or has been running; None if that is not known."""
+    state, end = task["state"], now
+    if state in FINISHED:
+        runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
+        if runtime >= 0:
+            return runtime
+    known = "started" in task and state not in ("RECEIVED", "RETRY")
+    return max(0.0, end - task["started"]) if known else None
+
+
+def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return what State.type_stats() tells of the tasks of one name."""
+    states = Counter(task["state"] for task in tasks)
+    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
+    return {
+        "running": sum(n for state, n in states.items() if state not in ENDED and state not in ("PENDING", "RECEIVED")),
+        "succeeded": states["SUCCESS"],
+        "failed": states["FAILURE"],
+        "retried": sum("retried" in task for task in tasks),
+        "mean": sum(times) / len(times) if times else None,
+        "p95": times[ceil(0.95 * len(times)) - 1] if times else None,
+        "max": times[-1] if times else None,
+        "last": max(task["timestamp"] for task in tasks),
+        "error": max(failures, key=lambda failure: failure[0])[1] if failures else None,
+    }
+
+
+def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what State.attempts() tells of a delivery."""
+    keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
+    ends = [told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED]
+    return {**dict.fromkeys(keys), **{key: told[key] for key in keys if key in told}, "ended": ends[0] if ends else None}
+
+
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker; what the last one says of it, it shows."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
+def is_heard(worker: Mapping[str, Any], now: float) -> bool:
+    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
+    freq = number(worker.get("freq"), 0.0)
+    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2547,17 +2710,45 @@ class Table(OrderedDict["str", "Any"]):
     __hash__ = None  # type: ignore[assignment]
 
 
+GRAPH_TICK = 0.25  # the finest column of State.scale_graph
+GRAPH_TICKS = 3600  # a quarter of an hour of them
+MAX_TYPE = 100  # characters of an event type that is counted apart
+MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
+MAX_DELIVERIES = 100  # of a task
+MAX_PROCESSES = 100  # of a worker
+LIVE = 10.0  # an event that was received longer ago is from a recording
+
+
+def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Return a method of State that takes events of this type."""
+    kind, count = KINDS[type], type == "task-received"
+
+    def take(self: State, event: Mapping[str, Any]) -> None:
+        self.task_count += count
+        self._task(event, kind)
+
+    take.__doc__ = summary
+    return take
+
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...), and timestamp, clock and worker of the latest one,
-    client of the task-sent. A worker has hostname, heard (by this machine's clock; -inf once it is offline) and the fields of its events.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
+    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
+    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
+    their order, and it does not matter how those of several processes come in between each other.
+    A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
+    clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline. Any thread may use it. A pickled State has no callbacks.
+    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
     `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
+    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
     """
+
+    FINISHED = FINISHED  # the states in which a task ends
 
     def __init__(
         self,
@@ -2573,9 +2764,11 @@ class State:
         self.on_node_leave = on_node_leave
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.recorded = False
         self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
         self.workers: OrderedDict[str, dict[str, Any]] = Table()
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
+        self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
         self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
         self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
@@ -2583,12 +2776,20 @@ class State:
         self._failed: OrderedDict[str, None] = OrderedDict()
         self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
-        self._common: dict[str, str] = {}  # names and the like, each the one object that finished tasks have for it
-        self._orphans: dict[str, list[str]] = {}  # a parent not heard of yet -> its children
+        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
+        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
+        self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
+        self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
-        self._turn(0.0)
+        self._began = time.time() - time.monotonic()
+        self._turn({})
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        sizes = f"{self.event_count} events, {len(self.tasks)} tasks, {len(self.workers)} workers"
+        return f"<State: {sizes}, {self.evicted} evicted>"
 
     def __getstate__(self) -> bytes:
         import pickle
@@ -2602,83 +2803,74 @@ class State:
 
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
 
+    def now(self) -> float:
+        """Return the seconds since the epoch by the clock of this State, which nobody sets.
+
+        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
+        """
+        return self._heard if self._past else self._began + time.monotonic()
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            kind = event.get("type")
-            if not isinstance(kind, str):
-                kind = ""
-            heard = event.get("local_received")
-            if type(heard) is not float or not self._tick <= heard < self._tick + GRAPH_TICK:
-                heard = heard_at(event)
-                self._turn(heard if "local_received" in event else number(event.get("timestamp"), heard))
+            type = event.get("type")
+            if not isinstance(type, str):
+                type = ""
+            received = event.get("local_received")
+            if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
+                self._turn(event)
             try:
-                self._counts[kind] += 1
+                self._counts[type] += 1
             except KeyError:
-                self._count_first(kind)
+                self._count_first(type)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
             if isinstance(hostname, str):
                 self._last[hostname] = event
-                if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
-                    many = len(self._last) - max(0, self.max_workers_in_memory)
-                    self._last = dict(islice(self._last.items(), many, None))
+                if len(self._last) > 2 * self.max_workers_in_memory:
+                    self._forget_last()
                 worker = self.workers.get(hostname)
-                if worker is not None:
-                    worker["heard"] = heard
-            method = METHODS.get(kind)
+                if worker is not None and worker["heard"] != self._heard:
+                    self._set_clock(worker, event)
+                if hostname in self._gone:
+                    self._revive(event)
+            method = METHODS.get(type)
             if method:
                 getattr(self, method)(event)
-            elif kind.startswith("task-"):
-                self._task(event, kind[5:].upper())
+            elif type.startswith("task-"):
+                state = type[5:].upper()
+                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
+                return
+            if type not in NOT_NOTES:
+                self.notes.append(event)
 
-    def task_sent(self, event: Mapping[str, Any]) -> None:
-        """A client has sent the task: names its client, and makes it PENDING if nothing else is known."""
-        self._task(event, "PENDING", "sent")
-
-    def task_received(self, event: Mapping[str, Any]) -> None:
-        """A worker has received the task: RECEIVED."""
-        self.task_count += 1
-        self._task(event, "RECEIVED", "received")
-
-    def task_started(self, event: Mapping[str, Any]) -> None:
-        """A worker has started the task: STARTED."""
-        self._task(event, "STARTED", "started")
-
-    def task_succeeded(self, event: Mapping[str, Any]) -> None:
-        """The task has returned: SUCCESS."""
-        self._task(event, "SUCCESS", "succeeded")
-
-    def task_failed(self, event: Mapping[str, Any]) -> None:
-        """The task has raised: FAILURE."""
-        self._task(event, "FAILURE", "failed")
-
-    def task_rejected(self, event: Mapping[str, Any]) -> None:
-        """The worker does not want the task: REJECTED."""
-        self._task(event, "REJECTED", "rejected")
-
-    def task_revoked(self, event: Mapping[str, Any]) -> None:
-        """The task was called off: REVOKED."""
-        self._task(event, "REVOKED", "revoked")
-
-    def task_retried(self, event: Mapping[str, Any]) -> None:
-        """The task has failed and will be tried again: RETRY."""
-        self._task(event, "RETRY", "retried")
+    task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
+    task_received = taking("task-received", "A worker has received the task: RECEIVED.")
+    task_started = taking("task-started", "A worker has started the task: STARTED.")
+    task_succeeded = taking("task-succeeded", "The task has returned: SUCCESS.")
+    task_failed = taking("task-failed", "The task has raised: FAILURE.")
+    task_rejected = taking("task-rejected", "The worker does not want the task: REJECTED.")
+    task_revoked = taking("task-revoked", "The task was called off: REVOKED.")
+    task_retried = taking("task-retried", "The task has failed and will be tried again: RETRY.")
 
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
-        self._worker(event, True, True)
+        self._set_status(event, "alive", event)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._worker(event, True, False)
+        self._set_status(event, "alive", event)
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
-        """A worker has gone offline."""
-        self._worker(event, False, False)
+        """A worker has said goodbye: it has ended."""
+        self._set_status(event, "ended", event)
+
+    def worker_lost(self, event: Mapping[str, Any]) -> None:
+        """A worker has fallen silent without a goodbye: it is lost."""
+        self._set_status(event, "lost", event)
 
     # Queries.
 
@@ -2687,6 +2879,17 @@ class State:
         with self._lock:
             task = self.tasks.get(uuid)
             return None if task is None else {**task, "children": list(task["children"])}
+
+    def attempts(self, uuid: str) -> list[dict[str, Any]]:
+        """Return the deliveries of a task, oldest first.
+
+        Each is a dict of worker, pid, retries, state, received, started, ended (seconds since the epoch by the sender's
+        clock), exception, traceback; None stands for what is not known.
+        """
+        with self._lock:
+            task = self.tasks.get(uuid, {})
+            deliveries = self._deliveries.get(uuid) or split(task, self._sent.get(uuid, NO_KEYS))
+            return [attempt(merged([group])) for group in grouped(deliveries) if "sent" not in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2716,6 +2919,21 @@ class State:
             names = [task.get("name") for task in self.tasks.values()]
         return sorted({name for name in names if isinstance(name, str)})
 
+    def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
+        """Return name -> figures of the tasks in memory.
+
+        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        """
+        now = self.now() if now is None else now
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        with self._lock:
+            for task in self.tasks.values():
+                name = task.get("name")
+                if isinstance(name, str):
+                    by_name.setdefault(name, []).append(task)
+            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
@@ -2727,18 +2945,24 @@ class State:
         with self._lock:
             if hostname is not None:
                 return self._last.get(hostname)
-            return next((event for event in reversed(self.recent) if isinstance(event.get("hostname"), str)), None)
+            return next((event for event in reversed(self.recent) if process_of(event)[0] in self._last), None)
+
+    def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
+        return is_heard(worker, self.now() if now is None else now)
+
+    def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
+        """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
+        worker = self.workers.get(task.get("worker", ""))
+        if worker is None or task["state"] in FINISHED:
+            return False
+        process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
+        return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
-        """Return the workers heard of within twice their freq, or a minute, by this machine's clock."""
-        now = time.time() if now is None else now
+        """Return the workers that are still heard from, see is_alive()."""
         with self._lock:
-            return [worker for worker in self.workers.values() if self._is_alive(worker, now)]
-
-    @staticmethod
-    def _is_alive(worker: Mapping[str, Any], now: float) -> bool:
-        freq = number(worker.get("freq"), 0.0)
-        return bool(now - worker["heard"] <= (2 * freq if freq > 0 else WORKER_ALIVE))
+            return [worker for worker in self.workers.values() if self.is_alive(worker, now)]
 
     def scale_graph(
         self,
@@ -2753,16 +2977,19 @@ class State:
         The tallest is `height`, and any event at all is at least 1. `types` counts only those. It remembers a quarter
         of an hour, by the quarter second.
         """
-        columns = self._tally(width, span, time.time() if now is None else now, types)
+        columns = self.counts(width, span, now, types)
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def _tally(self, width: int, span: float, now: float, types: Iterable[str] | None = None) -> list[int]:
-        """Return the counts that scale_graph() scales."""
+    def counts(
+        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
+    ) -> list[int]:
+        """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
+        now = self.now() if now is None else now
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
@@ -2782,6 +3009,8 @@ class State:
         with self._lock:
             self.clear_tasks(ready)
             self.workers.clear()
+            self._processes.clear()
+            self._gone.clear()
             self._last.clear()
             self.event_count = self.task_count = 0
 
@@ -2790,143 +3019,246 @@ class State:
         with self._lock:
             for uuid in [uuid for uuid, task in self.tasks.items() if not ready or task["state"] in FINISHED]:
                 self._forget(uuid)
-            if not ready:
-                self._orphans.clear()
 
-    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False) -> Any:
-        """Return fun(*args), during which no event changes anything; then clear() if `clear_after`."""
+    def freeze_while(self, fun: Callable[..., Any], *args: Any, clear_after: bool = False, **kwargs: Any) -> Any:
+        """Return fun(*args, **kwargs), during which no event changes anything; then clear() if `clear_after`."""
         with self._lock:
             try:
-                return fun(*args)
+                return fun(*args, **kwargs)
             finally:
                 if clear_after:
                     self.clear()
 
     # From here on: what an event changes.
 
-    def _turn(self, now: float) -> None:
-        """Let events be counted in the tick of this time."""
-        tick = int(now / GRAPH_TICK)
-        self._tick = tick * GRAPH_TICK
-        self._counts = self._graph.setdefault(tick, {})
+    def _turn(self, event: Mapping[str, Any]) -> None:
+        """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
+        wall = time.time()
+        received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
+        self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
+        self._past = self.recorded or abs(received - wall) > LIVE
+        self._heard = received if self._past else self._began + time.monotonic()
+        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), {})
         if len(self._graph) > GRAPH_TICKS:
             del self._graph[next(iter(self._graph))]
 
-    def _count_first(self, kind: str) -> None:
+    def _count_first(self, type: str) -> None:
         """Count what may be the first event of its type in this tick."""
-        if kind not in self._counts and (len(self._counts) >= MAX_TYPES or len(kind) > MAX_TYPE):
-            kind = ""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if type not in self._counts and (len(self._counts) >= MAX_TYPES or len(type) > MAX_TYPE):
+            type = ""
+        self._counts[type] = self._counts.get(type, 0) + 1
 
-    def _worker(self, event: Mapping[str, Any], online: bool, joins: bool) -> None:
-        hostname = event.get("hostname")
-        if not isinstance(hostname, str):
+    def _forget_last(self) -> None:
+        """Forget the last events of many hostnames at a time: to find the first takes long."""
+        many = len(self._last) - max(0, self.max_workers_in_memory)
+        self._last = dict(islice(self._last.items(), many, None))
+
+    def _revive(self, event: Mapping[str, Any]) -> None:
+        """Let the process that speaks be alive again, if it was not."""
+        hostname, pid = process_of(event)
+        if self._processes[hostname].get(pid, NO_FIELDS).get("status", "alive") != "alive":
+            self._set_status(event, "alive")
+
+    def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
+        """Note when a worker was heard, and how far its clock was ahead."""
+        worker["heard"] = self._heard
+        sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
+        worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
+
+    def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
+        """Give a process of a worker a status and fields.
+
+        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
+        """
+        hostname, pid = process_of(event)
+        if not hostname:
             return
-        known = self.workers.get(hostname)
-        worker = known or self._new_worker(hostname, event)
+        before = self.workers[hostname]["status"] if hostname in self.workers else ""
+        worker = self.workers.get(hostname) or self._new_worker(hostname, event)
         self.workers.move_to_end(hostname)  # now the last to be forgotten
-        take_fields(worker, event, NOT_WORKERS)
-        if not online:
-            worker["heard"] = -inf
-        if self.on_node_join and (joins or known is None and online):
+        processes = self._processes[hostname]
+        if pid not in processes and len(processes) >= MAX_PROCESSES:
+            del processes[next(iter(processes))]
+        process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
+        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+            one["status"] = status
+        take_fields(process, fields, NOT_WORKERS, fields)
+        gone = any(one["status"] != "alive" for one in processes.values())
+        (self._gone.add if gone else self._gone.discard)(hostname)
+        for one in sorted(processes.values(), key=last_word):
+            take_fields(worker, one, NO_KEYS, one)
+        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
             self.on_node_join(worker)
-        if self.on_node_leave and not online:
+        if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            self.workers.popitem(last=False)
-        worker = self.workers[hostname] = {"hostname": hostname, "heard": heard_at(event)}
+            gone = self.workers.popitem(last=False)[0]
+            del self._processes[gone]
+            self._gone.discard(gone)
+        worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
+        self._processes[hostname] = {}
+        self._set_clock(worker, event)
         return worker
 
-    def _task(self, event: Mapping[str, Any], state: str, transition: str = "") -> None:
-        """Apply the event to its task: wholly if it is news, else only where something is missing."""
+    def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
+        """Let an event change its task: here in the usual case, of a task with one delivery."""
         uuid = event.get("uuid")
         if not isinstance(uuid, str) or not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
-            timestamp = number(timestamp, time.time())
-        hostname = event.get("hostname")
-        worker = self.workers.get(hostname) if isinstance(hostname, str) else None
-        known = self.tasks.get(uuid)
-        task = known or self._new_task(uuid, timestamp)
-        uuid = task["uuid"]  # the same str everywhere
-        news = is_news(task, event, state, transition)
-        take_fields(task, event, NOT_FIELDS, news)
-        if news:
-            task["timestamp"] = timestamp
-            clock = event.get("clock")
-            if clock is not None:
-                task["clock"] = clock
-            if hostname is not None and transition != "sent":
-                task["worker"] = hostname if worker is None else worker["hostname"]
-            if known:
-                self.tasks.move_to_end(uuid)  # now the newest
-            self._enter(uuid, task, state, known)
-        elif not known:
-            self._enter(uuid, task, "PENDING", None)
-        if transition == "sent":
-            if hostname is not None and timestamp >= task.get("sent", timestamp):
-                task["client"] = hostname
-        elif worker is None and isinstance(hostname, str):
-            self._worker({"hostname": hostname, "local_received": event.get("local_received")}, True, False)
-        if transition:
-            latest = task.get(transition)
-            if latest is None or timestamp >= latest:
-                task[transition] = timestamp
-        parent = event.get("parent_id")
-        if isinstance(parent, str) and "parent_id" not in task:
-            self._adopt(uuid, task, parent)
+            timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        task = self.tasks.get(uuid)
+        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
+            before = None
+            task = self._new_task(uuid)
+            self._begin(task, event, timestamp)
+        elif task is not None and kind.follows and self._follows(task, event):
+            before = task["state"]
+        else:
+            self._take_unusual(uuid, event, kind, timestamp)
+            return
+        task["state"] = kind.state
+        task["timestamp"] = timestamp
+        clock = event.get("clock")
+        if clock is not None:
+            task["clock"] = clock
+        if kind.time:
+            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
+        for key, value in event.items():
+            if value is not None and key not in NOT_FIELDS:
+                task[key] = value
+        self._enter(task["uuid"], task, before)
+        if "parent_id" in task and before is None:
+            self._adopt(uuid, task["parent_id"])
 
-    def _new_task(self, uuid: str, timestamp: float) -> dict[str, Any]:
-        """Make room for a task, and return it; _enter() enters it, so that an exception before leaves no trace."""
+    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+        """Whether an event is simply the next of the only delivery of its task."""
+        uuid = task["uuid"]
+        return (
+            task["state"] not in FINISHED
+            and event.get("pid") == task.get("pid")
+            and event.get("hostname") == task.get("worker")
+            and uuid not in self._deliveries
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
+            and event.get("retries") in (None, task.get("retries"))
+            and "parent_id" not in event
+            and len(task) + len(event) < MAX_FIELDS
+        )
+
+    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Let an event change its task, whatever they are."""
+        task = self.tasks.get(uuid) or self._new_task(uuid)
+        uuid = task["uuid"]  # the same str everywhere
+        before, parent = task.get("state"), task.get("parent_id")
+        sent = self._sent.get(uuid, NO_KEYS)
+        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+            task = self._merge(task, event, kind, timestamp)
+        elif kind.time == "sent":
+            told = set(task)
+            take_sent(task, event, timestamp)
+            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
+        else:
+            if sent:
+                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
+            if before is None or sent is ALONE:
+                self._begin(task, event, timestamp)
+            take_event(task, event, kind, timestamp, sent)
+        self._enter(uuid, task, before)
+        if task.get("parent_id") is not parent:
+            self._disown(uuid, parent)
+            self._adopt(uuid, task.get("parent_id"))
+
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
+        """Begin a delivery with an event of it; its process is known as a worker from now on."""
+        hostname, pid = process_of(event)
+        told["began"] = timestamp
+        if hostname:
+            if pid not in self._processes.get(hostname, ()):
+                self._set_status(event, "alive")
+            told["worker"] = self.workers[hostname]["hostname"]
+        if pid != NO_PID:
+            told["pid"] = pid
+        if told.get("clock") is not None and event.get("clock") is None:
+            del told["clock"]  # that of the task-sent
+
+    def _merge(
+        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
+    ) -> dict[str, Any]:
+        """Return a new dict for a task that is not simple, after its event."""
+        uuid = task["uuid"]
+        deliveries = self._deliveries.setdefault(uuid, [])
+        if not deliveries:
+            deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
+        told: dict[str, Any] | None = None
+        if kind.time != "sent":
+            process = process_of(event)
+            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
+            told = delivery_for(event, kind, mine)
+        if told is None:
+            told = {}
+            deliveries.append(told)
+            if kind.time != "sent":
+                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
+                self._begin(told, event, began)
+        if kind.time == "sent":
+            take_sent(told, event, timestamp)
+        else:
+            take_event(told, event, kind, timestamp, NO_KEYS)
+        if len(deliveries) > MAX_DELIVERIES:
+            deliveries.remove(min(deliveries, key=age_of))
+        record = self.tasks[uuid] = vars(Record())
+        record["uuid"], record["children"] = uuid, task["children"]
+        record.update(merged(grouped(deliveries)))
+        return record
+
+    def _new_task(self, uuid: str) -> dict[str, Any]:
+        """Make room for a task, and return it; _enter() enters it."""
         while len(self.tasks) >= max(1, self.max_tasks_in_memory):
             self._evict()
         task = vars(Record())
         task["uuid"] = uuid
-        task["state"] = "PENDING"
-        task["timestamp"] = timestamp
-        task["children"] = self._orphans.pop(uuid, NO_CHILDREN)
+        task["children"] = self._children.get(uuid, NO_CHILDREN)
         return task
 
-    def _enter(self, uuid: str, task: dict[str, Any], state: str, known: object) -> None:
-        """Set a task's state, and list it where those of this state are; one not `known` before is listed nowhere."""
-        before, there = task["state"], self._classes.get(state, self._active)
-        task["state"] = state
-        if known:
-            here = self._classes.get(before, self._active)
+    def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
+        """List a task where those of its state are, and last of all; `before` is None if it is new."""
+        state = task["state"]
+        here, there = self._classes.get(before or state, self._active), self._classes.get(state, self._active)
+        if before is None:
+            self.tasks[uuid] = task
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
             if here is there:
                 return
             del here[uuid]
-        else:
-            self.tasks[uuid] = task
         there[uuid] = None
-        if state in FINISHED:
-            self._share(task)
+        if state in FINISHED:  # have what is equal in other tasks but once
+            if task.get("root_id") == uuid:
+                task["root_id"] = uuid
+            for key in ("name", "kwargs"):
+                if type(task.get(key)) is str and len(task[key]) <= MAX_TYPE:
+                    task[key] = sys.intern(task[key])
 
-    def _share(self, task: dict[str, Any]) -> None:
-        """Let the task have the same objects as others, where each event brought its own."""
-        if task.get("root_id") == task["uuid"]:
-            task["root_id"] = task["uuid"]
-        for key in ("name", "kwargs"):
-            value = task.get(key)
-            if type(value) is str and len(value) <= MAX_TYPE:
-                task[key] = self._common.setdefault(value, value)
-        if len(self._common) > MAX_COMMON:
-            self._common.clear()
+    def _adopt(self, uuid: str, parent: Any) -> None:
+        """Enter a task among the children of its parent, whether that is known yet or not."""
+        if isinstance(parent, str):
+            children = self._children.setdefault(parent, [])
+            insort(children, uuid)
+            if parent in self.tasks:
+                self.tasks[parent]["children"] = children
 
-    def _adopt(self, uuid: str, task: dict[str, Any], parent: str) -> None:
-        """Enter the task among its parent's children, now or when the parent is heard of."""
-        task["parent_id"] = parent
-        if parent in self.tasks:  # itself perhaps: Celery's retried tasks are their own children
-            children = self.tasks[parent]["children"]
-            if children:
-                children.append(uuid)
-            else:
-                self.tasks[parent]["children"] = [uuid]
-        else:
-            self._orphans.setdefault(parent, []).append(uuid)
+    def _disown(self, uuid: str, parent: Any) -> None:
+        """Enter a task no longer among its parent's children."""
+        if isinstance(parent, str):
+            children = self._children[parent]
+            del children[bisect_left(children, uuid)]
+            if not children:
+                del self._children[parent]
+                if parent in self.tasks:
+                    self.tasks[parent]["children"] = NO_CHILDREN
 
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
@@ -2935,169 +3267,144 @@ class State:
         self._forget(next(uuid for some in classes for uuid in some))
 
     def _forget(self, uuid: str) -> None:
-        task = self.tasks[uuid]
-        parent: str = task.get("parent_id", "")
-        siblings = self.tasks[parent]["children"] if parent in self.tasks else self._orphans.get(parent, [])
-        if uuid in siblings:
-            siblings.remove(uuid)
-            if not siblings:
-                self._orphans.pop(parent, None)
-        if task["children"]:
-            self._orphans[uuid] = task["children"]
-        del self.tasks[uuid], self._classes.get(task["state"], self._active)[uuid]
+        task = self.tasks.pop(uuid)
+        del self._classes.get(task["state"], self._active)[uuid]
+        self._disown(uuid, task.get("parent_id"))
+        self._sent.pop(uuid, None)
+        self._deliveries.pop(uuid, None)
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
-# A style is a name, to which curses gives a look. All is drawn in Unicode, and put in ASCII where that is to be.
+# All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
+Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
+Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
+Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
+Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
+    "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
+)
+View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
+Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
 
 STYLES = {
-    "FAILURE": "red",
-    "RETRY": "yellow",
-    "STARTED": "cyan",
-    "RECEIVED": "blue",
-    "PENDING": "dim",
-    "SUCCESS": "green",
-    "REVOKED": "magenta",
-    "REJECTED": "magenta",
+    word: style
+    for style, words in {
+        "red": "LOST FAILURE task-failed worker-lost log-error log-critical",
+        "cyan": "STARTED PROGRESS task-started task-progress",
+        "yellow": "RETRY task-retried log-warning silent",
+        "blue": "RECEIVED task-received",
+        "dim": "PENDING task-sent worker-heartbeat worker-offline ended log-debug",
+        "green": "SUCCESS task-succeeded worker-online alive",
+        "magenta": "REVOKED REJECTED task-revoked task-rejected",
+    }.items()
+    for word in words.split()
 }
-EVENT_STYLES = {
-    **{type: STYLES[state] for type, state in TASK_STATES.items()},
-    "worker-online": "green",
-    "worker-heartbeat": "dim",
-    "worker-offline": "magenta",
-    "log-critical": "red",
-    "log-error": "red",
-    "log-warning": "yellow",
-    "log-debug": "dim",
-}
-URGENT = ("FAILURE", "RETRY", "STARTED", "", "RECEIVED", "PENDING", "SUCCESS", "REVOKED", "REJECTED")  # "": the others
+MAX_DETAIL = 65536  # characters of any value that is shown whole
 BARS = " ▁▂▃▄▅▆▇█"
-TRANSITIONS = tuple(type[5:] for type in TASK_STATES)
-FIRST_SHOWN = ("worker", "client", "args", "kwargs", "progress", "result", "exception")  # of everything about a task
-TRACE = ("traceback", "stderr")  # the latter of a command that was run
-SHOWN_APART = frozenset(
-    (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "children", "parent_id", "root_id", "traceback")
+NOTHING: Facts = {}
+TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
+SHOWN_APART = re.compile(  # fields of a task, a worker or an event
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
+    "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
-HINTS = {  # the most important first
-    "table": ("q quit", "? keys", "enter details", "/ filter", "s sort", "space freeze", "c clear finished"),
-    "filtered": ("esc drop filter", "q quit", "? keys", "enter details", "s sort", "space freeze"),
-    "typing": ("esc drop", "enter keep", "words, or state:failure,retry", "name: worker:"),
-    "panel": ("q back", "j/k scroll"),
-    "linked": ("q back", "j/k scroll", "tab next link", "enter go there"),
+HINTS = {  # the most important first; each begins with its key
+    "table": "q quit,? keys,enter details,/ filter,s sort,space freeze,c clear finished",
+    "panel": "esc back,? keys,enter go there,tab next,/ find,e events,t traceback",
+    "filter": "esc drop filter,? keys,enter details,s sort,space freeze",
+    "typing": "esc drop,enter keep,words or state:failure,name: worker: type: uuid:",
 }
-DAY_AND_TIME = "%Y-%m-%d %H:%M:%S"
-NOTHING: Mapping[str, Any] = {}
-INVISIBLE = "\u200c\u200d\ufe0e\ufe0f"  # joiners and variation selectors: few terminals agree on what they make wide
-HELP = """
-1 2 3, Tab      tasks, workers, events; shift-Tab goes back
+HELP = """\
+1 2 3 4, Tab    tasks, names, workers, events; shift-Tab goes back
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
-Enter, i        everything about the task, worker or event
-t               traceback of the task
-r               result of the task
+Enter, i        everything about it; of a name, its tasks
+t r             traceback, or result, of the task
+e               events of the task or worker
 /               filter as you type; Enter keeps the filter, Escape drops it
-s               sort by the next column
+s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
 ?               these keys
 ctrl-L          paint the screen anew
-q, Escape       back; from the top, quit
+Escape, q       back; from the top, q quits
+Tab             in details: the next parent, child or task, where Enter goes
 
-In an opened task:
-Tab, Enter      choose its parent or a child; go there, and q comes back
+A click does what the tab, heading, row or hint under it says.
 
 A filter is words that must all be found, in any case:
-resize alpha          in name, uuid, worker, state, arguments, result
-state:failure,retry   in the state, either of them
-name:shop worker:beta type:log host:laptop uuid:5d0c
+resize alpha          anywhere in the row
+state:failure,retry   in that column, either of them; so name: worker: type: uuid:
 """
 
+# Text.
 
-_small = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def json_brackets(value: Any) -> Sequence[str] | None:
-    """Return what stands around the items of a value as JSON, None if it has none."""
-    return "{}" if isinstance(value, dict) else "[]" if isinstance(value, (list, tuple)) else None
+_spell = json.JSONEncoder(ensure_ascii=False, default=readable).iterencode
 
 
 def text_of(value: Any, limit: int) -> str:
     """Return the start of a value as text: a str as it is, "" for None, else JSON."""
-    if isinstance(value, str):
-        return value[:limit]
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return (value or "")[:limit]
+    text = ""
     try:
-        if weight(value, 4 * limit) <= 4 * limit:  # so far the encoder in C is quicker, though not all is shown
-            return _small(value)[:limit]
-    except (TypeError, ValueError):
-        pass  # something in it that JSON has no form for
-    return start_of(spell(value, limit, lambda part: format_json(part).decode(), json_brackets), limit)
+        for piece in _spell(value):  # of a large one no more is made than is shown
+            text += piece
+            if len(text) >= limit:
+                break
+    except (TypeError, ValueError, RecursionError):
+        text += "…"  # something that has no JSON form
+    return text[:limit]
 
 
-@lru_cache(MAX_GLYPHS)
-def harmless(char: str) -> str:
-    """Return what is shown for a character: white space is a space, what does not print is "?"."""
-    if char in INVISIBLE:
-        return ""
-    return char if char.isprintable() else " " if char.isspace() else "?"
-
-
-def printable(value: Any, limit: int = MAX_SHOWN) -> str:
-    """Return the start of a value as text that does nothing to a terminal but show.
-
-    No control, bidirectional or unassigned character is left, nor what is beyond any terminal's width.
-    """
-    text = text_of(value, limit)
-    if text.isprintable() and (text.isascii() or not any(char in text for char in INVISIBLE)):
-        return text
-    return "".join(map(harmless, text))
-
-
-def plural(noun: str, n: int) -> str:
-    """Return the noun as it stands behind `n`."""
-    return noun if n == 1 else f"{noun}s"
-
-
-@lru_cache(MAX_GLYPHS)
-def cells_of(char: str) -> int:
-    """Return 2 for a wide character, 0 for one that joins another, else 1 (Unicode Standard Annex 11)."""
+@lru_cache(4096)
+def glyph(char: str) -> tuple[str, int]:
+    """Return what is shown for a character, and how many cells it takes (Unicode Standard Annex 11)."""
     import unicodedata
 
+    if char in "\u200c\u200d\ufe0e\ufe0f":  # joiners and variation selectors: terminals differ in what they make wide
+        return "", 0
+    if not char.isprintable():
+        return " " if char.isspace() else "?", 1
     if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7fb":
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        return char, 0
+    return char, 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def printable(value: Any, limit: int = 1000) -> str:
+    """Return the start of a value as text that does nothing to a terminal but show."""
+    text = text_of(value, limit)
+    return text if text.isascii() and text.isprintable() else "".join([glyph(char)[0] for char in text])
 
 
 def cells(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
-    return len(text) if text.isascii() else sum(map(cells_of, text))
+    return len(text) if text.isascii() else sum([glyph(char)[1] for char in text])
 
 
 def chars_in(text: str, width: int) -> int:
     """Return how many characters of printable text fit in `width` columns."""
     if text.isascii():
         return min(len(text), width)
-    return bisect_right(list(accumulate(map(cells_of, text[: 2 * width + 1]))), width)
+    return bisect_right(list(accumulate([glyph(char)[1] for char in text[: 2 * width + 1]])), width)
 
 
-def fit(text: str, width: int) -> str:
-    """Return printable text filled up, or visibly cut, to `width` columns."""
-    room = width - cells(text)
-    if room < 0:
-        text = text[: chars_in(text, width - 1)] + "…" if width else ""
-        room = width - cells(text)
-    return text + " " * room
+def fit(text: str, width: int, tail: bool = False) -> str:
+    """Return printable text filled up to `width` columns, or visibly cut: at its end, or with `tail` at its head."""
+    if cells(text) > width:
+        step = -1 if tail else 1
+        text = text[::step]
+        text = (text[: chars_in(text, width - 1)] + "…" if width > 0 else "")[::step]
+    return text + " " * (width - cells(text))
 
 
-def fit_line(line: Line, width: int) -> Line:
+def fit_line(line: Iterable[Span], width: int) -> Line:
     """Return a line filled up, in the style of its end, or cut to `width` columns."""
-    fitted = []
-    for text, style in line:
-        taken = fit(text, min(width, cells(text)))
-        fitted.append((taken, style))
-        width -= cells(taken)
-    return [*fitted, (" " * width, fitted[-1][1] if fitted else "")] if width else fitted
+    fitted = [Span("")]
+    for span in line:
+        fitted.append(span._replace(text=fit(span.text, min(width, cells(span.text)))))
+        width -= cells(fitted[-1].text)
+    return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
 def wrap(value: Any, width: int) -> Iterator[str]:
@@ -3105,969 +3412,804 @@ def wrap(value: Any, width: int) -> Iterator[str]:
     text = text_of(value, MAX_DETAIL)
     for line in text.expandtabs(4).splitlines() or [""]:
         rest = printable(line, len(line)).rstrip()
-        indent = rest[: min(len(rest) - len(rest.lstrip()), width // 4)]  # of what is continued, too
         while (size := max(1, chars_in(rest, width))) < len(rest):
-            space = rest.rfind(" ", size * 2 // 3, size + 1)
-            size = space + 1 if space > 0 else size
+            size = rest.rfind(" ", size * 2 // 3, size + 1) + 1 or size
             yield rest[:size].rstrip()
-            rest = indent + rest[size:]
+            rest = rest[size:]
         yield rest
     if len(text) == MAX_DETAIL:
         yield "… and more"
 
 
-def local_time(form: str, seconds: Any) -> str:
-    """Return a time as local time, "" for what is none; `form` as for time.strftime()."""
-    try:
-        return time.strftime(form, time.localtime(number(seconds, inf)))
-    except (OverflowError, OSError, ValueError):
-        return ""
+def plural(noun: str, n: int) -> str:
+    """Return the noun as it stands behind `n`."""
+    return noun if n == 1 else f"{noun}s"
 
 
-def is_old(seconds: Any, now: float) -> bool:
-    """Whether a time of day would not tell of a time that it was on another day."""
-    return now - number(seconds, now) > 86400
-
-
-def clock_time(seconds: Any, now: float) -> str:
-    """Return local time of day in at most 8 characters, or the day if it was more than a day ago."""
-    return local_time("%m-%d" if is_old(seconds, now) else "%H:%M:%S", seconds)
-
-
-def fine_time(form: str, seconds: Any) -> str:
-    """Return a time as local time to the millisecond, "" for what is none."""
-    seconds = round(number(seconds, inf), 3)
-    text = local_time(form, seconds)
-    return f"{text}.{round(seconds * 1000) % 1000:03d}" if text else ""
+def together(*texts: str) -> str:
+    """Return the texts that say something, side by side."""
+    return "  ".join([text for text in texts if text not in ("", "()", "{}")])
 
 
 def duration(seconds: float) -> str:
     """Return a length of time in at most 6 characters, if it is below 270 years."""
-    seconds = max(0.0, seconds)
     if seconds < 99.95:
-        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+        return f"{seconds:.1f}s" if seconds >= 0.9995 else f"{max(0, seconds) * 1000:.0f}ms"
     minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
     if minutes < 100:
         return f"{minutes}m{second:02d}s"
-    return f"{hours}h{minute:02d}m" if hours < 100 else f"{hours // 24}d"
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes < 6000 else f"{minutes // 1440}d"
 
 
-def seconds_run(task: Mapping[str, Any], now: float) -> float | None:
-    """Return how long a task took, or has taken so far; None if it has not started, or waits for another attempt."""
-    state, start = task["state"], task.get("started")
-    if state in FINISHED and number(task.get("runtime"), -1.0) >= 0:
-        return float(task["runtime"])
-    if start is None or state in ("PENDING", "RECEIVED", "RETRY"):
-        return None
-    return float((task["timestamp"] if state in FINISHED else now) - start)
-
-
-# Texts: functions (record, now) -> text of a record, a task, worker or event. They make cells, and filters look at them.
-
-
-def field(key: str) -> Text:
-    """Return a text: a field."""
-    return lambda record, now: printable(record.get(key))
-
-
-def time_of(task: Mapping[str, Any], now: float) -> str:
-    """Return when something new was heard of a task."""
-    return clock_time(task["timestamp"], now)
-
-
-def uuid_of(task: Mapping[str, Any], now: float) -> str:
-    """Return the start of a task's uuid."""
-    return printable(task["uuid"], 8)
-
-
-def host_of(task: Mapping[str, Any], now: float) -> str:
-    """Return the worker that has a task, or else the client that sent it."""
-    return printable(task["worker"] if "worker" in task else task.get("client"))
-
-
-def run_of(task: Mapping[str, Any], now: float) -> str:
-    """Return how long a task took, or has taken so far."""
-    seconds = seconds_run(task, now)
-    return "" if seconds is None else duration(seconds)
-
-
-def outcome_of(task: Mapping[str, Any], now: float) -> str:
-    """Return what matters most of a task: its exception, result, progress or arguments."""
-    for key in ("exception",) * (task["state"] in ("FAILURE", "RETRY")) + ("result",):
-        if task.get(key) is not None:
-            return printable(task[key])
-    texts = (printable(task.get("args")), printable(task.get("kwargs")))
-    given = " ".join(text for text in texts if text not in ("", "{}"))
-    done = number(task.get("progress"), -1.0)
-    if task["state"] in FINISHED or not 0 <= done <= 1:
-        return given
-    return f"{'━' * round(done * 8):─<8} {done:4.0%} {given}"
-
-
-def task_text(task: Mapping[str, Any], now: float) -> str:
-    """Return all of a task in which a filter looks for a word."""
-    keys = ("name", "uuid", "worker", "client", "state", "args", "kwargs", "result", "exception")
-    return "\n".join([printable(task[key]) for key in keys if key in task])
-
-
-def status_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return whether a worker is alive."""
-    return "alive" if State._is_alive(worker, now) else "gone"
-
-
-def heard_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return how long ago something was heard of a worker, or what it said of its end."""
-    heard = worker["heard"] if worker["heard"] > -inf else number(worker.get("timestamp"), now)
-    return duration(now - heard)
-
-
-def load_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes."""
-    load = worker.get("loadavg")
-    return " ".join(map(printable, load[:3])) if isinstance(load, (list, tuple)) else printable(load)
-
-
-def software_of(worker: Mapping[str, Any], now: float) -> str:
-    """Return what a worker runs."""
-    return " ".join(printable(worker[key]) for key in ("sw_ident", "sw_ver", "sw_sys") if key in worker)
-
-
-def worker_text(worker: Mapping[str, Any], now: float) -> str:
-    """Return all of a worker in which a filter looks for a word."""
-    return f"{printable(worker['hostname'])}\n{status_of(worker, now)}\n{software_of(worker, now)}"
-
-
-def moment_of(event: Mapping[str, Any], now: float) -> str:
-    """Return when an event happened; without the seconds if that was more than a day ago."""
-    moment = event.get("timestamp")
-    return local_time("%m-%d %H:%M", moment) if is_old(moment, now) else fine_time("%H:%M:%S", moment)
-
-
-def event_state(event: Mapping[str, Any], now: float) -> str:
-    """Return the state that an event tells a task to have."""
-    kind = printable(event.get("type"))
-    return TASK_STATES.get(kind) or (kind[5:].upper() if kind.startswith("task-") else "")
-
-
-def fields_of(event: Mapping[str, Any], now: float = 0.0) -> str:
-    """Return what an event tells beside its type, time and host."""
-    shown_apart = ("type", "timestamp", "hostname", "local_received", "utcoffset", "clock", "pid")
-    told = (key for key in event if key not in shown_apart and event[key] is not None)
-    return " ".join([f"{printable(key)}={printable(event[key])}" for key in islice(told, MAX_FIELDS)])[:MAX_SHOWN]
-
-
-def short_fields(event: Mapping[str, Any], now: float) -> str:
-    """Return the same, with the start of each uuid only."""
-    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", fields_of(event))
-
-
-def event_text(event: Mapping[str, Any], now: float) -> str:
-    """Return all of an event in which a filter looks for a word."""
-    return f"{printable(event.get('type'))}\n{printable(event.get('hostname'))}\n{fields_of(event)}"
-
-
-def plain_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line for people."""
-    texts = (local_time("%H:%M:%S", event.get("timestamp")), *event_text(event, 0.0).split("\n"))
-    return "  ".join(filter(None, texts))
-
-
-def json_line(event: Mapping[str, Any]) -> str:
-    """Return an event as a line of JSON in ASCII, in which nothing can harm a terminal."""
+def exact(seconds: Any) -> str:
+    """Return a time as local day and time, 23 characters; "" for what is none."""
+    seconds = round(number(seconds, inf), 3)
     try:
-        return json.dumps(event, allow_nan=False)
-    except ValueError:
-        return json.dumps(plain(event))
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f"{seconds % 1:.3f}"[1:]
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
-def state_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's state."""
-    return STYLES.get(task["state"], "cyan")
+def clock(seconds: Any, now: float) -> str:
+    """Return a time as local time of day in 8 characters, or as the day if it was more than a day ago."""
+    return exact(seconds)[5:10] if now - number(seconds, now) > 86400 else exact(seconds)[11:19]
 
 
-def name_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's name: bold until it is finished."""
-    return "" if task["state"] in FINISHED else "bold"
+def size(many: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if many < 1024:
+            return f"{many:.3g} {unit}"
+        many /= 1024
+    return f"{many:,.1f} GiB"
 
 
-def outcome_style(task: Mapping[str, Any], now: float) -> str:
-    """Return the style of a task's outcome: a failure stands out."""
-    return "red" if task["state"] == "FAILURE" else ""
+UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
+    **dict.fromkeys(("timestamp", "last"), clock),
+    **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
+    **dict.fromkeys(("memory", "peak_memory", "bytes", "size"), lambda value, now: size(value)),
+    "heard": lambda value, now: duration(now - value),
+    "progress": lambda value, now: f"{value:.0%}",
+}
 
 
-def status_style(worker: Mapping[str, Any], now: float) -> str:
-    """Return the style of a worker's status."""
-    return "green" if State._is_alive(worker, now) else "red"
+def field(record: Facts, key: str, now: float) -> str:
+    """Return a field as people read it."""
+    value = record.get(key)
+    return UNITS[key](number(value, 0), now) if key in UNITS and number(value, inf) < inf else printable(value)
 
 
-def type_style(event: Mapping[str, Any], now: float) -> str:
-    """Return the style of an event's type."""
-    return EVENT_STYLES.get(printable(event.get("type")), "bold")
+def style_of(text: str) -> str:
+    """Return the style of what begins with a state, a status or an event's type."""
+    return STYLES.get(text.partition(" ")[0], "")
 
 
-def as_it_comes(record: Mapping[str, Any], now: float) -> int:
-    """Return the same for all, so that they stay as they are: an order."""
-    return 0
+# What is known of a task, a worker or an event: functions (record, stage) -> text.
 
 
-def longest_first(task: Mapping[str, Any], now: float) -> float:
-    """Return an order: the task that took, or has taken, longest first."""
-    seconds = seconds_run(task, now)
-    return inf if seconds is None else -seconds
+def known(table: Facts, key: Any) -> Facts:
+    """Return what a table of State has under a key that an event gave; an empty dict if nothing."""
+    return table.get(key, NOTHING) if isinstance(key, str) else NOTHING
 
 
-def by(text: Text) -> Callable[[Mapping[str, Any], float], str]:
-    """Return an order by a text, whatever the case."""
-    return lambda record, now: text(record, now).lower()
+def worker_of(task: Facts, stage: Stage) -> Facts:
+    """Return the worker of a task, as State knows it."""
+    return known(stage.state.workers, task.get("worker"))
 
 
-def by_number(key: str) -> Callable[[Mapping[str, Any], float], float]:
-    """Return an order by a field, the highest number first."""
-    return lambda record, now: -number(record.get(key), -inf)
+def clock_error(worker: Facts) -> float:
+    """Return how many seconds a worker's clock is ahead of ours; 0 if it is near enough."""
+    ahead: float = worker.get("clock_offset", 0.0)
+    return ahead if abs(ahead) > 15 else 0.0
 
 
-class Column(
-    namedtuple("Column", ["heading", "width", "share", "rank", "text", "style", "order"], defaults=("", None))
-):
-    """A column of a table: its heading, which starts with a space if it stands at the right; its least width, and its
-    share of what is beyond all of these; its rank, the highest being left out first; its text; its style, a name or a
-    function (record, now) -> name; what it is sorted by, a function (record, now), or None."""
+def status_of(worker: Facts, stage: Stage) -> str:
+    """Return whether a worker is alive, silent, LOST or ended."""
+    status = worker.get("status", "unknown")
+    if status != "alive" or stage.state.is_alive(worker, stage.now):
+        return "LOST" if status == "lost" else str(status)
+    return f"silent {duration(stage.now - worker['heard'])}"
 
-    __slots__ = ()
 
+def state_of(task: Facts, stage: Stage) -> str:
+    """Return a task's state; LOST if nobody is left to finish it."""
+    return "LOST" if stage.state.is_lost(task, stage.now) else printable(task["state"])
+
+
+def seconds_run(task: Facts, stage: Stage) -> float:
+    """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
+    worker = worker_of(task, stage)
+    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    seconds = seconds_taken(task, until + clock_error(worker))
+    return -1.0 if seconds is None else seconds
+
+
+def run_of(task: Facts, stage: Stage) -> str:
+    """Return the same as text, "" for -1."""
+    seconds = seconds_run(task, stage)
+    return "" if seconds == -1 else duration(seconds)
+
+
+def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
+    """Return an order: lost tasks, then unfinished ones, the longest running first; then finished ones, the newest first."""
+    if task["state"] in State.FINISHED:
+        return 2, -task["timestamp"]
+    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
+
+
+def progress_of(task: Facts) -> str:
+    """Return how far an unfinished task has come, as a number and a bar."""
+    done = number(task.get("progress"), -1.0)
+    unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
+    return "" if unknown else f"{done:.0%} {'━' * round(done * 10):·<10}"
+
+
+def detail_of(task: Facts, stage: Stage) -> str:
+    """Return what matters most of a task: why it failed or is lost, its result, how far it is; then its arguments."""
+    state = state_of(task, stage)
+    key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
+    outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
+    retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
+    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_of(task))
+    given = together(printable(task.get("args")), printable(task.get("kwargs")))
+    return together(first, "←" if outcome and given else "", given)
+
+
+def keys_of(record: Facts) -> list[str]:
+    """Return the keys of the fields that are not shown elsewhere."""
+    keys = [key for key in islice(record, 200) if record[key] is not None]
+    return [key for key in keys if not SHOWN_APART.fullmatch(printable(key))]
+
+
+def reason_of(event: Facts, now: float) -> str:
+    """Return what an event tells beside its type, time, task and host: the reason first."""
+    first = [printable(event.get(key)) for key in TOLD_FIRST]
+    rest = [f"{printable(key)}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
+    text = together(*first, *rest)
+    return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
+
+
+def name_of(event: Facts, tasks: Facts) -> str:
+    """Return the name of an event's task, if it has one, and the start of its uuid."""
+    name = event.get("name") or known(tasks, event.get("uuid")).get("name")
+    return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
+
+
+def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
+    """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
+    now = time.time()
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    line = together(*first, printable(event.get("hostname")), reason_of(event, now))
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def load_of(worker: Facts, stage: Stage) -> str:
+    """Return the load of a worker's machine, over 1, 5 and 15 minutes; before it, if its clock is wrong."""
+    error = clock_error(worker)
+    wrong = f"clock {duration(abs(error))} {'ahead' if error > 0 else 'behind'}" if error else ""
+    return together(wrong, printable(worker.get("loadavg")).strip("[]"))
+
+
+def failed_of(kind: Facts, stage: Stage) -> str:
+    """Return how many tasks of a kind have failed, and how many of a hundred that have ended."""
+    failed = kind["failed"]
+    return f"{failed:,} {failed / (failed + kind['succeeded']):4.0%}" if failed else "0"
+
+
+# Tables.
+
+# A heading begins with a space if the column stands at the right. Its text is a field, or a function (record, stage) ->
+# text; the style None is that of the text itself. `share` is its share of the width that all columns leave, of which
+# the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a function
+# (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
+Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
+# `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
+Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
-    Column("TIME", 8, 0.0, 4, time_of, "dim", as_it_comes),
-    Column("STATE", 8, 0.0, 2, field("state"), state_style, by(field("state"))),
-    Column("NAME", 11, 0.3, 1, field("name"), name_style, by(field("name"))),
-    Column("UUID", 8, 0.0, 7, uuid_of, "dim"),
-    Column("WORKER", 10, 0.2, 6, host_of, "", by(host_of)),
-    Column("   RUN", 6, 0.0, 3, run_of, "", longest_first),
-    Column("RESULT", 12, 0.5, 5, outcome_of, outcome_style),
+    Column("STATE", 8, state_of, style=None),
+    Column("NAME", 14, "name", style="bold", share=0.1, tail=True),
+    Column("TIME", 8, "timestamp", style="dim", least=64),
+    Column("UUID", 36, "uuid", style="dim", least=150),
+    Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
+    Column("   RUN", 6, run_of, order=urgency),
+    Column("DETAIL", 0, detail_of),
+)
+NAME_COLUMNS = (
+    Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
+    Column(" RUNNING", 8, "running"),
+    Column("  DONE", 6, "succeeded"),
+    Column("   FAILED", 9, failed_of, order=lambda kind, stage: -kind["failed"]),
+    Column(" RETRIED", 8, "retried", least=100),
+    Column("  MEAN", 6, "mean", least=60),
+    Column("   P95", 6, "p95", least=60),
+    Column("   MAX", 6, "max", least=70),
+    Column("LAST", 8, "last", style="dim", least=110),
+    Column("LAST ERROR", 0, "error", style="red"),
 )
 WORKER_COLUMNS = (
-    Column("WORKER", 16, 0.4, 1, field("hostname"), "bold", as_it_comes),
-    Column("STATUS", 7, 0.0, 2, status_of, status_style, by(status_of)),
-    Column("    PID", 7, 0.0, 6, field("pid")),
-    Column(" ACTIVE", 7, 0.0, 3, field("active"), "", by_number("active")),
-    Column("    DONE", 8, 0.0, 4, field("processed"), "", by_number("processed")),
-    Column(" HEARD", 6, 0.0, 5, heard_of),
-    Column("LOAD", 14, 0.0, 7, load_of),
-    Column("SOFTWARE", 14, 0.6, 8, software_of, "dim"),
+    Column("WORKER", 14, "hostname", style="bold", share=0.1),
+    Column("STATUS", 12, status_of, style=None),
+    Column("NOW", 20, "now", share=0.3, least=50),
+    Column(" ACTIVE", 7, "active", least=60),
+    Column("  DONE", 6, "processed", least=70),
+    Column(" FAILED", 7, "failed", least=90),
+    Column(" HEARD", 6, "heard"),
+    Column("LOAD", 0, load_of),
 )
 EVENT_COLUMNS = (
-    Column("TIME", 12, 0.0, 3, moment_of, "dim", as_it_comes),
-    Column("TYPE", 14, 0.15, 1, field("type"), type_style, by(field("type"))),
-    Column("HOST", 12, 0.15, 4, field("hostname"), "", by(field("hostname"))),
-    Column("FIELDS", 16, 0.7, 2, short_fields),
+    Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
+    Column("TYPE", 14, "type", style=None, share=0.05),
+    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("WORKER", 12, "hostname", share=0.1, least=90),
+    Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
 
 
-class Page(namedtuple("Page", ["title", "kind", "count", "held", "items", "columns", "words", "fields", "empty"])):
-    """A table: its title, and the kind of panel that a row opens; count(state, now) for its tab; held(state), of which
-    each is a row, and items(state) -> list of (identity, record), in the order of its first column; the text in which a
-    filter looks for words, and those in which it does by name; what to say if the table is empty."""
-
-    __slots__ = ()
+def task_rows(name: Any, stage: Stage) -> Rows:
+    """Return the tasks of that name, or all."""
+    tasks = stage.state.tasks.items()
+    return [Row(uuid, task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
 
 
-def events_of(state: State) -> list[tuple[Any, Any]]:
-    """Return the recent events, the newest first, those of tasks with the task's name."""
-    rows = []
-    for event in reversed(state.recent):
-        uuid = event.get("uuid")
-        task = state.tasks.get(uuid) if isinstance(uuid, str) else None
-        record = event
-        if task and "name" in task and event.get("name") is None:
-            record = {"name": None, **event}  # before the other fields
-            record["name"] = task["name"]
-        rows.append((event, record))
-    return rows
+def name_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the kinds of tasks."""
+    kinds = stage.state.type_stats(stage.now).items()
+    return [Row(name, {"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
 
 
-def alive_of(state: State, now: float) -> str:
-    """Return how many workers are alive, and if others are known, of how many."""
-    alive, known = len(state.alive_workers(now)), len(state.workers)
-    return f"{alive:,}" if alive == known else f"{alive:,}/{known:,}"
+def worker_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the workers, each with its longest running task and how many of its tasks have failed."""
+    running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
+    now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
+    failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
+    return [
+        Row(name, {**worker, "now": now.get(name), "failed": failed[name]}, ("worker", name))
+        for name, worker in stage.state.workers.items()
+    ]
 
 
-PAGES = {
-    "1": Page(
-        *("Tasks", "task", lambda state, now: f"{len(state.tasks):,}", lambda state: state.tasks),
-        *(lambda state: list(state.tasks_by_time()), TASK_COLUMNS, task_text),
-        {"name": field("name"), "uuid": field("uuid"), "worker": host_of, "host": host_of, "state": field("state")},
-        "no tasks yet: 3 shows every event",
-    ),
-    "2": Page(
-        *("Workers", "worker", alive_of, lambda state: state.workers),
-        *(lambda state: sorted(state.workers.items()), WORKER_COLUMNS, worker_text),
-        dict.fromkeys(("worker", "host"), field("hostname")),
-        "no workers yet: a Dispatcher with freq=2 is one, and so is the host of a task",
-    ),
-    "3": Page(
-        *("Events", "event", lambda state, now: f"{state.event_count:,}", lambda state: state.recent),
-        *(events_of, EVENT_COLUMNS, event_text),
-        {
-            **dict.fromkeys(("worker", "host"), field("hostname")),
-            "type": field("type"),
-            "name": field("name"),
-            "uuid": field("uuid"),
-            "state": event_state,
-        },
-        "no events yet",
-    ),
-}
+def event_rows(subject: Any, stage: Stage) -> Rows:
+    """Return the events of that task or worker, or all, the newest first; of older ones, those that State notes."""
+    recent = list(stage.state.recent)
+    there = set(map(id, recent))
+    events = [event for event in stage.state.notes if id(event) not in there] + recent
+    about = [{value for value in map(event.get, ("uuid", "hostname")) if isinstance(value, str)} for event in events]
+    wanted = [event for event, names in zip(events, about) if subject is None or subject in names]
+    return [Row(id(event), event, ("event", event)) for event in reversed(wanted)]
 
 
-class Panel(namedtuple("Panel", ["kind", "identity", "top", "link"], defaults=("", 0, None))):
-    """What is open above the table: its kind, what it is about, its first row on the screen, the chosen link."""
-
-    __slots__ = ()
+# Panels: items, a value beside its label.
 
 
-class View(
-    namedtuple(
-        "View",
-        ["page", "selected", "index", "anchor", "order", "others", "filter", "typing", "panels", "frozen", "done"],
-        defaults=("", None, 0, 0, 0, (), "", False, (), None, False),
-    )
-):
-    """What the user has chosen to see.
-
-    A page, "" for the one that has something; the selected row's identity, None for the first whichever it is, its
-    index then, and the line of the table where it stays; the number of the order; these four of the other pages; the
-    filter, and whether it is being typed; the open panels, the uppermost last; the State and time that stay on the
-    screen, or None; whether to quit.
-    """
-
-    __slots__ = ()
+def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
+    """Yield these fields of a record, if it has them."""
+    for key in keys:
+        if record.get(key) is not None:
+            yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-class Stage(namedtuple("Stage", ["live", "state", "page", "rows", "columns", "now", "table"])):
-    """What a view is of: the State that takes events, the one to show, the Page, how large the terminal is, the time, and
-    the rows of the table if they are known."""
-
-    __slots__ = ()
-
-
-def still(state: State) -> State:
-    """Return a copy of a State that shows the same, whatever comes."""
-    copy = State()
-    copy.tasks.update((uuid, {**task, "children": list(task["children"])}) for uuid, task in state.tasks.items())
-    copy.workers.update((hostname, dict(worker)) for hostname, worker in state.workers.items())
-    copy.recent.extend(state.recent)
-    copy.event_count = state.event_count
-    return copy
+def trace(record: Facts, stage: Stage) -> Items:
+    """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
+    style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
+    *lines, last = text.splitlines() or [""]
+    for line in lines:
+        if line.startswith('  File "'):
+            style = "dim" if re.search(r'"<|/lib(64)?/python|-packages/', line) else "bold"
+        yield Item("", line, style=style)
+    yield Item("", last, style="red")
 
 
-def page_of(view: View, state: State) -> str:
-    """Return the page to show: until one is chosen, the one that has something."""
-    return view.page or ("1" if state.tasks or not state.event_count else "3")
+def task_item(label: str, task: Facts, stage: Stage) -> Item:
+    """Return an item about a task, which leads to it."""
+    name = fit(printable(task.get("name")), 16, tail=True)
+    text = f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6}  {detail_of(task, stage)}"
+    return Item(label, text[: stage.width], ("task", task["uuid"]))
 
 
-def stage_of(state: State, view: View, rows: int, columns: int, now: float, table: Any = None) -> Stage:
-    """Return the stage of a view: the state as it is, or as it was when it was frozen."""
-    shown, then = view.frozen or (state, now)
-    return Stage(state, shown, PAGES[page_of(view, shown)], rows, columns, then, table)
+def timeline(task: Facts, stage: Stage) -> Items:
+    """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
+    attempts, moments = stage.state.attempts(task["uuid"]), []
+    for index, attempt in enumerate(attempts, 1):
+        where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
+        end = attempt["state"], together(where, printable(attempt["exception"]))
+        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
+            moments.append((attempt[key], printable(what), text))
+    for _, event, _ in event_rows(task["uuid"], stage):
+        if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
+            moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
+    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
+    for when, what, text in moments:
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
 
 
-def terms_of(text: str, page: Page) -> Iterator[tuple[Text, list[str]]]:
-    """Yield the terms of a filter: a text, and alternatives of which one is to be found there.
-
-    A term that names a field of another page than this is none.
-    """
-    for word in text.lower().split():
-        name, colon, wanted = word.partition(":")
-        alternatives = [alternative for alternative in wanted.split(",") if alternative]
-        if not colon or not any(name in other.fields for other in PAGES.values()):
-            yield page.words, [word]
-        elif name in page.fields and alternatives:
-            yield page.fields[name], alternatives
+def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
+    """Yield a task and those below it that are in memory, each with its depth."""
+    seen.add(uuid)
+    yield uuid, depth
+    for child in tasks[uuid]["children"] if depth < MAX_DEPTH else ():
+        if child in tasks and child not in seen:
+            yield from descendants(child, tasks, depth + 1, seen)
 
 
-def matches(record: Mapping[str, Any], terms: Iterable[tuple[Text, list[str]]], now: float) -> bool:
-    """Whether each of the terms is found in a record."""
-    for text, alternatives in terms:
-        found = text(record, now).lower()
-        if not any(alternative in found for alternative in alternatives):
-            return False
-    return True
+def family(uuid: str, stage: Stage) -> Items:
+    """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
+    tasks = stage.state.tasks
+    root: Any = uuid
+    for _ in range(MAX_DEPTH):
+        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
+    members = dict(islice(descendants(root, tasks, 0, set()), 100))
+    if uuid not in members:  # it is large
+        members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
+    starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
+    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
+    first = min(starts.values())
+    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
+    for member, depth in members.items() if len(members) > 1 else ():
+        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
+        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
+        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
+        label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
+        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
 
 
-def orders_of(page: Page) -> list[Any]:
-    """Return the columns that a page can be sorted by."""
-    return [column for column in page.columns if column.order]
-
-
-def table_of(view: View, stage: Stage) -> list[tuple[Any, Any]]:
-    """Return (identity, record) of the rows of the table, filtered and sorted."""
-    table = stage.page.items(stage.state)
-    terms = list(terms_of(view.filter, stage.page))
-    if terms:
-        table = [row for row in table if matches(row[1], terms, stage.now)]
-    if view.order:
-        order = orders_of(stage.page)[view.order].order
-        table.sort(key=lambda row: order(row[1], stage.now))
-    return table  # type: ignore[no-any-return]
-
-
-# What a panel shows: rows, each a line and the link that it is, (kind, identity) of another panel, or None.
-
-
-def entry(label: str, value: Any, width: int, style: str = "") -> Iterator[Row]:
-    """Yield a labelled value as rows."""
-    indent = min(12, width // 4)
-    labels = chain((label,), repeat(""))
-    for text, name in zip(wrap(value, max(1, width - indent)), labels):
-        yield [(fit(name, indent), "dim"), (text, style)], None
-
-
-def task_link(label: str, uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield a row that leads to a task."""
-    task, width = stage.state.tasks.get(uuid), stage.columns
-    if task is None:
-        yield from entry(label, f"{uuid}  not in memory", width, "dim")
-        return
-    texts = (
-        uuid_of(task, stage.now),
-        printable(task["state"]),
-        printable(task.get("name")),
-        outcome_of(task, stage.now),
-    )
-    line, _ = next(entry(label, "", width))
-    yield [line[0], ("  ".join(texts), state_style(task, stage.now))], ("task", uuid)
-
-
-def rest_of(record: Mapping[str, Any], shown: Container[str], width: int) -> Iterator[Row]:
-    """Yield rows of the fields that are not shown already."""
-    for key in record:
-        if key not in shown:
-            yield from entry(printable(key), record[key], width)
-
-
-def times_of(task: Mapping[str, Any], width: int) -> Iterator[Row]:
-    """Yield rows with the times of a task's transitions, and what went by between them."""
-    before = None
-    for name in sorted((name for name in TRANSITIONS if name in task), key=task.__getitem__):
-        since = "" if before is None else f"  +{duration(task[name] - before)}"
-        yield from entry(name, fine_time(DAY_AND_TIME, task[name]) + since, width)
-        before = task[name]
-
-
-def relatives_of(task: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
-    """Yield rows that lead to a task's parent, root and children."""
-    seen = {task["uuid"]}
-    for label in ("parent", "root"):
-        relative = task.get(f"{label}_id")
-        if isinstance(relative, str) and relative not in seen:
-            seen.add(relative)
-            yield from task_link(label, relative, stage)
-    children = [uuid for uuid in task["children"] if uuid not in seen]
-    for label, uuid in zip(chain(("children",), repeat("")), children[:MAX_LINKS]):
-        yield from task_link(label, uuid, stage)
-    if len(children) > MAX_LINKS:
-        yield from entry("", f"and {len(children) - MAX_LINKS:,} more", stage.columns, "dim")
-
-
-def part_rows(keys: Sequence[str], uuid: str, stage: Stage) -> Iterator[Row]:
-    """Yield the whole of the first of these fields that a task has, its lines kept."""
-    task = stage.state.tasks.get(uuid, NOTHING)
-    value = next((task[key] for key in keys if task.get(key) is not None), f"no {keys[0]}")
-    for text in wrap(value, stage.columns):
-        yield [(text, "")], None
-
-
-def task_rows(uuid: str, stage: Stage) -> Iterator[Row]:
+def task_panel(uuid: str, stage: Stage) -> Items:
     """Yield everything about a task."""
-    task, width = stage.state.tasks.get(uuid), stage.columns
-    if task is None:
-        yield from entry("", f"{uuid} is not in memory: cleared, or evicted to make room", width)
+    task = known(stage.state.tasks, uuid)
+    if not task:
+        yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    yield from entry("name", task.get("name"), width, "bold")
-    yield from entry("uuid", uuid, width)
-    yield from entry("state", f"{task['state']}  {run_of(task, stage.now)}", width, state_style(task, stage.now))
-    for key in FIRST_SHOWN:
-        if key in task:
-            yield from entry(key, task[key], width, "red" if key == "exception" else "")
-    yield from times_of(task, width)
-    yield from relatives_of(task, stage)
-    yield from rest_of(task, SHOWN_APART, width)
-    if "traceback" in task:
-        yield [("", "")], None
-        yield from part_rows(TRACE, uuid, stage)
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
+    yield Item("latest", exact(task["timestamp"]))
+    yield from timeline(task, stage)
+    yield from family(uuid, stage)
+    yield from fields(task, keys_of(task), stage)
+    if "traceback" in task or "stderr" in task:
+        yield from trace(task, stage)
 
 
-def worker_rows(hostname: str, stage: Stage) -> Iterator[Row]:
-    """Yield everything about a worker, and the way to its latest tasks."""
-    worker, width = stage.state.workers.get(hostname), stage.columns
-    if worker is None:
-        yield from entry("", f"{hostname} is not in memory", width)
-        return
-    yield from entry("worker", hostname, width, "bold")
-    yield from entry("status", status_of(worker, stage.now), width, status_style(worker, stage.now))
-    yield from entry("latest", fine_time(DAY_AND_TIME, worker.get("timestamp")), width)
-    yield from entry("heard", f"{heard_of(worker, stage.now)} ago", width)
-    yield from rest_of(worker, ("hostname", "heard", "timestamp"), width)
-    tasks = stage.state.tasks_by_worker(hostname, MAX_LINKS)
-    for label, (uuid, _) in zip(chain(("tasks",), repeat("")), tasks):
-        yield from task_link(label, uuid, stage)
+def worker_panel(name: str, stage: Stage) -> Items:
+    """Yield everything about a worker, its running tasks first."""
+    worker, state = known(stage.state.workers, name), stage.state
+    tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
+    tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
+    yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
+    yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
+    yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
-def event_rows(event: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
+def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
-    yield from entry("type", event.get("type"), stage.columns, type_style(event, stage.now))
-    yield from entry("time", fine_time(DAY_AND_TIME, event.get("timestamp")), stage.columns)
-    uuid = event.get("uuid")
-    if isinstance(uuid, str):
-        yield from task_link("task", uuid, stage)
-    received = fine_time(DAY_AND_TIME, event.get("local_received"))
-    yield from entry("received", received, stage.columns)
-    yield from rest_of(event, ("type", "timestamp", "local_received"), stage.columns)
+    task = known(stage.state.tasks, event.get("uuid"))
+    yield Item("type", event.get("type"))
+    yield Item("time", exact(event.get("timestamp")))
+    if task:
+        yield task_item("task", task, stage)
+    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
 
 
-def help_rows(identity: Any, stage: Stage) -> Iterator[Row]:
-    """Yield what the keys do."""
-    for text in wrap(HELP.strip(), stage.columns):
-        yield [(text, "")], None
-
-
-PANELS: dict[str, Callable[[Any, Stage], Iterator[Row]]] = {
-    "task": task_rows,
-    "worker": worker_rows,
-    "event": event_rows,
-    "keys": help_rows,
-    "traceback": partial(part_rows, TRACE),
-    "result": partial(part_rows, ("result",)),
+PANEL = (
+    Column("", 11, lambda item, stage: item.label, style="dim"),
+    Column("", 0, lambda item, stage: item.text, style=None),
+)
+SHEETS = {
+    "tasks": Sheet(task_rows, TASK_COLUMNS, order=5, empty="no tasks yet: 4 shows every event"),
+    "names": Sheet(name_rows, NAME_COLUMNS, order=0, empty="no tasks yet: 4 shows every event"),
+    "workers": Sheet(worker_rows, WORKER_COLUMNS, order=0, empty="no workers yet: a Dispatcher with freq=2 is one"),
+    "events": Sheet(event_rows, EVENT_COLUMNS, order=0, empty="no events yet"),
+    "task": Sheet(task_panel, PANEL),
+    "worker": Sheet(worker_panel, PANEL),
+    "event": Sheet(event_panel, PANEL),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
+    "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
-
-
-def rows_of(view: View, stage: Stage) -> list[Any]:
-    """Return what there is to scroll through: the rows of the uppermost panel, or else of the table."""
-    if not view.panels:
-        return table_of(view, stage) if stage.table is None else stage.table
-    kind, identity, *_ = view.panels[-1]
-    rows = list(islice(PANELS[kind](identity, stage), MAX_ROWS + 1))
-    return rows if len(rows) <= MAX_ROWS else [*rows[:MAX_ROWS], ([("… and more", "dim")], None)]
-
-
-def place(view: View, rows: Sequence[tuple[Any, Any]], room: int) -> tuple[int, int]:
-    """Return the index of the selected row of a table, or of the chosen link of a panel, -1 without any; and of the row
-    at the top of the screen."""
-    if view.panels:
-        panel = view.panels[-1]
-        chosen = next((index for index, (_, link) in enumerate(rows) if link and link == panel.link), -1)
-        return chosen, max(0, min(panel.top, len(rows) - room))
-    chosen = 0
-    if view.selected is not None:  # stays where it was when it is gone
-        gone = max(0, min(view.index, len(rows) - 1))
-        chosen = next((index for index, row in enumerate(rows) if row[0] is view.selected), gone)
-    return chosen, max(0, min(chosen - min(view.anchor, room - 1), len(rows) - room))
 
 
 # The lines of the screen.
 
 
-def layout(view: View, rows: int) -> tuple[int, int, int, int, int, int]:
-    """Return how many lines go to title, graph, states, headings, footer; and to what is in the middle."""
-    title, headings, footer = int(rows > 3), int(rows > 5), int(rows > 2)
-    graph, states = (0, 0) if view.panels else (min(4, rows // 10), int(rows > 7))
-    return title, graph, states, headings, footer, rows - title - graph - states - headings - footer
+def settled(view: View, state: State) -> View:
+    """Return the view with a page: until one is chosen, the one that has something."""
+    kind = "tasks" if state.tasks or not state.event_count else "events"
+    return view if view.layers else view._replace(layers=(Layer(kind),))
 
 
-def arrange(parts: Iterable[tuple[int, str, str]], width: int) -> Line:
-    """Return the parts (rank, text, style) that there is room for, the lowest ranks first, in the order given."""
-    parts, left = list(parts), width + 1
-    kept: set[int] = set()
-    for _, index in sorted((rank, index) for index, (rank, _, _) in enumerate(parts)):
-        size = cells(parts[index][1]) + 1
-        if size <= left or not kept:
-            kept.add(index)
-            left -= size
-    return [span for index in sorted(kept) for span in (parts[index][1:], (" ", ""))]
+def order_of(layer: Layer) -> Any:
+    """Return the number of the column that a table is sorted by; None for a panel."""
+    return SHEETS[layer.kind].order if layer.order is None else layer.order
 
 
-def title_line(view: View, stage: Stage, status: Mapping[str, Any]) -> Line:
-    """Return the pages and how much they have, the rate, what went wrong, and the URL."""
-    live = stage.live
-    parts = []
-    if view.frozen:
-        parts.append((0, f" FROZEN +{live.event_count - stage.state.event_count:,} ", "frozen"))
-    for key, page in PAGES.items():
-        text = f" {key} {page.title} {page.count(live, stage.now)} "
-        parts.append((1, text, "reverse") if page is stage.page else (4, text, ""))
-    rate = sum(live._tally(1, 5.0, stage.now)) / 5
-    parts.append((3, f"{rate:,.0f}/s " if rate >= 10 or not rate else f"{rate:.1f}/s ", "bold"))
-    troubles = {name: status.get(name) for name in ("lost", "rejected", "malformed")}
-    parts += [
-        (2, f" {many:,} {name} ", "alarm") for name, many in {**troubles, "evicted": live.evicted}.items() if many
-    ]
-    line = arrange(parts, stage.columns)
-    left = stage.columns - sum(cells(text) for text, _ in line)
-    url = printable(status.get("url"))
-    fitting = next((text for text in (url, url.partition("?")[0]) if cells(text) <= left), "")
-    return [*line, (" " * (left - cells(fitting)) + fitting, "dim")]
+def cell(column: Column, record: Any, stage: Stage) -> Span:
+    """Return what a column shows of a record."""
+    text = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
+    style = column.style
+    if style is None:
+        style = isinstance(record, Item) and record.style or style_of(text)
+    return Span(text, style)
 
 
-def graph_lines(stage: Stage, height: int) -> list[Line]:
-    """Return so many lines: the events of each of the last seconds, the latest at the right, and the highest rate."""
-    label = 10 if stage.columns >= 40 else 0
-    width, now = stage.columns - label, ceil(stage.now)  # whole seconds: no column changes any more but the last
-    levels = stage.live.scale_graph(width, 8 * height, width, now)
-    highest = max(stage.live._tally(width, width, now), default=0)
-    labels = [f" {highest:,}/s", *[""] * (height - 2), f" {width} s"]
-    bases = range(8 * (height - 1), -1, -8)
-    bars = ["".join([BARS[max(0, min(8, level - base))] for level in levels]) for base in bases]
-    return [[(bar, "cyan"), (fit(text, label), "dim")] for bar, text in zip(bars, labels)]
+def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
+    """Return what a column sorts a record by: the highest number first, or the text in any case."""
+    if column.order:
+        return column.order(record, stage)
+    value = column.text(record, stage) if callable(column.text) else record.get(column.text)
+    return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
 
 
-def states_line(stage: Stage) -> Line:
-    """Return the tasks by state, the urgent ones first."""
-    tally = Counter([task["state"] for task in stage.live.tasks.values()]).most_common()
-    tally.sort(key=lambda item: URGENT.index(item[0] if item[0] in URGENT else ""))
-    parts = [(rank, f" {printable(name)} {n:,} ", STYLES.get(name, "cyan")) for rank, (name, n) in enumerate(tally)]
-    return arrange(parts, stage.columns)
-
-
-def widths_of(columns: Sequence[Any], width: int) -> list[tuple[Any, int]]:
-    """Return the columns that there is room for, each with its width; together, a space between, they take `width`."""
-    kept = list(columns)
-    while len(kept) > 1 and sum(column.width + 1 for column in kept) > width + 1:
-        kept.remove(max(kept, key=lambda column: column.rank))
-    beyond = width + 1 - sum(column.width + 1 for column in kept)
-    sizes = [column.width + max(0, min(2 * column.width, int(beyond * column.share))) for column in kept]
-    elastic = max(range(len(kept)), key=lambda index: kept[index].share)
-    sizes[elastic] += width + 1 - sum(size + 1 for size in sizes)
+def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
+    """Return the columns that are shown, each with its width: together, with a space behind each, at least `width`."""
+    kept = [column for column in columns if column.least <= width]
+    left = width - sum(column.width + 1 for column in kept)
+    sizes = [column.width + max(0, int(left * column.share)) for column in kept]
+    sizes[-1] = max(1, width - sum(sizes[:-1]) - len(sizes))
     return list(zip(kept, sizes))
 
 
-def heading_line(view: View, stage: Stage) -> Line:
-    """Return the headings of the table, with a mark where it is sorted; or what the panel is about."""
-    if view.panels:
-        kind, identity, *_ = view.panels[-1]
-        return [(f" {kind} {printable(identity) if isinstance(identity, str) else ''}", "heading")]
-    order = orders_of(stage.page)[view.order]
-    texts = []
-    for column, size in widths_of(stage.page.columns, stage.columns):
-        text = (column.heading + "▾").replace(" ", "", 1) if column is order else column.heading
-        texts.append(fit(text, size))
-    return [(" ".join(texts), "heading")]
+def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
+    """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
+    columns = SHEETS[layer.kind].columns
+    for word in layer.filter.lower().split():
+        name, _, wanted = word.partition(":")
+        named = [column for column in columns if column.heading.strip().lower() == name]
+        some = [text for text in wanted.split(",") if text] or [""] if named else [word]
+        texts = [" ".join([cell(column, row.record, stage).text for column in named or columns]) for row in rows]
+        rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
+    return rows
 
 
-def empty_lines(view: View, stage: Stage, status: Mapping[str, Any]) -> list[Line]:
+def wrapped(items: Items, width: int) -> Items:
+    """Yield the items of a panel, the label only beside the first line of each."""
+    for label, value, link, style in items:
+        for text in islice(wrap(value, width), 1 if link else None):
+            yield Item(label, text, link, style)
+            label = ""
+
+
+def rows_of(view: View, stage: Stage) -> Rows:
+    """Return the rows of the uppermost layer, filtered and sorted."""
+    layer, stage = view.layers[-1], stage._replace(**view.frozen)
+    sheet, order = SHEETS[layer.kind], order_of(layer)
+    rows = sheet.rows(layer.subject, stage)
+    if order is None:
+        items = enumerate(islice(wrapped(rows, sizes_of(sheet.columns, stage.width)[-1][1]), 2000))
+        return filtered([Row(item.link or index, item, item.link) for index, item in items], layer, stage)
+    rows = filtered(rows, layer, stage)
+    return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
+
+
+def layout(view: View, height: int) -> tuple[int, int, int, int]:
+    """Return how many lines go to the header, the headings, the footer; and to the rows."""
+    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
+    headings, footer = int(height > 5), int(height > 2)
+    return header, headings, footer, height - header - headings - footer
+
+
+def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
+    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
+    identity, index, line = view.layers[-1].cursor
+    gone = max(0, min(index, len(rows) - 1))
+    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
+    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
+
+
+def title_line(view: View, stage: Stage) -> Line:
+    """Return the pages and how much they have, what went wrong, the rate, and the URL."""
+    live, status = stage.state, stage.status
+    workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
+    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
+    for index, (kind, many) in enumerate(counts.items(), 1):
+        here = kind == view.layers[0].kind
+        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
+        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
+    losses = {**{name: status.get(name) for name in ("lost", "rejected", "malformed")}, "evicted": live.evicted}
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+    left = max(0, stage.width - sum([cells(span.text) for span in line]))
+    rate = sum(live.counts(1, 5.0, stage.now)) / 5
+    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
+
+
+def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
+    """Return what runs, and for how long the longest has; and what has failed, and why."""
+    tasks = stage.state.tasks
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
+    runs = [run for run in runs if run[0] >= 0]
+    running = f" {len(runs):,} running"
+    if runs:
+        seconds, uuid = max(runs)
+        task = tasks[uuid]
+        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
+    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
+    if not ages:
+        return [[Span(running)], [Span(" no failures", "dim")]]
+    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+
+
+def graph_lines(stage: Stage) -> list[Line]:
+    """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
+    width = min(60, stage.width // 8)
+    counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
+    most = max([1, *counts])
+    drawn = width - next((index for index, count in enumerate(counts) if count), width)
+    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
+    labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
+
+
+def header_lines(view: View, stage: Stage) -> list[Line]:
+    """Return what stands above every table."""
+    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
+    order = list(STYLES)
+    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
+    graph = graph_lines(stage)
+    left = stage.width - sum([cells(span.text) for span in graph[0]])
+    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
+    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
+
+
+def heading_line(layer: Layer, stage: Stage) -> Line:
+    """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
+    columns, order, line = SHEETS[layer.kind].columns, order_of(layer), []
+    if order is None:
+        about = layer.subject if isinstance(layer.subject, str) else ""
+        return [Span(f" {layer.kind} {printable(about)}", "heading")]
+    for column, width in sizes_of(columns, stage.width):
+        text, index = column.heading, columns.index(column)
+        if index == order:
+            text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - order}"))
+    return line
+
+
+def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Line:
+    """Return a row as a line of the screen."""
+    line = []
+    for column, width in sizes:
+        text, style, _ = cell(column, row.record, stage)
+        text = text.rjust(width) if column.heading[:1] == " " else text
+        line.append(Span(fit(text, width, column.tail) + " ", style))
+    return line
+
+
+def empty_lines(view: View, stage: Stage) -> list[Line]:
     """Return what to do about a table without rows."""
-    text = stage.page.empty
-    if not stage.state.event_count:
-        text = str(status.get("empty", ""))
-    elif view.filter:
-        text = f"nothing matches {view.filter} — Escape drops the filter"
-    return [[(line, "")] for line in wrap(text, stage.columns)]
+    layer, text = view.layers[-1], str(stage.status.get("empty", ""))
+    if stage.state.event_count:
+        text = SHEETS[layer.kind].empty
+    if layer.filter:
+        text = f"nothing matches {layer.filter} — Escape drops the filter"
+    return [[Span(line)] for line in wrap(text, stage.width)]
 
 
-def table_lines(rows: Iterable[tuple[Any, Any]], stage: Stage) -> list[Line]:
-    """Return rows of the table as lines."""
-    sizes = widths_of(stage.page.columns, stage.columns)
-    lines = []
-    for _, record in rows:
-        line = []
-        for column, size in sizes:
-            text = column.text(record, stage.now)
-            style = column.style(record, stage.now) if callable(column.style) else column.style
-            text = text.rjust(size) if column.heading.startswith(" ") else text
-            line += [(fit(text, size), style), (" ", "")]
-        lines.append(line[:-1])
-    return lines
+def footer_line(view: View, index: int, many: int) -> Line:
+    """Return the filter, which row this is of how many, and keys."""
+    layer = view.layers[-1]
+    hints = "typing" if view.typing else "filter" if layer.filter else "table" if len(view.layers) == 1 else "panel"
+    about = f" of {layer.subject}" if layer.kind in ("tasks", "events") and layer.subject else ""
+    text = f"/{printable(layer.filter)}{'█' * view.typing} " if view.typing or layer.filter else ""
+    line = [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold")]
+    return line + [Span(f" {hint} ", "dim", KEYS.get(hint.split()[0], "")) for hint in HINTS[hints].split(",")]
 
 
-def footer_line(view: View, stage: Stage, rows: Sequence[Any], chosen: int, top: int, room: int) -> Line:
-    """Return the filter with how many match, or which lines these are; and keys."""
-    parts, keys = [], "table"
-    if view.panels:
-        parts = [f" {top + 1}-{min(top + room, len(rows))} of {len(rows):,} "]
-        keys = "linked" if any(link for _, link in rows) else "panel"
-    elif view.typing or view.filter:
-        text, many = printable(view.filter), f" {len(rows):,} of {len(stage.page.held(stage.state)):,} "
-        while text and cells(text) + len(many) + 3 > stage.columns:
-            text = text[1:]
-        parts = [f"/{text}{'█' * view.typing}", many]
-        keys = "typing" if view.typing else "filtered"
-    elif view.selected is not None and rows:
-        parts = [f" {chosen + 1:,} of {len(rows):,} "]
-    spans = [(text, "bold") for text in parts] + [(f" {text} ", "dim") for text in HINTS[keys]]
-    return arrange([(rank, *span) for rank, span in enumerate(spans)], stage.columns)
+def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
+    """Return exactly `stage.height` lines of exactly `stage.width` columns that show `stage.state` as the view wants it.
 
-
-def screen(
-    state: State,
-    view: View,
-    rows: int,
-    columns: int,
-    now: float,
-    status: Mapping[str, Any] = NOTHING,
-    table: list[tuple[Any, Any]] | None = None,
-) -> list[Line]:
-    """Return exactly `rows` lines of exactly `columns` columns that show `state` as `view` wants it.
-
-    `status` has the url, what to say while there are no events, and what a Receiver counts. `table` is what table_of()
-    returned a moment ago, if that shall do. Pure: the same arguments give the same lines.
+    `rows` is what rows_of() returned a moment ago, if that shall do. Pure: the same arguments give the same lines.
     """
-    stage = stage_of(state, view, rows, columns, now, table)
-    title, graph, states, headings, footer, room = layout(view, rows)
-    found = rows_of(view, stage)
-    chosen, top = place(view, found, room)
-    present = stage._replace(now=now)
-    lines = [title_line(view, present, status)] * title + graph_lines(present, graph)
-    lines += [states_line(present)] * states + [heading_line(view, stage)] * headings
-    shown = found[top : top + room]
-    middle = [line for line, _ in shown] if view.panels else table_lines(shown, stage)
-    if 0 <= chosen - top < len(middle):
-        middle[chosen - top] = [(text, "selected") for text, _ in middle[chosen - top]]
-    middle = middle if found else empty_lines(view, stage, status)
-    lines += (middle + [[]] * room)[:room] + [footer_line(view, stage, found, chosen, top, room)] * footer
-    return [fit_line(line, columns) for line in lines]
+    view = settled(view, stage.state)
+    layer, shown = view.layers[-1], stage._replace(**view.frozen)
+    sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
+    header, headings, footer, room = layout(view, stage.height)
+    rows = rows_of(view, stage) if rows is None else rows
+    chosen, top = locate(view, rows, room)
+    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
+    for index, row in enumerate(rows[top : top + room], top):
+        line = fit_line(row_line(row, sizes, shown), stage.width)
+        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
+    lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
+    return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
-# The keys: each makes a view of a view.
+# What keys and clicks do: functions (view, stage, rows, argument) -> view.
 
 
-def pick(view: View, table: Sequence[tuple[Any, Any]], index: int, line: int) -> View:
-    """Select a row, to stay on that line of the table; the first is whichever comes to be the first."""
-    return view._replace(selected=table[index][0] if index else None, index=index, anchor=line)
+def change(view: View, **changes: Any) -> View:
+    """Change the uppermost layer."""
+    return view._replace(layers=(*view.layers[:-1], view.layers[-1]._replace(**changes)))
 
 
-def scroll(view: View, **changes: Any) -> View:
-    """Change the uppermost panel."""
-    return view._replace(panels=(*view.panels[:-1], view.panels[-1]._replace(**changes)))
+def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
+    """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
+    room, step = layout(view, stage.height)[-1], float(step)
+    index, top = locate(view, rows, room)
+    step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
+    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
+    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
 
 
-def move(step: float, view: View, stage: Stage) -> View:
-    """Go so many rows, or if it is a fraction, by so much of the screen; inf and -inf are the ends."""
-    rows, room = rows_of(view, stage), max(1, layout(view, stage.rows)[-1])
-    chosen, top = place(view, rows, room)
-    if isinstance(step, float) and isfinite(step):
-        step = int(step * room) or int(copysign(1, step))
-    if view.panels:
-        return scroll(view, top=int(max(0, min(top + step, len(rows) - room))))
-    index = int(max(0, min(chosen + step, len(rows) - 1)))
-    return pick(view, rows, index, int(max(0, min(chosen - top + step, room - 1)))) if rows else view
+def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
+    """Go to a page."""
+    return view._replace(layers=(Layer(kind),))
 
 
-def turn(page: str, view: View, stage: Stage) -> View:
-    """Go to a page, as it was left."""
-    others = {**dict(view.others), view.page: view[1:5]}
-    selected, index, anchor, order = others.pop(page, (None, 0, 0, 0))
-    places = {"selected": selected, "index": index, "anchor": anchor, "order": order}
-    return view._replace(page=page, others=tuple(others.items()), panels=(), **places)
+def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
+    """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
+    layer = view.layers[-1]
+    if order_of(layer) is not None:
+        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
+    here, _ = locate(view, rows, 1)
+    links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
+    return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
 
-def tab(step: int, view: View, stage: Stage) -> View:
-    """Go to the next page or the one before; in a panel, choose the next link or the one before."""
-    if not view.panels:
-        return turn(str((int(view.page) + step - 1) % len(PAGES) + 1), view, stage)
-    rows, room = rows_of(view, stage), layout(view, stage.rows)[-1]
-    links = [index for index, (_, link) in enumerate(rows) if link]
-    chosen, top = place(view, rows, room)
-    if not links:
-        return view
-    index = links[(links.index(chosen) + step) % len(links)] if chosen in links else links[min(0, step)]
-    view = scroll(view, link=rows[index][1])
-    return view if top <= index < top + room else scroll(view, top=max(0, index - room // 2))
+def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -> View:
+    """Open a layer above the others, unless it is the uppermost; of very many, some in the middle go."""
+    first, *others = view.layers
+    same = view.layers[-1][:2] == (kind, subject)
+    return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
 
 
-def push(view: View, kind: str, identity: Any = "") -> View:
-    """Open a panel above what is open, unless that is the same."""
-    same = view.panels and view.panels[-1][:2] == (kind, identity)
-    return view if same else view._replace(panels=(*view.panels, Panel(kind, identity))[-MAX_PANELS:], typing=False)
+def link_of(view: View, rows: Rows) -> Any:
+    """Return kind and subject of what the cursor's row leads to, or None."""
+    return rows[locate(view, rows, 1)[0]].link if rows else None
 
 
-def enter(view: View, stage: Stage) -> View:
-    """Open a panel about the selected row; in a panel, about its chosen link, or else choose one."""
-    rows = rows_of(view, stage)
-    chosen, _ = place(view, rows, 1)
-    if chosen < 0:
-        return tab(1, view, stage)
-    return view if not rows else push(view, *(rows[chosen][1] if view.panels else (stage.page.kind, rows[chosen][0])))
+def enter(view: View, stage: Stage, rows: Rows) -> View:
+    """Open what the cursor is on."""
+    link = link_of(view, rows)
+    return push(view, stage, rows, *link) if link else view
 
 
-def show(key: str, view: View, stage: Stage) -> View:
-    """Open a panel with a field of the task that is selected or open."""
-    rows = rows_of(view, stage)
-    kind, identity = view.panels[-1][:2] if view.panels else ("event", rows[place(view, rows, 1)[0]][1] if rows else {})
-    if kind == "event":
-        identity = identity.get("uuid")
-    return push(view, key, identity) if isinstance(identity, str) and kind not in ("worker", "keys") else view
+def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
+    """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
+    about, subject = link_of(view, rows) or view.layers[-1][:2]
+    if about == "event":
+        subject = subject.get("uuid") or subject.get("hostname")
+    return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
 
 
-def sort(view: View, stage: Stage) -> View:
-    """Sort the table by the next column."""
-    return view if view.panels else view._replace(order=(view.order + 1) % len(orders_of(stage.page)))
+def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
+    """Sort the table by the next column; with 0 by the same one, the other way round."""
+    layer = view.layers[-1]
+    order, many = order_of(layer), len(SHEETS[layer.kind].columns)
+    reverse = step == "0" and not layer.reverse
+    return view if order is None else change(view, order=(order + int(step)) % many, reverse=reverse)
 
 
-def freeze(view: View, stage: Stage) -> View:
-    """Let the picture stand still, or go on."""
-    return view._replace(frozen=None if view.frozen else (still(stage.live), stage.now))
+def freeze(view: View, stage: Stage, rows: Rows) -> View:
+    """Let the picture stand still, or go on: a copy of the State is shown."""
+    import pickle
+
+    view = move(view, stage, rows, 0)  # events are others in the copy: the cursor stays on the same index
+    if view.frozen:
+        return view._replace(frozen={})
+    return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
-def clear(view: View, stage: Stage) -> View:
+def clear(view: View, stage: Stage, rows: Rows) -> View:
     """Forget the finished tasks."""
-    stage.live.clear_tasks()
+    stage.state.clear_tasks()
     return view
 
 
-def leave(view: View, stage: Stage) -> View:
-    """Close the uppermost panel, or quit."""
-    return view._replace(panels=view.panels[:-1], done=not view.panels)
+def leave(view: View, stage: Stage, rows: Rows) -> View:
+    """Close the uppermost layer, or quit."""
+    return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
 
 
-def back(view: View, stage: Stage) -> View:
-    """Close what is open: the uppermost panel, else the filter, else the frozen picture; or quit."""
-    if not view.panels and (view.filter or view.frozen):
-        return view._replace(filter="", frozen=view.frozen if view.filter else None)
-    return leave(view, stage)
+def back(view: View, stage: Stage, rows: Rows) -> View:
+    """Drop the filter, else close the uppermost layer, else let a frozen picture go on."""
+    if view.layers[-1].filter:
+        return change(view, filter="")
+    return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def click(line: int, view: View, stage: Stage) -> View:
-    """Select the row on a line of the screen; open what is selected already, or a link."""
-    rows, (*above, _, room) = rows_of(view, stage), layout(view, stage.rows)
-    chosen, top = place(view, rows, room)
-    line -= sum(above)
-    index = top + line
-    if not 0 <= line < room or index >= len(rows):
-        return view
-    if view.panels:
-        return push(view, *rows[index][1]) if rows[index][1] else view
-    if index == chosen and view.selected is not None:
-        return enter(view, stage)
-    return view._replace(selected=rows[index][0], index=index, anchor=line)  # the first too: it may move
+def edit(view: View, stage: Stage, rows: Rows) -> View:
+    """Begin to type a filter."""
+    return view._replace(typing=True)
 
 
-def edit(view: View, **changes: Any) -> View:
-    """Change the filter; the first row that matches is selected, unless the selected one does."""
-    return view._replace(panels=(), index=0, anchor=0, **changes)
+def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
+    """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
+    here, _ = locate(view, rows, 1)
+    view = move(view, stage, rows, int(index) - here)
+    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
 
 
-ENTER = ("^J", "^M", "KEY_ENTER")
-KEYS: dict[str, Callable[[View, Stage], View]] = {
-    **dict.fromkeys(("j", "KEY_DOWN"), partial(move, 1)),
-    **dict.fromkeys(("k", "KEY_UP"), partial(move, -1)),
-    **dict.fromkeys(("KEY_NPAGE", "^D"), partial(move, 0.9)),
-    **dict.fromkeys(("KEY_PPAGE", "^U"), partial(move, -0.9)),
-    **dict.fromkeys(("g", "KEY_HOME"), partial(move, -inf)),
-    **dict.fromkeys(("G", "KEY_END"), partial(move, inf)),
-    "wheel down": partial(move, 3),
-    "wheel up": partial(move, -3),
-    **{page: partial(turn, page) for page in PAGES},
-    **dict.fromkeys((*ENTER, "i"), enter),
-    "^I": partial(tab, 1),
-    "KEY_BTAB": partial(tab, -1),
-    "t": partial(show, "traceback"),
-    "r": partial(show, "result"),
-    "?": lambda view, stage: push(view, "keys"),
-    "s": sort,
-    " ": freeze,
-    "c": clear,
-    "q": leave,
-    "^[": back,
-    "M-": lambda view, stage: back(view, stage)._replace(done=False),  # Escape with another key at once, or Alt
-    "/": lambda view, stage: edit(view, typing=True),
+def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
+    """Do what is there on the screen."""
+    action, left = "", int(column)
+    for span in screen(view, stage, rows)[int(line)]:
+        action = span.action if left >= 0 else action
+        left -= cells(span.text)
+    return press(view._replace(typing=False), action, stage, rows)
+
+
+ACTIONS: dict[str, Callable[..., View]] = {
+    action.__name__: action
+    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
 }
-EDITS: dict[str, Callable[[View, Stage], View]] = {
-    **dict.fromkeys(ENTER, lambda view, stage: edit(view, typing=False)),
-    **dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), lambda view, stage: edit(view, filter=view.filter[:-1])),
-    "^U": lambda view, stage: edit(view, filter=""),
-    "^W": lambda view, stage: edit(view, filter=re.sub(r"\S*\s*$", "", view.filter)),
-    **dict.fromkeys(("^[", "M-"), lambda view, stage: edit(view, filter="", typing=False)),
+KEYS = {
+    "j": "move 1",
+    "k": "move -1",
+    "PgDn": "move 0.9",
+    "PgUp": "move -0.9",
+    "g": "move -inf",
+    "G": "move inf",
+    "1": "turn tasks",
+    "2": "turn names",
+    "3": "turn workers",
+    "4": "turn events",
+    "tab": "tab 1",
+    "shift-tab": "tab -1",
+    "enter": "enter",
+    "t": "show traceback",
+    "r": "show result",
+    "e": "show events",
+    "?": "push keys",
+    "/": "edit",
+    "s": "sort 1",
+    "S": "sort 0",
+    "space": "freeze",
+    "c": "clear",
+    "q": "leave",
+    "esc": "back",
 }
+NAMES = {"KEY_DOWN": "j", "KEY_UP": "k", "KEY_HOME": "g", "KEY_END": "G", "KEY_NPAGE": "PgDn", "^D": "PgDn"}
+NAMES |= {"KEY_PPAGE": "PgUp", "^I": "tab", "KEY_BTAB": "shift-tab", " ": "space", "^[": "esc", "M-": "esc"}
+NAMES |= dict.fromkeys(("i", "^J", "^M", "KEY_ENTER"), "enter") | dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), "backspace")
 
 
-def press(view: View, key: str, state: State, rows: int, columns: int, now: float, table: Any = None) -> View:
-    """Return the view after a key, given as curses calls it: "j", "^D", "KEY_UP"; or "wheel up", "wheel down", "click 7"
-    (line). The rest is as in screen(). One key changes `state`: c clears it."""
-    view = view._replace(page=page_of(view, state))  # which a new event shall not change any more
-    stage = stage_of(state, view, rows, columns, now, table)
-    if key.startswith("click "):
-        return click(int(key[6:]), view, stage)
-    if view.typing and key in EDITS:
-        return EDITS[key](view, stage)
-    if view.typing and len(key) == 1:
-        return edit(view, filter=(view.filter + key)[:MAX_FILTER])
-    return KEYS[key](view, stage) if key in KEYS else view
+def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
+    """Return the view after a key, as curses calls it ("j", "^D", "KEY_UP"), or an action ("move 3", "click LINE COLUMN").
+
+    `rows` is as in screen(). One key changes the State: c clears it.
+    """
+    view, name = settled(view, stage.state), NAMES.get(key, key)  # on a page that no event shall change any more
+    text = view.layers[-1].filter
+    edits = {"esc": "", "enter": text, "backspace": text[:-1], "^U": "", "^W": re.sub(r"\S*\s*$", "", text)}
+    if view.typing and (len(key) == 1 or name in edits):
+        text = (text + key)[:100] if len(key) == 1 else edits[name]
+        view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
+        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
+    action, *arguments = KEYS.get(name, name).split() or [""]
+    rows = rows_of(view, stage) if rows is None else rows
+    return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
 
 
-class Ascii(dict["int", "Any"]):
-    """For str.translate(): ASCII of the same width for whatever is none."""
-
-    def __missing__(self, code: int) -> str:
-        return chr(code) if code < 128 else "?" * cells_of(chr(code))
-
-
-ASCII = Ascii(str.maketrans("▁▂▃▄▅▆▇█━─…▾—", ".:-=+*%#=-~v-"))
+def in_ascii(text: str) -> str:
+    """Return text of the same width for a terminal that knows no other characters."""
+    table = dict(zip("▁▂▃▄▅▆▇█━·…▾▴—←", ".:-=+*%#=.~v^-<"))
+    return "".join([char if char.isascii() else table.get(char, "?" * glyph(char)[1]) for char in text])
 
 
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
 FRAME_TIME = 0.05  # between two pictures,
-FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two tables
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two lists of rows
 DRAIN = 500  # events taken between two looks at the keyboard
-COUNT_TIME = 60.0  # after the last event, until when the graph may have something to move
-LOOKS = {  # style -> attributes; the name of a colour; its like among 256, legible on a light and on a dark background
-    "": ("", "", 0),
-    "bold": ("BOLD", "", 0),
-    "dim": ("DIM", "", 244),
-    "heading": ("BOLD UNDERLINE", "", 0),
-    "reverse": ("REVERSE", "", 0),
-    "selected": ("BOLD REVERSE", "", 0),
-    "alarm": ("BOLD REVERSE", "RED", 160),
-    "frozen": ("BOLD REVERSE", "BLUE", 32),
-    "red": ("BOLD", "RED", 160),
-    "green": ("", "GREEN", 28),
-    "yellow": ("", "YELLOW", 136),
-    "blue": ("", "BLUE", 32),
-    "magenta": ("", "MAGENTA", 133),
-    "cyan": ("", "CYAN", 30),
+MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
+LOOKS = {  # style -> attributes; its colour of 256, at least 3:1 on black, #1e1e1e and white; of 8, where one is legible
+    "": ("", 0, 0),
+    "bold": ("BOLD", 0, 0),
+    "dim": ("DIM", 244, 0),
+    "heading": ("BOLD UNDERLINE", 0, 0),
+    "reverse": ("REVERSE", 0, 0),
+    "selected": ("BOLD REVERSE", 0, 0),
+    "alarm": ("BOLD REVERSE", 196, 1),
+    "red": ("BOLD", 196, 1),
+    "green": ("", 28, 0),
+    "yellow": ("", 136, 0),
+    "blue": ("", 32, 0),
+    "magenta": ("", 133, 5),
+    "cyan": ("", 30, 0),
 }
-
-
-class Tap:
-    """What happens to events on their way to be shown: some are chosen, recorded, and counted up to a limit."""
-
-    def __init__(
-        self,
-        types: Sequence[str] = (),
-        record: Any = None,
-        limit: int | None = None,
-    ) -> None:
-        self.left = inf if limit is None else limit
-        self.types = types
-        self._record = record
-
-    def kinds(self) -> str:
-        """Return which events are chosen, as words."""
-        return f" of type {' or '.join(self.types)}" if self.types else ""
-
-    def __call__(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Yield the events to show."""
-        from fnmatch import fnmatchcase
-
-        for event in events if self.left > 0 else ():
-            if self.types and not any(fnmatchcase(event.type, glob) for glob in self.types):
-                continue
-            if self._record:
-                self._write(json_line(event))
-            self.left -= 1
-            yield event
-            if self.left <= 0:
-                return
-
-    def _write(self, line: str) -> None:
-        """Record a line, in one piece, since others may record into the same file."""
-        data = line.encode() + b"\n"
-        try:
-            while data:  # where there is little room, only a part is taken
-                data = data[self._record.write(data) :]
-        except OSError as problem:
-            problem.filename = self._record.name
-            raise
 
 
 def complain(message: str) -> None:
@@ -4079,15 +4221,42 @@ def complain(message: str) -> None:
         pass  # it is full, or nobody reads it
 
 
-def lines_of(path: str) -> Iterator[bytes]:
-    """Yield the lines of a file, or of standard input for "-"; of one that is too long its beginning."""
+# A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
+
+
+def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
+    """Yield the events of a file of NDJSON, or of standard input for "-"; report each line that holds none."""
     with open(path, "rb") if path != "-" else nullcontext() as file:
         stream = file or sys.stdin and sys.stdin.buffer
-        whole = True
+        where, index, whole = "" if path == "-" else f"{path}: ", 0, True
         for line in iter(partial(stream.readline, MAX_LINE), b"") if stream else ():
-            if whole:
-                yield line
-            whole = line.endswith(b"\n") or len(line) < MAX_LINE
+            begins, whole = whole, line.endswith(b"\n")
+            index += begins
+            try:
+                if begins and not whole and len(line) == MAX_LINE:
+                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
+                if begins and line.strip():
+                    yield parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
+            except WireError as problem:
+                report(f"{where}line {index}: {problem}")
+
+
+def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeup: bool = True) -> Feed:
+    """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
+    heard, patience = time.monotonic(), inf if timeout is None else timeout
+    while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
+        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
+            heard = time.monotonic()
+            yield event
+        yield None
+
+
+def json_line(event: Facts) -> str:
+    """Return an event as a line of JSON in ASCII, in which nothing can harm a terminal."""
+    try:
+        return json.dumps(event, allow_nan=False)
+    except ValueError:
+        return json.dumps(plain(event))
 
 
 def open_record(path: str) -> Any:
@@ -4100,42 +4269,40 @@ def open_record(path: str) -> Any:
     return file
 
 
-def recorded(path: str) -> Iterator[tuple[int, Event | WireError]]:
-    """Yield (line number, Event), or the error in that line, of a file of NDJSON; empty lines are passed over."""
-    for index, line in enumerate(lines_of(path), 1):
-        if line.strip() or len(line) >= MAX_LINE:
-            try:
-                if len(line) >= MAX_LINE:
-                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
-                yield index, parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
-            except WireError as problem:
-                yield index, problem
+def append(record: Any, event: Event) -> None:
+    """Append an event to a file, in one piece, since others may append to it too."""
+    data = json_line(event).encode() + b"\n"
+    try:
+        while data:  # where there is little room, only a part is taken
+            data = data[record.write(data) :]
+    except OSError as problem:
+        problem.filename = record.name
+        raise
 
 
-def replay(path: str) -> Iterator[Event]:
-    """Yield the events of a recorded file; complain of lines that are none."""
-    for line, event in recorded(path):
-        if isinstance(event, WireError):
-            complain(f"{path}: line {line}: {event}")
-        else:
-            yield event
+def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> Feed:
+    """Yield the events of some types, at most so many; append them to a file."""
+    from fnmatch import fnmatchcase
+
+    left = inf if limit is None else limit
+    for event in feed if left > 0 else ():
+        if event is not None:
+            if types and not any(fnmatchcase(event.type, glob) for glob in types):
+                continue
+            if record:
+                append(record, event)
+            left -= 1
+        yield event
+        if left <= 0:
+            return
 
 
-class Glyphs(dict["int", "str"]):
-    """For str.translate(): question marks for characters that take more or less room in curses than here."""
-
-    def __missing__(self, code: int) -> str:
-        import curses
-
-        char, pad = chr(code), curses.newpad(1, 8)
-        try:
-            pad.addstr(char)
-            same = pad.getyx()[1] == cells_of(char)
-        except curses.error:
-            same = False
-        if len(self) > MAX_GLYPHS:
-            self.clear()
-        return self.setdefault(code, char if same else "?" * cells_of(char))
+def noted(feed: Feed, state: State) -> Feed:
+    """Yield events that the state has taken."""
+    for event in feed:
+        if event is not None:
+            state.event(event)
+        yield event
 
 
 class Terminal:
@@ -4146,7 +4313,7 @@ class Terminal:
 
         self._curses: Any = curses
         self._window = window
-        self._glyphs = Glyphs() if "utf" in window.encoding.lower() else ASCII
+        self._ascii = "utf" not in window.encoding.lower()
         self._painted: list[Line] = []
         self._looks = self._prepare_looks()
         self._button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
@@ -4154,45 +4321,37 @@ class Terminal:
         curses.mouseinterval(0)
         window.nodelay(True)
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
-        try:
+        with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
-        except curses.error:
-            pass  # a terminal whose cursor is always there
 
     def _prepare_looks(self) -> dict[str, int]:
         """Return style -> curses attribute."""
-        curses, colours = self._curses, 0
+        curses, colours, looks = self._curses, 0, {}
         if curses.has_colors():
-            try:
+            with suppress(curses.error):  # of a terminal that has no default colours
                 curses.use_default_colors()  # without colours too, or curses would paint a background
                 colours = 0 if os.environ.get("NO_COLOR") else curses.COLORS
-            except curses.error:
-                pass  # a terminal that has no default colours
-        looks = {}
-        for pair, (style, (attributes, name, like)) in enumerate(LOOKS.items(), 1):
-            look = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
-            colour = like if colours >= 256 else getattr(curses, f"COLOR_{name}", 0)
-            if colours and colour:
+        for pair, (style, (attributes, many, few)) in enumerate(LOOKS.items(), 1):
+            looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
+            colour = many if colours >= 256 else few if colours else 0
+            if colour:
                 curses.init_pair(pair, colour, -1)
-                look = look & ~curses.A_DIM | curses.color_pair(pair)
-            looks[style] = look
+                looks[style] = looks[style] & ~curses.A_DIM | curses.color_pair(pair)
         return looks
 
     def size(self) -> tuple[int, int]:
         """Return rows and columns; curses learns here that they have changed."""
-        try:
+        with suppress(OSError):
             columns, rows = os.get_terminal_size(sys.stdout.fileno())
-        except OSError:
-            columns = rows = 0
-        if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
-            self._curses.resizeterm(rows, columns)
-            self._window.clear()
-            self._painted = []
+            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
+                self._curses.resizeterm(rows, columns)
+                self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def renew(self) -> None:
-        """Set the terminal up and paint it anew: another program has had it."""
-        self._curses.endwin()
+    def forget(self, used: bool = False) -> None:
+        """Paint all of the next picture: what the terminal shows is not known, or another program has used it."""
+        if used:
+            self._curses.endwin()
         self._window.clear()
         self._painted = []
 
@@ -4204,26 +4363,23 @@ class Terminal:
         """End a ctrl-S, for which curses would wait when it puts the terminal back."""
         import termios
 
-        try:
+        with suppress(OSError, termios.error):  # of a terminal that has gone
             if not self.is_ready():
                 termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
                 termios.tcflow(sys.stdout, termios.TCOON)
-        except (OSError, termios.error):
-            pass  # the terminal has gone
 
     def paint(self, lines: list[Line]) -> None:
-        """Show the lines."""
-        before = self._painted
+        """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
         for row, line in enumerate(lines):
-            if row >= len(before) or line != before[row]:
-                self._window.move(row, 0)
-                for text, style in line:
-                    try:
-                        self._window.addstr(
-                            text if text.isascii() else text.translate(self._glyphs), self._looks[style]
-                        )
-                    except self._curses.error:
-                        pass  # behind the last cell the cursor has nowhere to go; or the terminal has just shrunk
+            if row < len(self._painted) and line == self._painted[row]:
+                continue
+            self._window.move(row, 0)
+            self._window.clrtoeol()
+            column = 0
+            for text, style, _ in line:
+                with suppress(self._curses.error):  # behind the last cell is no place for the cursor
+                    self._window.addstr(row, column, in_ascii(text) if self._ascii else text, self._looks[style])
+                column += cells(text)
         self._painted = lines
         self._window.refresh()
 
@@ -4254,117 +4410,39 @@ class Terminal:
 
     def _read(self) -> Any:
         """Return the next character, the number of a key that is none, or None."""
-        try:
+        with suppress(self._curses.error):
             return self._window.get_wch()
-        except self._curses.error:
-            return None
 
     def _mouse(self) -> Iterator[str]:
-        try:
-            _, _, line, _, button = self._curses.getmouse()
-        except self._curses.error:
-            return
-        clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-        yield f"click {line}" if clicked else "wheel up" if up else "wheel down"
-
-
-class Live:
-    """What a receiver hears, for the monitor; `words` are those that `send` needs beside the URL to reach it."""
-
-    problems = ()
-
-    def __init__(
-        self, receiver: Receiver, tap: Tap, timeout: float | None = None, wakeup: bool = True, words: str = ""
-    ) -> None:
-        self.files = [receiver]
-        self.now = time.time
-        self.pause = receiver.pause
-        self._receiver = receiver
-        self._tap = tap
-        self._timeout = inf if timeout is None else timeout
-        self._wakeup = wakeup
-        self._heard = 0, time.monotonic()  # how many events, and since when no more
-        kind = re.sub(r"[*?[\]]+", "x", tap.types[0]) if tap.types else "hello"
-        where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
-        trial = f"python eventmon.py send {kind}{where}{words}"
-        self._empty = f"no events{tap.kinds()} yet on {receiver.url} — try: {trial}"
-
-    def take(self) -> Iterator[Event]:
-        """Yield some of the events that have come."""
-        return self._tap(self._receiver.itercapture(DRAIN, 0, self._wakeup))
-
-    def is_over(self) -> bool:
-        """Whether the limit or the timeout is reached, or the receiver is told to stop."""
-        events, now = self._receiver.stats["events"], time.monotonic()
-        if events != self._heard[0]:
-            self._heard = events, now
-        return self._tap.left <= 0 or now > self._heard[1] + self._timeout or self._receiver.should_stop
-
-    def status(self) -> dict[str, Any]:
-        """Return what screen() takes as status."""
-        return {"url": self._receiver.url, "empty": self._empty, **self._receiver.stats}
-
-
-class Recording:
-    """What a file holds, for the monitor; the time is that of the last event."""
-
-    files: tuple[()] = ()
-
-    def __init__(self, path: str, tap: Tap) -> None:
-        self.problems: deque[str] = deque(maxlen=MAX_PROBLEMS)  # the last ones
-        self._path = path
-        self._tap = tap
-        self._lines = recorded(path)
-        self._bad = 0
-        self._now = time.time()
-        self._ended = False
-
-    def take(self) -> Iterator[Event]:
-        """Yield some of the events."""
-        lines = list(islice(self._lines, DRAIN))
-        self._ended = not lines
-        for line, event in lines:
-            if isinstance(event, WireError):
-                self._bad += 1
-                self.problems.append(f"{self._path}: line {line}: {event}")
-        for event in self._tap(event for _, event in lines if isinstance(event, Event)):
-            self._now = number(event.setdefault("local_received", event["timestamp"]), self._now)
-            yield event
-
-    def now(self) -> float:
-        """Return the time to show."""
-        return self._now
-
-    def pause(self, longest: float) -> float:
-        """Return how many seconds, at most `longest`, there is nothing to take."""
-        return longest if self._ended else 0.0
-
-    def is_over(self) -> bool:
-        """Whether to end: only the user ends it."""
-        return False
-
-    def status(self) -> dict[str, Any]:
-        """Return what screen() takes as status."""
-        return {"url": self._path, "empty": f"no events{self._tap.kinds()} in {self._path}", "malformed": self._bad}
+        with suppress(self._curses.error):
+            _, column, line, _, button = self._curses.getmouse()
+            clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+            yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
 
 
 class Monitor:
-    """The monitor's one thread: events first, then keys, then a picture if there is something new."""
+    """The monitor's one thread: events first, then keys, then a picture if there is something new.
 
-    def __init__(self, source: Live | Recording, state: State) -> None:
-        self._source = source
+    `status` is a function that returns what Stage has under that name; the end of the feed ends the monitor, unless it
+    is a file's. `receiver` is what to wait for, None for a file.
+    """
+
+    def __init__(self, feed: Feed, state: State, status: Callable[[], Mapping[str, Any]], receiver: Any = None) -> None:
+        self._feed = feed
         self._state = state
+        self._status = status
+        self._receiver = receiver
         self._view = View()
         self._signals: set[int] = set()  # that have come and are still to be heeded
         self._pid = os.getpid()
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
-        self._heard = self._painted = self._due = time.monotonic()  # the last event and picture; when one may be next
+        self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
-        self._table: list[tuple[Any, Any]] = []
-        self._table_of: Any = None  # what the table is of
-        self._table_due = 0.0  # when it may be made anew though only events have changed it
+        self._rows: Rows = []
+        self._rows_of: Any = None  # what the rows are of
+        self._rows_due = 0.0  # when they may be made anew though only events have changed them
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
@@ -4393,93 +4471,101 @@ class Monitor:
             raise SystemExit(128 + ended)
 
     def _note(self, name: int, frame: object) -> None:
+        """Note a signal."""
         import signal
 
         if os.getpid() != self._pid:  # the child of a fork
             signal.signal(name, signal.SIG_DFL)
             os.kill(os.getpid(), name)
         self._signals.add(name)
-        try:
+        with suppress(OSError):  # enough lie there already
             self._waker.send(b"\0")  # ends the wait, as a signal alone does not
-        except OSError:
-            pass  # enough of them lie there already
 
     def _loop(self, window: Any) -> None:
         from signal import SIGCONT, SIGWINCH
 
         terminal = Terminal(window)
         try:
-            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
-                for event in self._source.take():
-                    self._state.event(event)
-                    self._heard = time.monotonic()
-                if self._source.is_over():
-                    return
-                if SIGCONT in self._signals and terminal.is_ready():
-                    self._signals.remove(SIGCONT)
+            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty() and self._take():
+                if self._signals and terminal.is_ready():
+                    terminal.forget(SIGCONT in self._signals)
+                    self._signals -= {SIGCONT, SIGWINCH}
                     self._drawn = None
-                    terminal.renew()
-                self._turn(terminal)
+                height, width = terminal.size()
+                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
         finally:
             terminal.release()
 
-    def _turn(self, terminal: Terminal) -> None:
+    def _take(self) -> bool:
+        """Take some events; return whether to go on."""
+        event: Any = self
+        for event in islice(self._feed, DRAIN):
+            if event is None:
+                break
+            self._state.event(event)
+            self._heard = time.monotonic()
+        self._ended = event is self
+        return not (self._ended and self._receiver)
+
+    def _turn(self, terminal: Any, stage: Stage) -> None:
         """Heed the keys, draw, and wait."""
-        where, more = (*terminal.size(), self._source.now()), False
+        more = False
         for key in terminal.pressed():
             if key == "^L" and terminal.is_ready():
-                terminal.renew()
-            table = None if self._view.typing else self._find(*where)  # a letter of a filter needs none
-            self._view = self._state.freeze_while(press, self._view, key, self._state, *where, table)
+                terminal.forget(True)
+            rows = None if self._view.typing else self._find(stage)  # a letter of a filter needs none
+            self._view = self._state.freeze_while(press, self._view, key, stage, rows)
             self._drawn, self._due = None, self._painted + FRAME_TIME
             more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
-            if more or self._view.done:
-                break  # what is typed further must wait for the events, or is for whoever reads next
-        if not self._view.done:
-            patience = self._draw(terminal, *where)
-            self._wait(0.0 if more else patience)
+            if self._view.done:
+                return
+            if more:
+                break  # what is typed further must wait for the events
+        patience = self._draw(terminal, stage)
+        self._wait(0.0 if more else patience)
 
-    def _find(self, rows: int, columns: int, wall: float) -> list[tuple[Any, Any]]:
-        """Return the rows of the table, made anew if another is wanted, or if it has changed and there is time for it."""
-        view, state, now = self._view, self._state, time.monotonic()
-        wanted = (page_of(view, state), view.filter, view.order, view.frozen)
-        changes = (state.event_count, len(state.tasks), int(wall) if view.order or view.filter else 0)
-        if (
-            self._table_of is None
-            or self._table_of[0] != wanted
-            or self._table_of[1] != changes
-            and now >= self._table_due
-        ):
-            self._table = state.freeze_while(table_of, view, stage_of(state, view, rows, columns, wall))
-            self._table_of = wanted, changes
-            self._table_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
-        return self._table
+    def _find(self, stage: Stage) -> Rows:
+        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time."""
+        now, view = time.monotonic(), settled(self._view, self._state)
+        wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
+        changes = self._state.event_count, len(self._state.tasks), self._second(stage)
+        if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
+            self._rows = self._state.freeze_while(rows_of, view, stage)
+            self._rows_of = wanted, changes
+            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
+        return self._rows
 
-    def _draw(self, terminal: Terminal, rows: int, columns: int, wall: float) -> float:
+    def _second(self, stage: Stage) -> int:
+        """Return what changes each second while something on the screen counts seconds."""
+        counts = time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
+        return int(stage.now) if counts or self._state.workers else 0
+
+    def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now, state = time.monotonic(), self._state
-        counts = state._active or state.workers or now < self._heard + COUNT_TIME  # seconds, on the screen
-        status, table = self._source.status(), self._find(rows, columns, wall)
-        picture = (state.event_count, self._table_of, self._view, rows, columns, status, counts and int(wall))
+        now, rows = time.monotonic(), self._find(stage)
+        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._state.event_count
         if picture != self._drawn and now >= self._due and terminal.is_ready():
-            terminal.paint(state.freeze_while(screen, state, self._view, rows, columns, wall, status, table))
+            terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
-        return min(MAX_SLEEP, max(FRAME_TIME, 1 - time.time() % 1))  # other threads may feed the State
+        return min(MAX_SLEEP, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
         """Wait for events, keys and signals."""
-        files, patience = (sys.stdin, self._wake, *self._source.files), max(0.0, self._source.pause(longest))
+        files = [sys.stdin, self._wake]
+        if self._receiver:
+            files.append(self._receiver)
+            longest = self._receiver.pause(max(0.0, longest))
+        elif not self._ended:
+            longest = 0.0
         try:
-            select.select(files, [], [], patience)  # which takes terminals also where poll() does not
+            select.select(files, [], [], longest)  # which takes terminals also where poll() does not
         except ValueError:  # it takes only the first 1,024 files
-            wait_for(patience, *files)
-        try:
+            wait_for(longest, *files)
+        with suppress(BlockingIOError):  # no signal came
             self._wake.recv(4096)
-        except BlockingIOError:
-            pass  # no signal came
 
 
 def is_terminal(stream: Any, number: int) -> bool:
@@ -4516,18 +4602,20 @@ def take_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def print_lines(events: Iterable[Event], form: Callable[[Event], str]) -> None:
-    """Print each event as a line."""
+def print_lines(feed: Feed, state: State | None = None) -> None:
+    """Print each event as a line for people, with what the state knows of its task; without a state, as JSON."""
     take_any_text()
-    for event in events:
-        print(form(event), flush=True)
+    for event in feed:
+        if event is not None:
+            print(event_line(event, state.tasks) if state else json_line(event), flush=True)
 
 
-def noted(state: State, events: Iterable[Event]) -> Iterator[Event]:
-    """Yield events that the state has taken."""
-    for event in events:
-        state.event(event)
-        yield event
+def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str] = (), words: str = "") -> None:
+    """Show in the monitor what a receiver hears; `words` are those that `send` needs beside the URL to reach it."""
+    where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
+    trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
+    empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
+    Monitor(feed, state, lambda: {"url": receiver.url, "empty": empty, **receiver.stats}, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
@@ -4542,9 +4630,9 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     try:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
-            Monitor(Live(heard, Tap()), state).run()
+            show_live(heard, state, live(heard, 0.0))
         else:
-            print_lines(noted(state, heard.itercapture()), plain_line)
+            print_lines(noted(live(heard, 1.0), state), state)
     finally:
         if receiver is None:
             heard.close()
@@ -4590,27 +4678,23 @@ def end_with_reader(receiver: Receiver) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def heard(receiver: Receiver, timeout: float | None, wakeup: bool) -> Iterator[Event]:
+def report_losses(receiver: Receiver, feed: Feed) -> Feed:
     """Yield what is heard; complain of what is lost or rejected, at most once a second, and of all in the end."""
-    patience = inf if timeout is None else timeout
     told, told_at = {"lost": 0, "rejected": 0}, -inf
 
-    def tell(words: str) -> dict[str, int]:
+    def tell(words: str = "") -> None:
+        nonlocal told, told_at
         counts = {name: receiver.stats[name] for name in told}
-        news = [f"{counts[name]:,} {plural('datagram', counts[name])} {name}{words}" for name in told if counts[name]]
+        news = [f"{many:,} {plural('datagram', many)} {name}{words}" for name, many in counts.items() if many]
         if news and (words or counts != told):
             complain(", ".join(news) + (f": {receiver.problem}" if counts["rejected"] else ""))
-        return counts
+        told, told_at = counts, time.monotonic()
 
-    last = time.monotonic()
     try:
-        while not receiver.should_stop and time.monotonic() < last + patience:
-            for event in receiver.itercapture(None, min(1.0, max(0.0, last + patience - time.monotonic())), wakeup):
-                yield event
-                last = time.monotonic()
-                if last > told_at + 1.0:
-                    told, told_at = tell(""), last
-            told, told_at = tell(""), time.monotonic()
+        for event in feed:
+            yield event
+            if time.monotonic() > told_at + 1.0:
+                tell()
     finally:
         tell(" in all")
 
@@ -4622,35 +4706,45 @@ def watch(options: Any) -> int:
     files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
     if len(files) == 2 and os.path.samefile(*files):
         raise Failure(f"{options.file} cannot be recorded into itself", 2)
+    in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
+    state, types = State(), options.type or ()
+    problems: list[str] = []
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
-        tap = Tap(options.type or (), record, options.limit)
-        receiver = None if options.file else stack.enter_context(listening(options))
-        words = f" --key-file '{options.key_file}'" if options.key_file else ""
-        in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file)
-        if not in_lines and has_terminal():
-            source = (
-                Live(receiver, tap, options.timeout, not options.no_history, words)
-                if receiver
-                else Recording(options.file, tap)
-            )
-            Monitor(source, State()).run()
-            for problem in source.problems:
-                complain(problem)
-            return 0
-        if receiver:
-            end_with_reader(receiver)
-            events = heard(receiver, options.timeout, not options.no_history)
+        if options.file:
+            state.recorded = True
+            feed: Feed = recorded(options.file, complain if in_lines else problems.append)
         else:
-            events = replay(options.file)
-        print_lines(tap(events), json_line if options.json else plain_line)
+            receiver = stack.enter_context(listening(options))
+            feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
+        if in_lines and not options.file:
+            end_with_reader(receiver)
+            feed = report_losses(receiver, feed)
+        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
+        if in_lines:
+            print_lines(feed, None if options.json else state)
+        elif options.file:
+            empty = f"no events in {options.file}"
+            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": len(problems)}).run()
+            for problem in problems[-20:]:
+                complain(problem)
+        else:
+            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
     return 0
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
 
 
 def parse_field(word: str) -> tuple[str, Any]:
     """Return name and value of "name=text" or "name:=json"."""
     name, equals, text = word.partition("=")
-    if not equals or not name.rstrip(":"):
+    if not equals or not name.rstrip(":") or text.startswith("="):
         raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
     if not name.endswith(":"):
         return name, text
@@ -4660,324 +4754,215 @@ def parse_field(word: str) -> tuple[str, Any]:
         raise Failure(f"field is {word!r}: {problem}", 2) from None
 
 
+def parse_fields(words: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of an event from a command line."""
+    fields = dict(map(parse_field, words))
+    for wrong, message in (
+        (len(fields) < len(words), "a field is given twice"),
+        (fields.keys() & {"type", "blind"}, "a field cannot be called type or blind"),
+        (isinstance(fields.get("timestamp"), str), "timestamp is a text, expected seconds as in timestamp:=1.7e9"),
+    ):
+        if wrong:
+            raise Failure(message, 2)
+    return fields
+
+
 def send_lines(dispatcher: Dispatcher) -> int:
     """Send the NDJSON on standard input; return how many lines were bad."""
     failures = 0
-    for line, event in recorded("-"):
+
+    def report(problem: object) -> None:
+        nonlocal failures
+        failures += 1
+        if failures <= MAX_TOLD:
+            complain(str(problem))
+
+    for event in recorded("-", report):
         try:
-            if isinstance(event, WireError):
-                raise event
             dispatcher.publish(event)
-        except (WireError, ValueError) as problem:
-            complain(f"line {line}: {problem}")
-            failures += 1
+        except ValueError as problem:
+            report(problem)
+    if failures > MAX_TOLD:
+        complain(f"and {failures - MAX_TOLD:,} more")
     return failures
 
 
 def send(options: Any) -> int:
-    """Send one event, or those on standard input, and say how many watchers confirmed."""
-    fields = dict(map(parse_field, options.field))
-    if "type" in fields:
-        raise Failure("a field is called type, which is the first argument", 2)
+    """Send an event, or those on standard input, and say how many watchers have everything."""
+    fields, failures = parse_fields(options.field), 0
     if options.type == "-" and fields:
         raise Failure("send - takes no fields", 2)
-    failures = 0
     with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
         if options.type == "-":
             failures = send_lines(dispatcher)
         else:
-            dispatcher._send(options.type, fields)
+            dispatcher.send(options.type, **fields)
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {stats['events']:,} {plural('event', stats['events'])}"
-    if watchers or not lacking:
-        report += f", confirmed by {watchers} {plural('watcher', watchers)}"
+    report = f"sent {counted(stats['events'], 'event')}, confirmed by {counted(watchers, 'watcher')}"
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {len(lacking)} {plural('watcher', len(lacking))} {verb} {max(lacking):,} datagrams"
+        report += f"; {counted(len(lacking), 'watcher')} {verb} {counted(max(lacking), 'datagram')}"
     if stats["rejected"]:
-        report += f"; {stats['rejected']} {plural('answer', stats['rejected'])} rejected: {dispatcher.problem}"
+        report += f"; {counted(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
     if sys.stderr:
         print(printable(report), file=sys.stderr, flush=True)
     return 1 if failures or lacking else 0
 
 
-# run. The command is a child in our process group: what is typed as a signal reaches it without us, and only what comes
-# from elsewhere is passed on.
+# run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
+
+TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
+SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
+MAX_PIPE = 1 << 20  # bytes that a pipe may hold
+MAX_TAIL = 65536  # bytes of standard error that are kept, and
+MAX_LINES = 20  # of these the last lines
 
 
-def signals_to_pass() -> set[int]:
-    """Return the signals that are passed on: all but those that cannot be, and those of our own faults."""
-    import signal
-
-    faults = ("KILL", "STOP", "SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS", "PIPE")
-    return {*map(int, signal.valid_signals())} - {getattr(signal, f"SIG{name}", 0) for name in faults}
-
-
-def in_foreground(*pids: int) -> bool:
-    """Whether what is typed at a terminal as a signal reaches one of these processes; 0 is this one."""
+def in_foreground() -> bool:
+    """Whether what is typed at a terminal as a signal reaches this process, and the command."""
     try:
         with open("/dev/tty", "rb") as tty:
-            return os.tcgetpgrp(tty.fileno()) in map(os.getpgid, pids)
+            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
     except OSError:
         return False
 
 
-def next_signal(signals: set[int]) -> tuple[int, bool]:
-    """Wait for a blocked signal, for a moment; return it, or 0, and whether it was typed, so that the command has it too."""
+@contextmanager
+def signals_passed_on(command: Any) -> Iterator[None]:
+    """Pass signals on to a command. One that comes when it has ended ends us."""
     import signal
 
-    typed = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
-    if hasattr(signal, "sigtimedwait"):
-        info = signal.sigtimedwait(signals, MAX_SLEEP)
-        if info is None:
-            return 0, False
-        return info.si_signo, info.si_signo in typed and info.si_code in (0x80, 0x10006)  # SI_KERNEL: Linux, FreeBSD
-    name = signal.sigwait(signals)  # macOS
-    return name, name in typed and in_foreground(0)
+    def pass_on(number: int, frame: object) -> None:
+        if signal.Signals(number).name in SENT or not in_foreground():
+            if command.poll() is not None:
+                raise SystemExit(128 + number)
+            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
+                command.send_signal(number)
+
+    numbers = [number for number in signal.Signals if number.name in TYPED + SENT]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # nobody else may
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else pass_on)  # ignored, as by nohup
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def follow(pid: int, signals: set[int]) -> int:
-    """Pass signals on to a child, and stop when it stops, until it has ended; return its wait status."""
-    import signal
+def copied_streams() -> list[str]:
+    """Return which streams of a command are copied, to know its last lines: standard error, if it is no terminal.
 
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-        if not found:  # SIGCHLD tells, unless another thread has got it
-            name, has_it = next_signal(signals)
-            if name not in (0, signal.SIGCHLD) and not has_it:
-                try:
-                    os.kill(pid, name)
-                except PermissionError:
-                    pass  # it runs as another user
-        elif not os.WIFSTOPPED(status):
-            return status
-        elif os.WSTOPSIG(status) in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or in_foreground(0, pid):
-            os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see, which then lets the whole group go on
-
-
-def copied_streams() -> list[int]:
-    """Return which streams of a command are copied to know its last lines: standard error, where it is no terminal.
-
-    And standard output, where it is the same file or pipe, so that the two keep their order.
+    And standard output where that is the same file, so that the two keep their order.
     """
-    from stat import S_ISCHR
-
     try:
         error = os.fstat(2)
-    except OSError:  # closed
+        if os.isatty(2) or sys.platform == "win32":
+            return []
+        return ["stderr", "stdout"] if os.path.samestat(os.fstat(1), error) else ["stderr"]
+    except OSError:  # one is closed
         return []
+
+
+def start(words: Sequence[str], **streams: Any) -> Any:
+    """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
+    from shutil import which
+    from subprocess import Popen
+
+    popen: Any = partial(Popen, close_fds=False, **streams)
     try:
-        same = os.path.samestat(os.fstat(1), error) and not S_ISCHR(error.st_mode)
-    except OSError:
-        same = False
-    return [] if os.isatty(2) else [2, 1] if same else [2]
-
-
-class Copier:
-    """Copies what comes through a pipe, `inlet`, to our standard error, and keeps the end of it."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self._ended = False
-        self._source, self.inlet = os.pipe()
-        self._stop, self._bell = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        """Copy until the pipe ends, or until what lies in it when finish() is called has been copied."""
-        poll, left = select.poll(), inf
-        for file in (self._source, self._stop):
-            poll.register(file, select.POLLIN)
-        while left > 0 and not self._ended:
-            ready = [file for file, _ in poll.poll()]
-            if self._source in ready:
-                self._copy()
-            if self._stop in ready:
-                left = min(left, MAX_PIPE) - MAX_COPIED if self._source in ready else 0
-
-    def _copy(self) -> None:
-        """Copy what is there."""
-        data = os.read(self._source, MAX_COPIED)
-        if not data:
-            self._close()
-        self._tail = (self._tail + data)[-MAX_COPIED:]
-        while data:
-            try:
-                data = data[os.write(2, data) :]
-            except BlockingIOError:
-                select.select([], [2], [])
-            except OSError as problem:
-                if isinstance(problem, BrokenPipeError):
-                    self._close()  # as our reader has gone, so has the command's
-                return
-
-    def _close(self) -> None:
-        source, self._source, self._ended = self._source, -1, True
-        if source >= 0:
-            os.close(source)
-
-    def finish(self) -> str:
-        """Return the last lines, when the command has ended; what its own children still write, another process copies.
-
-        A signal ends the wait for a standard error that takes nothing.
-        """
-        import signal
-
-        os.close(self._bell)
-        self._thread.join(0.1)
-        while self._thread.is_alive() and not signal.sigpending() & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
-            self._thread.join(0.1)
-        if not self._ended:
-            try:
-                spawn(["cat"], [(self._source, 0), (2, 1)], signals_to_pass())
-            except OSError:
-                pass  # where there is no cat, they find a broken pipe
-            self._close()
-        os.close(self._stop)
-        return b"\n".join(self._tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
-
-
-def spawn(words: list[str], files: Iterable[tuple[int, int]], mask: Iterable[int]) -> int:
-    """Start a process with copies of files, (ours, its), and a mask of blocked signals; return its id."""
-    import errno
-    import signal
-
-    if not words[0]:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    options: Any = {
-        "file_actions": [(os.POSIX_SPAWN_DUP2, *pair) for pair in files],
-        "setsigmask": mask,
-        "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
-    }
-    try:
-        return os.posix_spawnp(words[0], words, os.environ, **options)
+        return popen(words)
     except OSError as problem:
         if problem.errno != errno.ENOEXEC:
             raise
-        from shutil import which
-
-        path = which(words[0]) or words[0]
-        with open(path, "rb") as file:
-            if b"\0" in file.readline(80):  # no script; shells look at as much
-                raise
-        return os.posix_spawn("/bin/sh", ["/bin/sh", path, *words[1:]], os.environ, **options)  # as shells do
+        return popen(["/bin/sh", which(words[0]) or words[0], *words[1:]])
 
 
-def peak_memory() -> dict[str, int]:
-    """Return the largest resident set of a child that has ended, in bytes, as a field, if the system tells it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit}
+def copy_errors(command: Any, pipe: int) -> str:
+    """Copy a pipe to standard error until the command has ended, and return its last lines.
+
+    What its own children write later, another process copies.
+    """
+    tail, data, has_ended = b"", b"-", False
+    with open(pipe, "rb", buffering=0) as source, suppress(OSError):  # whoever reads us has gone: the command finds a broken pipe, too
+        while data and not has_ended:
+            has_ended = command.poll() is not None
+            if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+                data = rest = source.read(MAX_PIPE)
+                tail = (tail + data)[-MAX_TAIL:]
+                while rest:
+                    rest = rest[os.write(2, rest) :]
+        if data:
+            start(["cat"], stdin=source, stdout=2)
+    return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
 
 
-def ending(code: int, tail: str = "") -> dict[str, Any]:
-    """Return how a command ended, as fields of its last event; a negative code is a signal's."""
+def ending(code: int, errors: str) -> dict[str, Any]:
+    """Return fields that tell how a command has ended; a negative code is a signal's."""
     import signal
 
-    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code, **peak_memory()}
+    fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
+    with suppress(Exception):  # Windows has none
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        fields["peak_memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if code:
-        names = {int(name): name.name for name in signal.Signals}
-        fields["exception"] = f"exit status {code}" if code > 0 else names.get(-code, f"signal {-code}")
-    return {**fields, "stderr": tail} if code and tail else fields
+        names = {-number: number.name for number in signal.Signals}
+        fields["exception"] = f"exit status {code}" if code > 0 else names.get(code, f"signal {-code}")
+        fields.update({"stderr": errors} if errors else {})
+    return fields
 
 
-def start_posix(words: list[str], mask: Iterable[int]) -> Callable[[], dict[str, Any]]:
-    """Start a command while signals_to_pass() are blocked; return what waits for it, and returns its ending()."""
-    streams, copier = copied_streams(), None
+def run_command(words: Sequence[str]) -> dict[str, Any]:
+    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
+    streams, errors = copied_streams(), ""
+    pipe, inlet = os.pipe() if streams else (-1, -1)
     try:
-        copier = Copier() if streams else None
-    except RuntimeError:  # no more threads
-        streams = []
-    try:
-        pid = spawn(words, [(copier.inlet, stream) for stream in streams] if copier else (), mask)
-    finally:
-        if copier:
-            os.close(copier.inlet)
-
-    def wait() -> dict[str, Any]:
-        code = os.waitstatus_to_exitcode(follow(pid, signals_to_pass()))
-        return ending(code, copier.finish() if copier else "")
-
-    return wait
-
-
-def start_simply(words: list[str]) -> Callable[[], dict[str, Any]]:
-    """Do the same where there are no signals to pass on: on Windows, whose console tells the command of ctrl-C."""
-    from subprocess import Popen
-
-    process = Popen(words)
-
-    def wait() -> dict[str, Any]:
-        while True:
-            try:
-                return ending(process.wait())
-            except KeyboardInterrupt:
-                pass
-
-    return wait
-
-
-def run_task(words: list[str], options: Any, start: Callable[[list[str]], Callable[[], dict[str, Any]]]) -> int:
-    """Run a command that is started by start(), send the events of a task for it, and return its exit status."""
-    from shlex import join
-    from uuid import uuid4
-
-    name = options.name or os.path.basename(words[0])
-    fields = {"name": name, "args": cut(join(words), MAX_REPR), "kwargs": "{}", "retries": 0}
-    dispatcher, uuid, began = Dispatcher(options.url, key=options.key), str(uuid4()), time.monotonic()
-    try:
-        wait = start(words)
+        command = start(words, **dict.fromkeys(streams, inlet))
     except OSError as problem:
-        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
-        complain(f"{words[0]}: {reason}")
-        wait = partial(dict, exit_status=status, exception=reason)
-    # In a thread, since a resolver may take long.
-    teller = threading.Thread(target=dispatcher._begin_task, args=(uuid, fields), daemon=True)
-    try:
-        teller.start()
-    except RuntimeError:  # no more threads
-        teller.run()
-    outcome = wait()
-    if teller.ident:
-        teller.join(0.2)
-    if teller.is_alive():
-        _dispatchers.discard(dispatcher)  # whose close() would wait for the resolver
-    else:
-        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        dispatcher._end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
-        dispatcher.close()
-    return int(outcome["exit_status"])
+        is_missing = isinstance(problem, FileNotFoundError)
+        reason = "not found" if is_missing else str(problem.strerror)
+        hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
+        complain(f"{words[0]}: {reason}{hint}")
+        return {"exit_status": 127 if is_missing else 126, "exception": reason}
+    with signals_passed_on(command):
+        if streams:
+            os.close(inlet)
+            errors = copy_errors(command, pipe)
+        return ending(command.wait(), errors)
 
 
 def run(options: Any) -> int:
     """Run COMMAND as if it were run alone, and send the events of a task for it."""
-    import signal
+    from shlex import join
+    from uuid import uuid4
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise Failure("no command to run, expected run -- COMMAND", 2)
-    if not hasattr(os, "posix_spawnp"):
-        return run_task(words, options, start_simply)
-    held = signals_to_pass()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # or some systems would drop it, though it is blocked
-    try:
-        return run_task(words, options, partial(start_posix, mask=mask))
-    finally:
-        while signal.sigpending() & held:
-            signal.sigwait(held)  # too late for the command
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    uuid, began = str(uuid4()), time.monotonic()
+    with Dispatcher(options.url, key=options.key) as dispatcher:
+
+        def tell(type: str, **fields: Any) -> None:
+            with suppress(Exception):  # whatever of ours fails is nothing to the command
+                dispatcher.send(type, uuid=uuid, **fields)
+
+        name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
+        tell("task-received", name=name, args=args, kwargs="{}", retries=0)
+        tell("task-started")
+        outcome = run_command(words)
+        status = int(outcome["exit_status"])
+        tell("task-failed" if status else "task-succeeded", **outcome, runtime=time.monotonic() - began)
+    return status
 
 
-# check. It sends by hand, so that nothing is repaired and each datagram tells its own story.
+# check
 
 REASONS = {  # the name of an error of the system -> what it means, and what to do
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
@@ -4992,945 +4977,402 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENOBUFS": "the system has no buffer for it",
     "EAFNOSUPPORT": "this machine has no IPv4",
 }
-SIZES = sorted({MAX_DATAGRAM, 8192, MAX_LOOPBACK, 65507})  # bytes; the last one is the most that UDP can
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
-ANSWERS_TIME = 0.1  # for the answers of others
-LISTEN_TIME = 0.6  # two heartbeats of every sender
-TRIES = 11  # datagrams of which the median time is told
+LISTEN_TIME = 0.6  # two beats of every sender
+MAX_SKEW = 15  # seconds that clocks may differ: half of what a key allows
 
 
-def in_words(problem: Exception, url: Url) -> str:
-    """Return what an error of the system means."""
-    import errno
-
+def in_words(problem: BaseException | None, url: Url) -> str:
+    """Return what an error of the system means, and what to do."""
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "") if isinstance(problem, OSError) else ""
+    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
     if name == "EADDRNOTAVAIL" and on_loopback(url):
         return "the loopback interface is down, or has no such address: sudo ip link set lo up"
-    if not name and is_group(url.host) and not is_address(url.interface):
-        name = "ENODEV"  # socket.if_nametoindex() tells no number
     where = url.interface if is_group(url.host) else url.host
     return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
 
 
-def instead(url: Url) -> str:
-    """Return what to use where multicast does not work; nothing for who does without it already."""
-    ways = f"watch udp://0.0.0.0:{url.port}, send to udp://ADDRESS-OF-THE-WATCHER:{url.port}"
-    return f"; try another interface below, or unicast: {ways}" if is_group(url.host) else ""
-
-
-def endpoint(source: Source) -> str:
-    """Return a source as text."""
-    return "{}:{}".format(*source)
-
-
-class Probe:
-    """Sends datagrams to a URL, each a stream of its own, and finds who hears them: we, or others, who confirm."""
+class Trial:
+    """A URL that is tried: what sends to it, what listens there, and what others say, once it listens."""
 
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
-        self.watchers: dict[int, Source] = {}  # others who have confirmed
-        self.confirmed: dict[int, set[bytes]] = {}  # what each of them has
-        self.hosts: set[str] = set()  # that other events name
+        self.is_group = is_group(self.url.host)
+        self.leaves = self.is_group and not on_loopback(self.url)  # so that what is heard here proves nothing about there
+        self.dispatcher = Dispatcher(url, key=key)
         self.receiver = Receiver(url, key=key)
         self.listens = False
-        self.link: Any = None
-        self._key = key
-        self._sent: set[bytes] = set()
-        self._heard: set[bytes] = set()
+        self.others: set[str] = set()
 
-    def __enter__(self) -> Probe:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        return self
+    def listen(self, longest: float, fill: Any = None) -> bool:
+        """Listen for so many seconds, or until our event with this field has come."""
+        end = time.monotonic() + longest
+        for event in self.receiver.itercapture(timeout=longest, wakeup=False):
+            ahead = event.timestamp - event["local_received"]
+            if event.get("hostname") != self.dispatcher.hostname:
+                clock = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
+                self.others.add(f"{printable(event.get('hostname'))}{clock}")
+            elif event.get("fill") == fill:
+                return True
+            if time.monotonic() > end:
+                break
+        return False
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.receiver.close()
-        if self.link:
-            self.link.close()
-
-    def send(self, size: int = 0) -> bytes:
-        """Send an event in a datagram of `size` bytes, or of as few as will do; return the name of its stream."""
-        stream = os.urandom(8).hex().encode()
-        self._sent.add(stream)
-        event = Event("eventmon-check", hostname=default_hostname(), pid=os.getpid(), stream=stream.decode(), fill="")
-        short = len(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key))
-        event["fill"] = "x" * (size - short)
-        self.link.socket.sendto(seal(format_frame(b"data", stream, (1,), format_json(event)), self._key), self.link.target)
-        return stream  # without a heartbeat, which would tell other watchers of what has been lost
-
-    def hear(self, seconds: float, streams: set[bytes] | None = None) -> set[bytes]:
-        """Listen so long, or until the streams have arrived; return those that have."""
-        now = time.monotonic()
-        end = now + seconds
-        while now < end and not (streams and streams <= self._heard):
-            if self.listens:
-                for event in self.receiver.itercapture(1, 0.01, wakeup=False):
-                    self._take(event)
-            else:
-                wait_for(end - now, self.link.socket)
-            with suppress(OSError):
-                while True:
-                    self._heed(*self.link.socket.recvfrom(65536))
-            now = time.monotonic()
-        return self._heard & (streams or set())
-
-    def _take(self, event: Event) -> None:
-        stream = event.get("stream")
-        if event.type == "eventmon-check" and isinstance(stream, str) and stream.isascii():
-            self._heard.add(stream.encode())
-        else:
-            self.hosts.add(printable(event.get("hostname")) or "somebody")
-
-    def _heed(self, data: bytes, source: Source) -> None:
-        try:
-            frame = parse_frame(unseal(data, self._key)[0])
-        except WireError:
-            return
-        if frame.kind == b"ack" and frame.stream in self._sent and frame.numbers[1] != self.receiver.name:
-            self.watchers[frame.numbers[1]] = source
-            self.confirmed.setdefault(frame.numbers[1], set()).add(frame.stream)
-            if not self.listens and frame.numbers[0]:
-                self._heard.add(frame.stream)
-
-    def others(self) -> list[str]:
-        """Return where other streams come from."""
-        return [endpoint(source) for name, source in self.receiver.sources() if name.encode() not in self._sent]
-
-    def far(self) -> list[int]:
-        """Return the watchers on other machines."""
-        ours = {address for _, address, _, _ in interfaces()}
-        return [name for name, (host, _) in self.watchers.items() if host not in ours and not host.startswith("127.")]
-
-    def leaves(self) -> bool:
-        """Whether datagrams leave this machine, so that to hear them here proves nothing about there."""
-        return self.listens and is_group(self.url.host) and not on_loopback(self.url)
+    def arrives(self, fill: str) -> bool:
+        """Send an event with this field; return whether we hear it or, if we cannot listen, a watcher confirms it."""
+        self.dispatcher.send("eventmon-check", fill=fill)
+        return self.listen(HEAR_TIME, fill) if self.listens else self.dispatcher.flush(HEAR_TIME) > 0
 
 
-Step = namedtuple("Step", ["verdict", "name", "text"])  # "ok", "note" or "wrong"; what was tried; what came of it
+def try_open(trial: Trial) -> str:
+    """Open a socket that sends."""
+    Link(trial.url).close()
+    where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
+    return f"a socket that sends {where}" + (", to this machine alone: ttl=0" if trial.leaves and not trial.url.ttl else "")
 
 
-def open_steps(probe: Probe) -> Iterator[Step]:
-    """Open what sends and what listens."""
-    url, group = probe.url, is_group(probe.url.host)
+def try_join(trial: Trial) -> str:
+    """Open a socket that listens, unless another watcher has the port of a unicast URL."""
     try:
-        probe.link = Link(url)
-    except (OSError, UnicodeError) as problem:
-        yield Step("wrong", "open", in_words(problem, url))
-        return
-    yield Step("ok", "open", f"a socket that sends on interface {url.interface}" if group else "a socket that sends")
-    try:
-        probe.receiver.fileno()
-        probe.listens = True
-        yield Step("ok", "join", f"{'group' if group else 'address'} {url.host}, port {url.port}")
+        trial.receiver.fileno()
     except OSError as problem:
-        verdict, more = ("wrong", "") if group else ("ok", "; whoever watches there is to confirm")
-        yield Step(verdict, "join", in_words(problem, url) + more)
+        if trial.is_group:
+            raise
+        return f"{in_words(problem, trial.url)}; whoever watches there is to confirm"
+    trial.listens = True
+    return f"{'group' if trial.is_group else 'address'} {trial.url.host}, port {trial.url.port}"
 
 
-def send_steps(probe: Probe) -> Iterator[Step]:
-    """Send a small datagram and wait for it."""
-    url = probe.url
-    try:
-        stream = probe.send()
-    except OSError as problem:
-        yield Step("wrong", "send", in_words(problem, url) + instead(url))
-        return
-    yield Step("ok", "send", "the system took a datagram")
-    if probe.hear(HEAR_TIME, {stream}):
-        here = "it has come back on this machine" if probe.leaves() else "it has arrived"
-        yield Step("ok", "receive", here if probe.listens else "a watcher has confirmed it")
-    elif not probe.listens:
-        where = f"python eventmon.py watch --url udp://0.0.0.0:{url.port}"
-        yield Step(
-            "wrong",
-            "receive",
-            f"nobody confirms it: start {where} there, with the same key if any, and let UDP through its firewall",
-        )
-    else:
-        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-        yield Step("wrong", "receive", f"it does not come back: {causes}{instead(url)}")
+def try_send(trial: Trial) -> str:
+    """Send an event."""
+    trial.dispatcher.send("eventmon-check")
+    trial.dispatcher.flush(HEAR_TIME)
+    if not trial.dispatcher.stats["datagrams"]:
+        raise Failure(in_words(trial.dispatcher.problem, trial.url))
+    return "the system took a datagram"
 
 
-def size_step(probe: Probe) -> Step:
-    """Send datagrams of several sizes."""
-    sent, problem = {}, ""
-    for size in SIZES:
-        try:
-            sent[probe.send(size)] = size
-        except OSError as error:
-            problem = in_words(error, probe.url)
-            break
-    heard, far = probe.hear(HEAR_TIME, {*sent}), probe.far()
-    if far:
-        probe.hear(ANSWERS_TIME)
-        heard = set.intersection(heard, *(probe.confirmed[name] for name in far))
-    arrived = {sent[stream] for stream in heard}
-    lacking = [size for size in SIZES if size not in arrived]
-    where = " to every watcher on another machine" if far else " on this machine" if probe.leaves() else ""
-    needed = MAX_LOOPBACK if on_loopback(probe.url) else MAX_DATAGRAM
-    if not lacking:
-        return Step("ok", "sizes", f"up to {SIZES[-1]:,} bytes{where}, all that UDP can")
-    text = f"{lacking[0]:,} bytes do not arrive{where}" + (f": {problem}" if problem else "")
-    if lacking[0] > needed:
-        return Step("ok", "sizes", f"up to {max(arrived):,} bytes; {text}, and are not needed")
-    return Step("wrong", "sizes", f"{text}; a tunnel or VPN with a small MTU, perhaps")
+def try_receive(trial: Trial) -> str:
+    """Receive an event."""
+    port = trial.url.port
+    if trial.arrives("-"):
+        here = "it has come back on this machine" if trial.leaves else "it has arrived"
+        return here if trial.listens else "a watcher has confirmed it"
+    if not trial.listens:
+        there = f"start python eventmon.py watch --url udp://0.0.0.0:{port} there"
+        raise Failure(f"nobody confirms it: {there}, with the same key if any, and let UDP through its firewall")
+    causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
+    ways = f"watch udp://0.0.0.0:{port}, send to udp://ADDRESS-OF-THE-WATCHER:{port}"
+    raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {ways}")
 
 
-def buffer_step(probe: Probe) -> Step:
+def try_sizes(trial: Trial) -> str:
+    """Receive an event that takes about the largest datagram that is sent to this URL."""
+    size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
+    if not trial.arrives("x" * (size - 4 * MAX_HEADER)) or trial.leaves and trial.dispatcher.stats["behind"]:
+        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+    return f"up to {size:,} bytes in a datagram"
+
+
+def try_buffer(trial: Trial) -> str:
     """Compare the receive buffer with what was asked for."""
-    got = probe.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    got = trial.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) if trial.listens else BUFFER
     got //= 2 if sys.platform == "linux" else 1  # which counts twice what it grants
-    if got >= BUFFER:
-        return Step("ok", "buffer", f"{BUFFER:,} bytes, as asked for")
-    limit = {"linux": "net.core.rmem_max", "darwin": "kern.ipc.maxsockbuf"}.get(sys.platform, "the system's limit")
-    return Step(
-        "note", "buffer", f"{got:,} bytes of {BUFFER:,}, so bursts are repaired: sudo sysctl -w {limit}={BUFFER}"
-    )
+    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+    return f"{got:,} bytes" + (more if got < BUFFER else "")
 
 
-def ttl_step(probe: Probe) -> Step:
-    """Say how far datagrams go."""
-    url = probe.url
-    if not is_group(url.host):
-        return Step("ok", "ttl", str(url.ttl or "the system's own"))
-    if on_loopback(url):
-        return Step("ok", "ttl", f"{url.ttl}: nothing leaves this machine")
-    if not url.ttl:
-        return Step("note", "ttl", "0: no other machine hears this; ttl=1 reaches the network segment")
-    hops = url.ttl - 1
-    routers = f"through {hops} {plural('router', hops)} that forward multicast" if hops else "the network segment"
-    return Step("ok", "ttl", f"{url.ttl}: {routers}")
+def try_others(trial: Trial) -> str:
+    """Listen for a moment, and say who else is there."""
+    if trial.listens:
+        trial.listen(LISTEN_TIME)
+    watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
+    texts = [f"{counted(senders, 'Dispatcher')} and {counted(len(watchers) - trial.listens, 'watcher')} beside this one"]
+    if trial.leaves:
+        texts.append("only a watcher on another machine proves that anything gets there")
+        texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
+    if trial.others:
+        texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
+    for end in (trial.receiver, trial.dispatcher):
+        if end.stats["rejected"]:
+            texts.append(f"{counted(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
+    return "; ".join(texts)
 
 
-def time_step(probe: Probe) -> Step:
-    """Measure how long a datagram takes."""
-    times = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        try:
-            probe.hear(HEAR_TIME, {probe.send()})
-        except OSError as problem:
-            return Step("note", "time", in_words(problem, probe.url))
-        times.append(time.perf_counter() - start)
-    way = "from send to receive" if probe.listens else "there and back"
-    return Step("ok", "time", f"{sorted(times)[TRIES // 2] * 1000:.3f} ms {way}, the median of {TRIES}")
+STEPS: tuple[Callable[[Trial], str], ...]
+STEPS = (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others)
 
 
-def some(names: Iterable[str]) -> str:
-    """Return the first few names."""
-    first, few = sorted(names), 5
-    return ", ".join(first[:few]) + (", …" if len(first) > few else "")
-
-
-def told(noun: str, names: Iterable[str]) -> str:
-    """Return how many there are, and which."""
-    found = list(names)
-    return f"{len(found)} {plural(noun, len(found))}: {some(found)}" if found else "nobody else"
-
-
-def company_steps(probe: Probe) -> Iterator[Step]:
-    """Listen for a moment, and tell who else is there."""
-    probe.hear(LISTEN_TIME)
-    if probe.listens:
-        streams = probe.others()
-        yield Step(
-            "ok", "sending", told("Dispatcher", streams) + (f"; events from {some(probe.hosts)}" if probe.hosts else "")
-        )
-    watchers = told("watcher", map(endpoint, probe.watchers.values()))
-    if not probe.leaves() or probe.far():
-        yield Step("ok", "watching", watchers)
-    else:
-        more = "nobody on another machine, so it is not proven that anything gets there: watch there, and check again"
-        yield Step("note", "watching", f"{watchers}; {more}")
-    rejected = probe.receiver.stats["rejected"]
-    if rejected:
-        yield Step("note", "key", f"{rejected} {plural('datagram', rejected)} rejected: {probe.receiver.problem}")
-
-
-def check_steps(probe: Probe, whole: bool = True) -> Iterator[Step]:
-    """Try a URL step by step, as far as it works; or only whether it does."""
-    for steps in (open_steps, send_steps):
-        for step in steps(probe):
-            yield step
-            if step.verdict == "wrong":
+def check_steps(url: str, key: bytes, steps: Sequence[Callable[[Trial], str]] = STEPS) -> Iterator[tuple[str, str, str]]:
+    """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
+    trial = Trial(url, key)
+    with trial.dispatcher, trial.receiver:
+        for step in steps:
+            name = step.__name__[4:]
+            try:
+                yield "ok", name, step(trial)
+            except (OSError, UnicodeError, Failure) as problem:
+                yield "wrong", name, in_words(problem, trial.url)
                 return
-    if whole:
-        yield size_step(probe)
-        if probe.listens:
-            yield buffer_step(probe)
-        yield ttl_step(probe)
-        yield time_step(probe)
-        yield from company_steps(probe)
-
-
-def interfaces() -> Iterator[tuple[str, str, int, str]]:
-    """Yield name, address ("" if it has none), ttl to use and what is to be said of each network interface."""
-    try:
-        from fcntl import ioctl
-    except ImportError:  # Windows
-        for address in socket.gethostbyname_ex(socket.gethostname())[2]:
-            yield address, address, 1, ""
-        return
-    linux = sys.platform == "linux"
-    addresses, flags = (0x8915, 0x8913) if linux else (0xC0206921, 0xC0206911)  # SIOCGIFADDR, SIOCGIFFLAGS
-
-    def ask(what: int, name: str) -> bytes:
-        try:
-            return bytes(ioctl(sock, what, struct.pack("16s24x" if linux else "16s16x", os.fsencode(name))))
-        except OSError:  # it has none, or is gone
-            return bytes(40)
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            (flag,) = struct.unpack_from("H", ask(flags, name), 16)
-            host = socket.inet_ntoa(ask(addresses, name)[20:24])
-            loopback, multicast = flag & 8, flag & (0x1000 if linux else 0x8000)
-            fault = "down" if not flag & 1 else "" if multicast or loopback else "no multicast"
-            yield name, "" if host == "0.0.0.0" else host, 0 if loopback else 1, fault
-
-
-def interface_lines(url: Url, key: bytes, trying: bool) -> Iterator[str]:
-    """Yield a line for each interface that the URL does not use; and, if `trying`, whether it works."""
-    group = url.host if is_group(url.host) else parse_url(DEFAULT_URL).host
-    for name, address, ttl, fault in interfaces():
-        if is_group(url.host) and url.interface in (name, address):
-            continue
-        other = f"udp://{group}:{url.port}?interface={address or name}&ttl={ttl}"
-        line = f"  {printable(name):<12} {address or 'no address':<15}  '{other}'"
-        if not is_host(address or name):
-            fault = "a name that no URL can hold"
-        elif trying and not fault:
-            with Probe(other, key) as probe:
-                *_, last = check_steps(probe, whole=False)
-            fault = "works on this machine" if last.verdict == "ok" else f"{last.name}: {last.text}"
-        yield f"{line}  {fault}".rstrip()
 
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
     take_any_text()
-    url, key = url_from(options.url), key_from(options.key)
+    url, key, verdict = url_from(options.url), key_from(options.key), ""
+    parts = parse_url(url)
     origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
-    with Probe(url, key) as probe:
-        print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
-        works = True
-        for verdict, name, text in check_steps(probe):
-            print(f"{verdict:<5} {name:<8} {text}", flush=True)
-            works = works and verdict != "wrong"
-        lines = [*interface_lines(probe.url, key, options.all_interfaces)]
-    if lines:
-        tried = "" if options.all_interfaces else ", on which nothing was sent (--all-interfaces does)"
-        print(f"other interfaces{tried}:", *lines, sep="\n")
-    return 0 if works else 1
+    print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
+    for verdict, name, text in check_steps(url, key):
+        print(f"{verdict:<5} {name:<7} {text}", flush=True)
+    group = parts.host if is_group(parts.host) else parse_url(DEFAULT_URL).host
+    names = [name for _, name in socket.if_nameindex()]
+    if sys.platform == "win32":  # where only addresses will do
+        names = socket.gethostbyname_ex(socket.gethostname())[2]
+    print("interfaces" + ("" if options.all_interfaces else ", of which --all-interfaces tries each") + ":")
+    for name in filter(is_host, names):
+        other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
+        if options.all_interfaces:
+            *_, (_, step, text) = check_steps(other, key, STEPS[:4])
+            outcome = f"  {step}: {text}"
+        print(f"  {name:<10} '{other}'{outcome}", flush=True)
+    return 0 if verdict == "ok" else 1
 
 
-# Processes of our own, for the demo and the bench.
-
-CHILD = """import sys; sys.path.pop(0)  # deaf to what lies where it is run
-from importlib import machinery, util; import json
-loader = machinery.SourceFileLoader("eventmon", sys.argv[1])
-module = util.module_from_spec(util.spec_from_loader("eventmon", loader))
-sys.modules["eventmon"] = module
-loader.exec_module(module)
-for answer in getattr(module, sys.argv[2])(*json.loads(input())): print(json.dumps(answer), flush=True)
-"""
-ANSWER_TIME = 20.0  # the longest that one of them may take to answer
+# demo
 
 
-def own_url(n: int) -> str:
-    """Return a URL, the n-th, where nobody listens; on the loopback interface with ttl 0, since nothing else is said."""
-    from random import randrange
+def serve(events: Dispatcher) -> NoReturn:
+    """Be a shop, for ever, with what goes well and wrong in one."""
+    import logging
+    from random import random
 
-    return f"udp://239.255.{randrange(256)}.{n}:{randrange(20000, 60000)}"
+    log = logging.Logger("shop", logging.INFO)  # noqa: LOG001 - of our own
+    log.addHandler(log_handler()(events))
 
-
-def launch(function: Callable[..., Iterable[Any]], *args: Any) -> Any:
-    """Start a process that prints as JSON, line by line, what a function of this file yields; its input stays open."""
-    from subprocess import PIPE, Popen
-
-    words = [sys.executable, "-c", CHILD, os.path.abspath(__file__), function.__name__]
-    process: Any = Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
-    try:
-        print(json.dumps(args), file=process.stdin, flush=True)  # a key stands on no command line
-    except BrokenPipeError:
-        pass  # it has failed, which answer() tells
-    return process
-
-
-def answer(process: Any) -> Any:
-    """Return the next thing that a process yields, or raise Failure."""
-    timer = threading.Timer(ANSWER_TIME, process.kill)
-    timer.start()
-    try:
-        line = process.stdout.readline()
-    finally:
-        timer.cancel()
-    if line:
-        return json.loads(line)
-    process.kill()
-    errors = process.stderr.read().splitlines() or [f"it has ended, or gave no answer in {ANSWER_TIME:.0f} s"]
-    raise Failure(f"a process of our own has failed: {errors[-1]}", 1)
-
-
-def child(function: Callable[..., Iterable[Any]], *args: Any) -> Generator[Any, None, None]:
-    """Yield what a function of this file yields in a process that lives until close(); or raise Failure."""
-    with launch(function, *args) as process:
-        try:
-            while True:
-                yield answer(process)
-        finally:
-            process.kill()
-
-
-# The demo: a shop, with what goes well and wrong in one.
-
-LIFE = 15.0  # seconds, of the worker that dies without a word
-
-
-class Shop:
-    """What the demo's workers do."""
-
-    def __init__(self, events: Dispatcher) -> None:
-        import logging
-        import random
-
-        self.events = events
-        self.random = random.Random()
-        self.log = logging.Logger("shop")  # noqa: LOG001 - of our own
-        self.log.addHandler(log_handler()(events))
-        for name in ("order", "charge", "resize", "report"):
-            setattr(self, name, events.task(f"shop.{name}")(getattr(self, name)))
-
-    def chance(self, share: float) -> bool:
-        """Whether what happens in so many cases happens in this one."""
-        return self.random.random() < share
-
-    def pause(self, longest: float) -> None:
-        """Take some time."""
-        time.sleep(self.random.uniform(longest / 5, longest))
-
-    def serve(self) -> NoReturn:
-        """Work for ever."""
-        while True:
-            try:
-                work = self.random.choice(
-                    (self.order, self.order, self.stock, lambda number: list(self.report(number)))
-                )
-                work(self.random.randrange(1000, 10000))
-            except (OSError, ValueError):
-                pass  # the events have told of it
-            self.pause(1)
-
-    def order(self, number: int) -> str:
-        """Have an order paid and sent: a chain of tasks."""
-        self.events.send("order-placed", order=number, cents=number // 2)
-        self.charge(number, cents=number // 2)
-        for width in (200, 800):
-            self.resize(f"photo-{number}.jpg", width)
-        self.mail(f"customer-{number}@example.com")
-        return "sent"
-
-    def charge(self, order: int, cents: int) -> dict[str, int]:
-        """Ask the bank for the money."""
-        self.pause(0.8)
-        if self.chance(0.2):
+    @events.task("shop.charge")
+    def charge(order: int, cents: int) -> dict[str, int]:
+        time.sleep(random())
+        if random() < 0.2:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    def resize(self, photo: str, width: int) -> str:
-        """Resize a photo."""
-        self.pause(0.5)
-        if self.chance(0.05):
-            raise ValueError(f"{photo} is no JPEG file")
-        return f"{photo}@{width}"
-
-    def mail(self, to: str) -> None:
-        """Send a mail, at the third attempt at the latest."""
-        from uuid import uuid4
-
-        uuid, order = str(uuid4()), _current_task.get()
-        above = {"parent_id": order.uuid, "root_id": order.root_id} if order else {}
+    def mail(to: str, uuid: str | None = None) -> None:
         for retries in range(3):
-            self.events._begin_task(uuid, {"name": "mail.send", "args": repr((to,)), "retries": retries, **above})
-            self.pause(0.6)
-            if retries == 2 or self.chance(0.7):
-                self.events._end_task("task-succeeded", uuid, {"result": "'250 OK'"})
-                return
-            self.events._end_task("task-retried", uuid, {"exception": "TimeoutError('mail.example.com')"})
-            self.pause(1)
+            with events.task("mail.send", uuid, args=repr((to,)), retries=retries) as task:
+                time.sleep(random())
+                if random() < 0.6:
+                    return
+                log.warning("no answer from %s, attempt %d", to, retries + 1)
+                task.retried(TimeoutError("mail.example.com"))
+            uuid = task.uuid
 
-    def stock(self, number: int) -> None:
-        """Read a long list, and say how far it is."""
-        with self.events.task("shop.stock", args=repr((f"stock-{number}.csv",))) as task:
+    @events.task("shop.order")
+    def order(number: int) -> str:
+        events.send("order-placed", order=number)
+        charge(number, cents=number // 2)
+        mail(f"customer-{number}@example.com")
+        return "sent"
+
+    def stock(number: int) -> None:
+        with events.task("shop.stock", args=repr((number,))) as task:
             for row in range(20):
-                self.pause(0.4)
+                time.sleep(random() / 2)
                 task.progress((row + 1) / 20)
-                if self.chance(0.05):
-                    self.log.warning("stock-%d.csv: row %d has no price", number, row)
 
-    def report(self, number: int) -> Iterator[str]:
-        """Yield the lines of a report, one after the other."""
-        for hour in range(8, 20):
-            self.pause(0.3)
-            yield f"report {number}, {hour}:00"
+    while True:
+        with suppress(ConnectionRefusedError):  # the events have told of it
+            (order if random() < 0.7 else stock)(int(1000 + 9000 * random()))
+        time.sleep(random())
 
 
-def demo_worker(url: str, key: str, name: str, life: float) -> Iterator[Any]:
-    """Work in three threads until standard input ends, or for `life` seconds."""
-    events = Dispatcher(url, f"{name}@demo", freq=1, key=bytes.fromhex(key))
-    events.send("deploy-done", version=__version__)
-    for _ in range(3):
-        threading.Thread(target=Shop(events).serve, daemon=True).start()
-    if life:
-        timer = threading.Timer(life, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-    yield "ready"
-    sys.stdin.read()
-    events.close()
+def demo_worker(options: Any) -> int:
+    """Work in three threads until standard input ends, or until it is time to die."""
+    with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
+        for _ in range(3):
+            threading.Thread(target=serve, args=(events,), daemon=True).start()
+        if options.worker == "gamma":
+            threading.Timer(15, os._exit, (1,)).start()
+        sys.stdin.read()
+    os._exit(0)
 
 
 def demo(options: Any) -> int:
-    """Show a shop at work: worker processes, on a URL of their own, and what watch makes of them."""
-    options.url = options.url or own_url(1)
+    """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
+    from random import randrange
+    from subprocess import DEVNULL, PIPE, Popen
+
+    if options.worker:
+        return demo_worker(options)
+    options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
     parse_url(options.url)
-    args = options.url, key_from(options.key).hex()
-    workers = [launch(demo_worker, *args, name, LIFE * (name == "gamma")) for name in ("alpha", "beta", "gamma")]
-    try:
-        for worker in workers:
-            answer(worker)
+    in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
+    words = [sys.executable, *([__file__] if os.path.isfile(__file__) else ["-c", in_zip]), "demo", "--url", options.url]
+    words += ["--key-file", options.key_file] if options.key_file else []
+    with ExitStack() as stack:
+        for name in ("alpha", "beta", "gamma"):
+            worker = Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL)
+            stack.callback(worker.communicate)
+            stack.callback(worker.kill)
         return watch(options)
-    finally:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.communicate()
 
 
-# The bench. What a user would write by hand is measured in the same run, in turns, so that the ratio can be trusted.
-
-QUIET_TIME = 5.0  # without an event, after which its watcher says what it has
-UUID = "5d0c91aa"
-BURST = 50  # events that are received together: few enough for the smallest usual buffer
-PINGS = 50  # in a row: few enough that all find the two processes on the same cores
-TASK: dict[str, dict[str, Any]] = {  # the events of a task
-    "task-received": {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0},
-    "task-started": {},
-    "task-succeeded": {"result": "'photo.webp'", "runtime": 0.25},
-}
+def whole_number(word: str) -> int:
+    """Return a whole number from the command line, not negative."""
+    if not word.isdecimal():
+        raise ValueError
+    return int(word)
 
 
-def measured(what: str, unit: str, ours: Iterable[float], by_hand: Iterable[float] = (), **more: Any) -> dict[str, Any]:
-    """Return a row of the bench, of the best figures."""
-    best = max if unit == "/s" else min
-    figure, naive = best(ours), best(by_hand, default=None)
-    return {"what": what, "figure": figure, "naive": naive, "ratio": naive and figure / naive, "unit": unit, **more}
+def seconds(word: str) -> float:
+    """Return a number from the command line, not negative."""
+    if not word.replace(".", "", 1).isdecimal():
+        raise ValueError
+    return float(word)
 
 
-def seconds_for(work: Callable[[], object], times: int = 1) -> float:
-    """Return how long some work takes, on average."""
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - start) / times
+Command = namedtuple("Command", ["work", "help", "arguments"])
 
-
-def core_share(work: Callable[[], object]) -> float:
-    """Return how many percent of a core this process takes while it does some work."""
-    cpu = time.process_time()
-    wall = seconds_for(work)
-    return 100 * (time.process_time() - cpu) / wall
-
-
-def send_by_hand(url: Url, n: int) -> float:
-    """Send `n` events with the fields of a Dispatcher's, one to a datagram; return events a second."""
-    who = {"hostname": default_hostname(), "pid": os.getpid(), "utcoffset": 0.0}
-    group = socket.gethostbyname(url.host), url.port
-    with udp_socket(url) as sock:
-        sock.setblocking(True)
-        start = time.perf_counter()
-        for i in range(n):
-            event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "uuid": UUID, "progress": i}
-            sock.sendto(json.dumps(event).encode(), group)
-        return n / (time.perf_counter() - start)
-
-
-def send_many(url: str, key: str, n: int, together: int, hearer: Iterator[Any] | None = None) -> tuple[float, int]:
-    """Send `n` events; return events a second until they are sent, or hear() has them, and how many it lacks."""
-    if hearer:
-        next(hearer)
-    with Dispatcher(url, buffer_group=("task",) if together > 1 else (), buffer_limit=together, key=key) as events:
-        start = time.perf_counter()
-        for i in range(n):
-            events.send("task-progress", uuid=UUID, progress=i)
-        events.flush(0)
-        count, end = next(hearer) if hearer else (n, time.perf_counter())
-    return count / (end - start), n - count
-
-
-def take(state: State, events: Iterable[Event]) -> None:
-    """Give events to a State."""
-    for event in events:
-        state.event(event)
-
-
-def take_by_hand(tasks: dict[str, Any], events: Iterable[Event]) -> None:
-    """Keep what events say of tasks in a plain dict."""
-    for event in events:
-        tasks.setdefault(event["uuid"], {}).update(event)
-
-
-def hear(url: str, key: str, n: int, idle: float = 0.0) -> Iterator[Any]:
-    """Yield when it listens, how many of `n` events a State has taken and when, what it takes of a core while idle."""
-    state = State()
-    with Receiver(url, {"*": state.event}, key=key) as receiver:
-        receiver.fileno()
-        yield "listening"
-        take(state, receiver.itercapture(n, QUIET_TIME))
-        yield state.event_count, time.perf_counter() - (QUIET_TIME if state.event_count < n else 0)
-        receiver.capture(timeout=SETTLE)
-        yield core_share(partial(receiver.capture, timeout=idle))
-
-
-def send_rows(url: str, other: Url, key: str, n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure sending, to nobody and to the State of another process, beside plain JSON on a socket."""
-    from contextlib import closing
-
-    for kind, many, together in (("one event a datagram", n, 1), ("buffered", n * 5 // 2, 24)):
-        by_hand, alone, heard = [], [], []
-        for _ in range(rounds):
-            by_hand.append(send_by_hand(other, n))
-            alone.append(send_many(url, key, many, together)[0])
-            with closing(child(hear, url, key, many)) as hearer:
-                heard.append(send_many(url, key, many, together, hearer))
-        rates, lost = zip(*heard)
-        yield measured(f"send, {kind}", "/s", alone, by_hand)
-        yield measured(f"send to State, {kind}", "/s", rates, by_hand, lost=sum(lost))
-
-
-def receive_row(url: str, other: Url, key: str, n: int, rounds: int) -> dict[str, Any]:
-    """Measure how fast what waits in a socket is received, beside recvfrom() and json.loads()."""
-    ours, by_hand = [], []
-    with Receiver(url, key=key) as receiver, Dispatcher(url, key=key) as events, listen(other) as sock:
-        receiver.fileno()
-        for _ in range(rounds):
-            spent = bare = 0.0
-            for i in range(n):
-                for _ in range(BURST):
-                    events.send("task-progress", uuid=UUID, progress=i)
-                send_by_hand(other, BURST)
-                spent += seconds_for(lambda: deque(receiver.itercapture(BURST, QUIET_TIME), maxlen=0))
-                bare += seconds_for(lambda: json.loads(sock.recvfrom(65536)[0]), BURST) * BURST
-            ours.append(n * BURST / spent)
-            by_hand.append(n * BURST / bare)
-    return measured("receive, one event a datagram", "/s", ours, by_hand)
-
-
-def take_rate(taking: Callable[[list[Event]], None], n: int) -> float:
-    """Have the events of `n` tasks taken, which share no string, as from the network; return events a second."""
-    spent, who = 0.0, {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0}
-    for start in range(0, n, 1000):
-        tasks = [(kind, f"task-{i}", TASK[kind]) for i in range(start, min(start + 1000, n)) for kind in TASK]
-        bodies = [format_json({"type": kind, "uuid": uuid, "clock": 1, **who, **more}) for kind, uuid, more in tasks]
-        spent += seconds_for(partial(taking, [parse_event(parse_json(body)) for body in bodies]))
-    return n * len(TASK) / spent
-
-
-def state_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure how fast a State takes the events of `n` tasks, and in how much memory, beside a plain dict."""
-    import tracemalloc
-
-    ours, by_hand, sizes = [], [], []
-    for _ in range(rounds):
-        ours.append(take_rate(partial(take, State(max_tasks_in_memory=n)), n))
-        by_hand.append(take_rate(partial(take_by_hand, {}), n))
-    yield measured("State.event", "/s", ours, by_hand)
-    state, n = State(max_tasks_in_memory=n), max(1, n // 4)
-    state.recent = deque(maxlen=0)  # which is as large for any number of tasks
-    for taking in (partial(take, state), partial(take_by_hand, {})):
-        tracemalloc.start()
-        take_rate(taking, n)
-        sizes.append(tracemalloc.get_traced_memory()[0] / n)
-        tracemalloc.stop()
-    yield measured("State, memory of a finished task", "bytes", sizes[:1], sizes[1:])
-
-
-def query_rows(n: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure what the monitor asks of a State with `n` tasks, 50 of them running, beside going through them all."""
-    from operator import itemgetter
-
-    state, now, tasks = State(max_tasks_in_memory=n), time.time(), []
-    for i in range(n):
-        kind = "task-succeeded" if i % max(1, n // 50) else "task-started"
-        tasks.append(Event(kind, uuid=f"task-{i}", timestamp=now - 60 + 60 * i / n, hostname="alpha@laptop"))
-    take(state, tasks)
-    when, ages, on = itemgetter("timestamp"), [now - task["timestamp"] for task in tasks], "task-started"
-
-    def query(what: str, asking: Callable[[], object], looking: Callable[[], object]) -> dict[str, Any]:
-        pairs = [(seconds_for(asking, 20) * 1e6, seconds_for(looking) * 1e6) for _ in range(rounds)]
-        return measured(f"State.{what}", "us", *zip(*pairs))
-
-    yield query("tasks_by_time(limit=50)", lambda: [*state.tasks_by_time(50)], lambda: sorted(tasks, key=when)[:-51:-1])
-    yield query("iteractive()", lambda: [*state.iteractive()], lambda: [task for task in tasks if task["type"] == on])
-    yield query("scale_graph()", lambda: state.scale_graph(now=now), lambda: Counter(int(a) for a in ages if a < 60))
-
-
-def peer() -> socket.socket:
-    """Return a bare UDP socket with a port of its own."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(ANSWER_TIME)
-    sock.bind(("127.0.0.1", 0))
-    return sock
-
-
-def pong(url: str, key: str, n: int, address: Sequence[Any]) -> Iterator[Any]:
-    """Yield where it listens, answer what ping() sends, and yield the median seconds that an event took."""
-    delays: list[float] = []
-
-    def answer(event: Event) -> None:
-        delays.append(time.perf_counter() - event["sent"])
-        sock.send(bytes(200))
-
-    with Receiver(url, {"ping": answer}, key=key) as receiver, peer() as sock:
-        receiver.fileno()
-        sock.connect(tuple(address))
-        yield sock.getsockname()
-        for _ in range(n):
-            receiver.capture(PINGS, QUIET_TIME)
-            for _ in range(PINGS):
-                sock.send(sock.recv(2048))
-        yield sorted(delays)[len(delays) // 2]
-
-
-def ping(url: str, key: str, n: int) -> tuple[float, float]:
-    """Send events, and then datagrams, each after an answer, `n` times; return the median microseconds of one way."""
-    from contextlib import closing
-
-    trips = []
-    with peer() as sock, closing(child(pong, url, key, n, sock.getsockname())) as answers:
-        sock.connect(tuple(next(answers)))
-        with Dispatcher(url, key=key) as events:
-            for _ in range(n):
-                for _ in range(PINGS):
-                    events.send("ping", sent=time.perf_counter())
-                    sock.recv(2048)
-                for _ in range(PINGS):
-                    start = time.perf_counter()
-                    sock.send(bytes(200))
-                    sock.recv(2048)
-                    trips.append((time.perf_counter() - start) / 2)
-        return next(answers) * 1e6, sorted(trips)[len(trips) // 2] * 1e6
-
-
-def import_row(rounds: int) -> dict[str, Any]:
-    """Measure our import, without site packages, which import much of it, beside that of what a user would import."""
-    import py_compile
-    from subprocess import PIPE, run
-    from tempfile import TemporaryDirectory
-
-    def milliseconds(names: str) -> float:
-        code = f"import sys; sys.path[0] = sys.argv[1]; import time; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
-        return float(run([sys.executable, "-S", "-c", code, folder], stdout=PIPE, check=False).stdout) * 1000
-
-    with TemporaryDirectory() as folder:
-        py_compile.compile(__file__, os.path.join(folder, "eventmon.pyc"))  # as after the first import
-        pairs = [(milliseconds("eventmon"), milliseconds("socket, json, threading")) for _ in range(rounds)]
-    return measured("import eventmon", "ms", *zip(*pairs))
-
-
-def bench_rows(url: str, other: str, key: str, scale: float) -> Iterator[dict[str, Any]]:
-    """Measure everything, by way of `url`, and what is sent by hand by way of the other one."""
-    from contextlib import closing
-
-    thousand, rounds, seconds = max(1, int(1000 * scale)), min(5, max(1, int(5 * scale))), 2 * min(1.0, scale)
-    yield from send_rows(url, parse_url(other), key, 40 * thousand, rounds)
-    yield receive_row(url, parse_url(other), key, thousand // 10, rounds)
-    yield from state_rows(40 * thousand, min(3, rounds))
-    yield from query_rows(100 * thousand, rounds)
-    pings = [ping(url, key, max(1, thousand // 50)) for _ in range(rounds)]
-    yield measured("latency, send to handler", "us", *zip(*pings))
-    yield import_row(3 * rounds)
-    with closing(child(hear, url, key, 1, seconds)) as hearer, Dispatcher(url, key=key) as events:
-        next(hearer)
-        events.send("hello")
-        next(hearer)
-        time.sleep(SETTLE)
-        yield measured("idle Dispatcher", "%", [core_share(partial(time.sleep, seconds))])
-        yield measured("idle watcher", "%", [next(hearer)])
-
-
-def bench_line(what: str, figure: float, naive: float | None, ratio: float | None, unit: str, lost: int = 0) -> str:
-    """Return a row of the bench as a line of its table: of a figure three digits, or all of a large one."""
-    unit = unit if unit in ("/s", "%") else f" {unit}"
-    parts = (figure, unit), (naive, unit), (ratio, "x")
-    cells = ["-" if n is None else f"{n:,.0f}{end}" if n >= 100 else f"{n:.3g}{end}" for n, end in parts]
-    return "{:<36}{:>14}{:>14}{:>11}".format(what, *cells) + (f"  {lost:,} lost" if lost else "")
-
-
-def bench(options: Any) -> int:
-    """Measure this machine, on a group of its own, and beside each figure what a user would write by hand."""
-    import platform
-
-    url, other = (options.url or own_url(n) for n in (1, 2))
-    parse_url(url)
-    if not options.json:
-        system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        print(f"eventmon {__version__}, {platform.python_implementation()} {platform.python_version()}, {system}")
-        print(f"{'':<36}{'eventmon':>14}{'by hand':>14}{'ratio':>11}", flush=True)
-    for result in bench_rows(url, other, key_from(options.key).hex(), options.scale):
-        print(json.dumps(result) if options.json else bench_line(**result), flush=True)
-    return 0
-
-
-def amount(word: str) -> float:
-    """Return a number from the command line that is not negative."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", word):
-        return float(word)
-    from argparse import ArgumentTypeError
-
-    raise ArgumentTypeError(f"{word!r} is not a number of at least 0")
-
-
-def whole(word: str) -> int:
-    """Return a whole number from the command line that is not negative."""
-    if amount(word).is_integer():
-        return int(float(word))
-    from argparse import ArgumentTypeError
-
-    raise ArgumentTypeError(f"{word!r} is not a whole number")
-
-
-WATCHING: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--json", {"action": "store_true", "help": "print each event as a line of JSON"}),
-    ("--plain", {"action": "store_true", "help": "print each event as a line of text"}),
-    ("--record", {"metavar": "FILE", "help": "append every event to FILE as NDJSON"}),
-    ("--type", {"action": "append", "metavar": "GLOB", "help": "only these types, as in 'task-*'; may be repeated"}),
-    ("--limit", {"type": whole, "metavar": "N", "help": "stop after N events"}),
-    ("--timeout", {"type": amount, "metavar": "S", "help": "stop after S seconds without an event"}),
-    ("--no-history", {"action": "store_true", "help": "begin with what is sent from now on"}),
+FLAG: dict[str, Any] = {"action": "store_true"}
+WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--json", "print each event as a line of JSON", FLAG),
+    ("--plain", "print each event as a line of text", FLAG),
+    ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
+    ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
+    ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
+    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": seconds}),
+    ("--no-history", "begin with what is sent from now on", FLAG),
 )
-COMMANDS: dict[str, Any] = {  # name -> what does it, two examples, exit status, arguments
-    "watch": (
+COMMANDS = {  # help: a summary, and what is said below the arguments
+    "watch": Command(
         watch,
-        ("watch", "watch --json --type 'task-*' | jq .uuid"),
-        "0, also when ctrl-C or the end of a pipe ends it",
-        (("file", {"nargs": "?", "metavar": "FILE", "help": "show recorded NDJSON instead of the network"}), *WATCHING),
+        """Show what is heard, or what FILE holds, until the user or a limit ends it.
+
+examples:
+  python eventmon.py watch
+  python eventmon.py watch --json --type 'task-*' | jq .uuid
+
+exit status: 0, also when ctrl-C or the end of a pipe ends it; 1 for a failure, 2 for wrong usage""",
+        (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
     ),
-    "send": (
+    "send": Command(
         send,
-        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
-        "0 when the system has taken every event",
+        """Send an event, or those on standard input, and say how many watchers have everything.
+
+examples:
+  python eventmon.py send deploy-done version=1.2 seconds:=8.5
+  python eventmon.py send - < recorded.jsonl
+
+exit status: 0 when every event is sent and no watcher lacks one; 1 for a failure, 2 for wrong usage""",
         (
-            ("type", {"metavar": "TYPE", "help": "the event's type, or - for NDJSON on standard input"}),
-            ("field", {"nargs": "*", "default": [], "metavar": "FIELD", "help": "name=text, or name:=json"}),
+            ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
+            ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
         ),
     ),
-    "run": (
+    "run": Command(
         run,
-        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
-        "the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed",
+        """Run COMMAND as if it were run alone, and send the events of a task for it.
+
+examples:
+  python eventmon.py run -- make test
+  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
+
+exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed""",
         (
-            ("--name", {"help": "of the task (default: the command's)"}),
-            ("command", {"nargs": "...", "metavar": "-- COMMAND", "help": "the command and its arguments"}),
+            ("--name", "of the task (default: the command's)", {}),
+            ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
         ),
     ),
-    "check": (
+    "check": Command(
         check,
-        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
-        "0 when the URL works",
-        (("--all-interfaces", {"action": "store_true", "help": "send on the other interfaces, too"}),),
+        """Try the URL in force step by step, and say what is wrong and what to do.
+
+examples:
+  python eventmon.py check
+  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
+
+exit status: 0 when the URL works; 1 for a failure, 2 for wrong usage""",
+        (("--all-interfaces", "try each interface, too", FLAG),),
     ),
-    "demo": (demo, ("demo", "demo --plain --limit 20"), "0", WATCHING),
-    "bench": (
-        bench,
-        ("bench", "bench --json --scale 0.1"),
-        "0",
-        (
-            ("--json", {"action": "store_true", "help": "print each row as a line of JSON"}),
-            ("--scale", {"type": amount, "default": 1.0, "metavar": "X", "help": "how much: 1 takes about 25 s"}),
-        ),
+    "demo": Command(
+        demo,
+        """Show a shop at work: three worker processes, on a URL of their own, and the monitor.
+
+examples:
+  python eventmon.py demo
+  python eventmon.py demo --plain --limit 20
+
+exit status: 0; 1 for a failure, 2 for wrong usage""",
+        (*WATCHING, ("--worker", "==SUPPRESS==", {})),
     ),
 }
 
 
-def parser() -> Any:
-    """Return the parser of the command line."""
+def parse_words(name: str, words: Sequence[str]) -> Any:
+    """Return the options in the words behind the name of a command."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            complain(message)
-            raise SystemExit(2)
+            raise Failure(message, 2)
 
-    top = Parser(prog="eventmon", description="See what every process is doing, over UDP multicast, with no broker.")
-    top.add_argument("--version", action="version", version=f"eventmon {__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    for name, (work, examples, status, arguments) in COMMANDS.items():
-        summary = work.__doc__.partition("\n")[0]
-        lines = "".join(f"\n  python eventmon.py {example}" for example in examples)
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"examples:{lines}\n\nexit status: {status}; 1 for a failure, 2 for wrong usage",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(file=None, field=[], run=work)
-        where = "one of its own" if work in (demo, bench) else f"$EVENTMON_URL or {DEFAULT_URL}"
-        sub.add_argument("--version", action="version", version=f"eventmon {__version__}")
-        sub.add_argument("--url", help=f"where events are sent (default: {where})")
-        sub.add_argument(
-            "--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)"
-        )
-        forms = sub.add_mutually_exclusive_group() if "--plain" in dict(arguments) else sub
-        for argument, options in arguments:
-            (forms if argument in ("--json", "--plain") else sub).add_argument(argument, **options)
-    return top
+    summary, _, more = COMMANDS[name].help.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=more, formatter_class=form)
+    parser.set_defaults(file=None, json=False)
+    parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
+    parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
+    parser.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
+    for argument, text, settings in COMMANDS[name].arguments:
+        parser.add_argument(argument, help=text, **settings)
+    options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
+    if options.json and options.plain:
+        raise Failure("--json and --plain exclude each other", 2)
+    return options
 
 
 def read_key_file(path: str) -> bytes:
-    """Return the key in a file, without the white space around it; of a text in UTF-8 or UTF-16 with a mark, the text."""
+    """Return the key in a file, without white space around it."""
     with open(path, "rb") as file:
-        key = file.read().removeprefix(b"\xef\xbb\xbf")
-    if key[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with suppress(UnicodeError):
-            key = key.decode("utf-16").encode()
-    if not key.strip():
+        key = file.read().removeprefix(b"\xef\xbb\xbf").strip()
+    if not key:
         raise Failure(f"key file {path} is empty", 1)
-    return key.strip()
+    return key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
-    options = None
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
-        options, rest = parser().parse_known_args(argv)
-        if not hasattr(options, "run"):
-            raise Failure(f"no command, expected one of {', '.join(COMMANDS)}; see --help", 2)
-        if rest and (options.run is not send or rest[0].startswith("-")):
-            raise Failure(f"unrecognized arguments: {' '.join(rest)}", 2)
-        options.field = [*options.field, *rest]  # argparse leaves those behind an option
+        if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
+            lines = [f"eventmon {__version__}"]
+            if name != "--version":
+                lines += (f"  {name:<6} {command.help.splitlines()[0]}" for name, command in COMMANDS.items())
+                lines.append("python eventmon.py COMMAND --help says more")
+            print(*lines, sep="\n")
+            return 0
+        if name not in COMMANDS:
+            raise Failure(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help", 2)
+        options = parse_words(name, words)
         options.key = read_key_file(options.key_file) if options.key_file else None
-        return int(options.run(options))
+        return int(COMMANDS[name].work(options))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        return int(stop.code or 0)
     except Failure as failure:
         complain(failure.args[0])
         return int(failure.args[1])
     except KeyboardInterrupt:
-        return 0 if options and options.run in (watch, demo) else 1
+        return 0 if name in ("watch", "demo") else 1
     except BrokenPipeError as problem:  # whoever read us has gone; let the interpreter's last flush find no pipe
         if problem.filename:
             complain(describe(problem))
             return 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ValueError as problem:
-        complain(str(problem))
-        return 2
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         complain(describe(problem))
-        return 1
+        return 2 if isinstance(problem, ValueError) else 1
 
 
 if __name__ == "__main__":
