@@ -846,7 +846,7 @@ def simulate(seed, monkeypatch):
     for sender in senders if hard else ():
         sender.events.flush()  # whoever is there hears of the stream, and knows from then on what it has missed
     network.loss = loss
-    for step in range(dice.randint(2, 16)):
+    for step in range(dice.randint(2, 12)):
         sender = dice.choice(senders)
         for _ in range(0 if sender.is_over else dice.choice((1, 1, 3, 25))):
             sender.send("x" * (100_000 if dice.random() < 0.01 else dice.choice((0, 300))))
@@ -856,9 +856,9 @@ def simulate(seed, monkeypatch):
             network.asleep ^= {dice.choice(early)}
         if hard and dice.random() < 0.05:
             network.cut_off = {dice.randint(1, 5)} if dice.random() < 0.5 else set()
-        if hard and step == 10 and not sender.is_over:
+        if hard and step == 7 and not sender.is_over:
             sender.kill()
-        if dice.random() < 0.05 and not sender.is_over:  # a program ends
+        if dice.random() < 0.07 and not sender.is_over:  # a program ends
             network.cut_off, network.asleep = set(), network.asleep if hard else set()
             sender.end(watchers, 0.5 if hard else 5.0)
             senders += [] if hard else [VirtualSender(network, key)]
@@ -2082,27 +2082,26 @@ def test_a_stream_is_believed_elsewhere_only_when_its_old_place_is_silent(virtua
 def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
     with Receiver() as receiver, Ear() as ear:
         receiver.fileno()
-        for seq in range(1, 401):
+        positions, rest = set(), receiver.itercapture(timeout=1)
+        for seq in range(1, 451):
             ear.tell(receiver, data_frame(seq))
-        positions, rest = [0], receiver.itercapture(timeout=1)
-        for _ in range(400):
-            next(rest)
-            virtual.monotonic += 0.003
+            if seq > 50:  # so many wait for it all the time
+                next(rest)
+                virtual.monotonic += 0.003
             while select.select([ear], [], [], 0)[0]:
-                positions.append(eventmon.parse_frame(ear.recv(65536)).numbers[0])
-    assert len(set(positions)) > 50
-    assert all(0 <= after - before <= Receiver.MAX_READ for before, after in zip(positions, positions[1:]))
+                positions.add(eventmon.parse_frame(ear.recv(65536)).numbers[0])
+    assert len(positions) > 100
 
 
 def test_many_senders_that_start_and_end_together_lose_nothing():
     code = "import sys\nfrom eventmon import Dispatcher\nwith Dispatcher(hostname=sys.argv[1]) as d:\n"
     code += "    for n in range(1000): d.send('step', n=n)"
     with watching() as (receiver, events):
-        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=MODULE.parent) for n in range(12)]
-        assert [sender.wait(60) for sender in senders] == [0] * 12
-        wait_until(lambda: len(events) == 12000)
+        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=MODULE.parent) for n in range(8)]
+        assert [sender.wait(60) for sender in senders] == [0] * 8
+        wait_until(lambda: len(events) == 8000)
         assert receiver.stats["lost"] == 0
-    for name in map(str, range(12)):
+    for name in map(str, range(8)):
         assert [event["n"] for event in events if event["hostname"] == name] == list(range(1000))
 
 
