@@ -6,7 +6,6 @@
 import argparse
 import ast
 import asyncio
-import calendar
 import codecs
 import contextvars
 import copy
@@ -473,16 +472,17 @@ FRAMES = [
     ((b"leave", STREAM, (9, 5, 4096, 0, 3), b""), b"EM2 leave 0123456789abcdef 9 5 4096 0 3\n"),
     ((b"nak", STREAM, (9, 5, 4096, 2, 3), b"10 12-14"), b"EM2 nak 0123456789abcdef 9 5 4096 2 3\n10 12-14"),
 ]
-NO_FRAMES = [b"", b"\n", b"EM2", b"EM2 data 0123456789abcdef 1", b"EM1 data 0123456789abcdef 1\n", b"EM2 data short 1\n"]
-NO_FRAMES += [b"EM2 data  0123456789abcdef 1\n", b"EM2 nope 0123456789abcdef 1\n", b"EM2 part 0123456789abcdef 1 2\n"]
-NO_FRAMES += [b"EM2 data 0123456789abcdef%b\n" % n for n in (b"", b" -1", b" 1_0", b" \xb2", b" 1" + b"0" * 19)]
+NO_FRAMES = [b"", b"\n", b"EM2", b"EM2 data 0123456789abcdef 1", b"EM1 data 0123456789abcdef 1\n"]
+NO_FRAMES += [b"EM2 nope 0123456789abcdef 1\n", b"EM2 data short 1\n", b"EM2 data  0123456789abcdef 1\n"]
+NO_FRAMES += [b"EM2 data %b%b\n" % (STREAM, n) for n in (b"", b" 1 2", b" -1", b" 1_0", b" \xb2", b" " + b"1" * 20)]
 
 
 @pytest.mark.parametrize("fields, data", FRAMES)
 def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
     assert eventmon.format_frame(*fields) == data
     assert eventmon.parse_frame(data) == fields
-    assert re.search(rf"\n    EM2 {fields[0].decode()} STREAM |also {fields[0].decode()}, (the|its) last", eventmon.__doc__)
+    kind = fields[0].decode()
+    assert re.search(rf"\n    EM2 {kind} STREAM |also {kind}, (the|its) last", eventmon.__doc__)
 
 
 def test_the_ranges_of_a_nak_are_formatted_and_parsed_as_documented():
@@ -797,6 +797,7 @@ class VirtualSender:
 
     def __init__(self, network, key):
         self.network, self.sent, self.is_killed, self.url = network, 0, False, network.url()
+        self.watchers, self.known, self.confirmed, self.is_over = [], 0, 0, False
         self.group = network.dice.choice(("task", "task", "own"))
         group = (self.group,) if network.dice.random() < 0.3 else ()
         self.events = Dispatcher(self.url, hostname=self.url, key=key, buffer_group=group, buffer_limit=5)
@@ -807,12 +808,13 @@ class VirtualSender:
 
     def kill(self):
         """Its process is gone, without a word."""
-        self.is_killed = True
+        self.is_over = self.is_killed = True
         self.network.dead.add(int(self.url.partition("=")[2]))
+        self.events.close()
 
-    def end(self, watchers):
-        self.watchers = [] if self.is_killed else watchers
-        self.confirmed, self.known = (0, 0) if self.is_killed else (self.events.flush(5), self.events.stats["watchers"])
+    def end(self, watchers, timeout=5.0):
+        self.confirmed, self.known = self.events.flush(timeout), self.events.stats["watchers"]
+        self.is_over, self.watchers = True, watchers
         self.events.close()
 
 
@@ -821,8 +823,8 @@ def simulate(seed, monkeypatch):
     dice = random.Random(seed)
     random.seed(seed)
     hard = dice.random() < 0.5  # whether more is lost than can be repaired
-    history = dice.choice((8 << 20, 20_000, 3_000)) if hard else 8 << 20
-    space = dice.choice((60_000, 1 << 20)) if hard else 4 << 20
+    history = dice.choice((8 << 20, 10_000, 3_000)) if hard else 8 << 20
+    space = dice.choice((20_000, 1 << 20)) if hard else 8 << 20
     loss, repeat, delay = dice.choice((0.0, 0.05, 0.3)), dice.choice((0.0, 0.2)), dice.choice((0.0005, 0.003, 0.01))
     network = Network(monkeypatch, dice, 0.0, repeat, delay, space, history)
     key = dice.choice((None, "secret"))
@@ -830,32 +832,33 @@ def simulate(seed, monkeypatch):
     senders = [VirtualSender(network, key) for _ in range(dice.choice((1, 2, 2)))]
     for sender in senders if hard else ():
         sender.events.flush()  # whoever is there hears of the stream, and knows from then on what it has missed
-    network.loss, ended = loss, []
-    for step in range(dice.randint(2, 16)):
+    network.loss = loss
+    for step in range(dice.randint(2, 12)):
         sender = dice.choice(senders)
-        for _ in range(0 if sender.is_killed else dice.choice((1, 1, 3, 15))):
+        for _ in range(0 if sender.is_over else dice.choice((1, 1, 3, 25))):
             sender.send("x" * (100_000 if dice.random() < 0.01 else dice.choice((0, 300))))
         if dice.random() < 0.5:
-            network.run(dice.choice((0.001, 0.02, 0.2)))
-        if hard and dice.random() < 0.1:
+            network.run(dice.choice((0.001, 0.02, 0.2, 1.0)))
+        if dice.random() < 0.2:
             network.asleep ^= {dice.choice(early)}
         if hard and dice.random() < 0.05:
             network.cut_off = {dice.randint(1, 5)} if dice.random() < 0.5 else set()
-        if hard and step == 10:
+        if hard and step == 7 and not sender.is_over:
             sender.kill()
-        if not hard and dice.random() < 0.05:  # a program ends, and another begins
-            sender.end(watchers)
-            ended.append(sender)
-            senders[senders.index(sender)] = VirtualSender(network, key)
+        if dice.random() < 0.07 and not sender.is_over:  # a program ends
+            network.cut_off, network.asleep = set(), network.asleep if hard else set()
+            sender.end(watchers, 0.5 if hard else 5.0)
+            senders += [] if hard else [VirtualSender(network, key)]
         if dice.random() < 0.02:
             watchers = [*watchers, VirtualWatcher(network, key)]
     network.cut_off, network.asleep = set(), set()
     for sender in senders:
-        sender.end(watchers)
+        if not sender.is_over:
+            sender.end(watchers)
     network.run(4.5 if hard else 1.5)
     for watcher in watchers:
         watcher.receiver.close()
-    for sender in ended + senders:
+    for sender in senders:
         for watcher in watchers:
             verify(sender, watcher, watcher in early, hard, seed)
         # one that came late has everything if it has what could still be had
@@ -863,7 +866,7 @@ def simulate(seed, monkeypatch):
         assert sender.confirmed <= having, (seed, "confirmed by who has not everything")
         assert hard or sender.confirmed == sender.known, (seed, "not confirmed by who has everything")
     for watcher in early:
-        whole = all(len(watcher.numbers(sender)) == sender.sent for sender in ended + senders)
+        whole = all(len(watcher.numbers(sender)) == sender.sent for sender in senders)
         assert not whole or not watcher.receiver.stats["lost"], (seed, "counted as lost what has come")
 
 
@@ -872,11 +875,12 @@ def verify(sender, watcher, is_early, hard, seed):
     numbers, heard, lost = watcher.numbers(sender), watcher.heard.get(sender.url, []), watcher.receiver.stats["lost"]
     life = " ".join(word for word in heard if type(word) is str)
     assert numbers == sorted(set(numbers)), (seed, heard, "twice, or out of order")
-    if is_early:
+    if is_early and sender.known == len(sender.watchers):  # else one had slept for so long that it was taken for dead
         assert len(numbers) == sender.sent or sender.is_killed or lost, (seed, heard, "lost in silence")
     if is_early or not hard:
-        ending = ("worker-lost" if sender.is_killed else "worker-(lost|offline)") * (sender.group == "task" and numbers != [])
-        assert re.fullmatch(f"(worker-lost worker-online )*{ending}", life), (seed, life, "whether it lives is told wrongly")
+        ending = "worker-lost" if sender.is_killed else "worker-(lost|offline)"
+        ending = f"(worker-lost worker-online )*{ending}" if sender.group == "task" and numbers else ""
+        assert re.fullmatch(ending, life), (seed, heard, "whether it lives is told wrongly")
     # a sender that has ended before it heard of a watcher has not waited for it
     if not hard and watcher in sender.watchers and sender.known == len(sender.watchers):
         goodbye = ["worker-offline"] * (sender.group == "task" and sender.sent > 0)
@@ -999,8 +1003,8 @@ def test_what_is_sent_or_published_is_what_arrives_and_says_who_sent_it_and_when
 def test_the_utcoffset_is_what_the_clock_on_the_wall_says(zone, monkeypatch):
     monkeypatch.setenv("TZ", zone)
     python(
-        "import calendar, eventmon, time\nnow = int(time.time())\nhours = (now - calendar.timegm(time.localtime(now))) / 3600\n"
-        "assert eventmon.Dispatcher().send('hello')['utcoffset'] == hours"
+        "import calendar, eventmon, time\nnow = int(time.time())\nahead = now - calendar.timegm(time.localtime(now))\n"
+        "assert eventmon.Dispatcher().send('hello')['utcoffset'] == ahead / 3600"
     )
 
 
@@ -1052,7 +1056,11 @@ def test_buffered_groups_are_sent_together_in_order_with_the_others_and_soon():
             events = eventmon.parse_events(eventmon.parse_frame(ear.hear()).body)
             types += [event.type for event in events]
             sizes.append(len(events))
-    assert types == ["task-progress"] * 8 + ["hello", "task-progress"] and 4 <= len(sizes) < 10
+        assert types == ["task-progress"] * 8 + ["hello", "task-progress"] and 4 <= len(sizes) < 10
+        dispatcher.send("task-progress")
+        dispatcher.flush(0)
+        ear.setblocking(False)
+        ear.hear()  # at once
 
 
 def test_flush_does_not_count_a_watcher_that_lacks_something_or_gave_it_up():
@@ -1115,7 +1123,7 @@ def refuse(number):
 
 
 REFUSALS = [(socket, "getaddrinfo", "ENETUNREACH"), (eventmon, "Link", "ENODEV")]
-REFUSALS += [(socket.socket, "sendto", name) for name in ("ENOBUFS", "EPERM", "EMSGSIZE", "ECONNREFUSED", "ENETUNREACH")]
+REFUSALS += [(socket.socket, "sendto", name) for name in "ENOBUFS EPERM EMSGSIZE ECONNREFUSED ENETUNREACH".split()]
 
 
 @pytest.mark.parametrize("owner, function, name", REFUSALS)
@@ -1207,20 +1215,21 @@ def interrupted(work, handler, line):
 def interruptions(options, fields, handler):
     """Let handler(dispatcher) interrupt a send at lines of eventmon.py: in each run at some, over all runs at each.
 
-    Yield for each line whether there was one, the types of what send() returned, and a function for what has arrived.
+    Yield for each line whether there was one, the names of what send() returned, and a function for what has arrived.
     """
     with watching() as (receiver, events):
         for line in count(random.randint(1, 8), 8):
             dispatcher = Dispatcher(hostname=str(line), **options)
-            sent = [dispatcher.send("task-first")]
-            work = partial(dispatcher.send, "task-outer", **fields)
+            sent = [dispatcher.send("task-x", name="first")]
+            type = random.choice(("task-x", "task-y"))  # the second is not known yet
+            work = partial(dispatcher.send, type, name="outer", **fields)
             ran, outer = interrupted(work, partial(handler, dispatcher), line)
             sent.append(outer)
             with suppress(ValueError):
-                sent.append(dispatcher.send("last"))
+                sent.append(dispatcher.send("task-x", name="last"))
             dispatcher.close()
-            types = [event.type for event in sent if event]
-            yield ran, types, lambda: [event.type for event in events if event["hostname"] == str(line)]  # noqa: B023
+            names = [event["name"] for event in sent if event]
+            yield ran, names, lambda: [event["name"] for event in events if event["hostname"] == str(line)]  # noqa: B023
             if not ran:
                 break
         assert receiver.stats["duplicates"] == 0 and line > 15
@@ -1233,16 +1242,16 @@ WAYS = [({}, {}), ({}, {"x": "x" * 150000}), ({"buffer_group": {"task"}, "buffer
 @pytest.mark.parametrize("options, fields", WAYS)
 def test_a_signal_handler_may_send_at_any_moment_and_raise(options, fields, fails):
     def handler(dispatcher):
-        dispatcher.send("task-nested", **fields)
-        dispatcher.send("hello-nested")
+        dispatcher.send("task-x", name="nested", **fields)
+        dispatcher.send("hello", name="nested")
         if fails:
             raise TimeoutError
 
     for ran, sent, arrived in interruptions(options, fields, handler):
-        nested = ["task-nested", "hello-nested"] * ran
-        wait_until(lambda: "last" in arrived() and [type for type in arrived() if "nested" in type] == nested)
-        others = [type for type in arrived() if "nested" not in type]
-        assert others == sent or fails and others in (["task-first", "task-outer", "last"], ["task-outer", "last"], ["last"])
+        wait_until(lambda: "last" in arrived() and arrived().count("nested") == 2 * ran)
+        others = [name for name in arrived() if name != "nested"]
+        whole = ["first", "outer", "last"]  # with an exception go the events that were being sent
+        assert others == sent or fails and others in (whole, whole[1:], whole[2:])
 
 
 @pytest.mark.parametrize("options, fields", WAYS)
@@ -1411,8 +1420,9 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
     if "forks" in name and not hasattr(os, "fork") or "C code" in name and sys.platform != "linux":
         pytest.skip("no process can fork here, or by C code unnoticed by Python")
     expected, processes, code = PROGRAMS[name]
+    imports = "import ctypes, multiprocessing.util, os, sys, threading, time\nfrom eventmon import Dispatcher\n"
     with watching() as (receiver, events):
-        python(f"import ctypes, multiprocessing.util, os, sys, threading, time\nfrom eventmon import Dispatcher\n{code}", "-W", "ignore")
+        python(imports + code, "-W", "ignore")  # of a fork beside threads
         wait_until(lambda: sum("n" in event for event in events) >= len(expected))
         types = [event.type for event in events]
         wait_until(lambda: [event.type for event in events].count("worker-offline") == types.count("worker-online"))
@@ -2067,27 +2077,26 @@ def test_a_stream_is_believed_elsewhere_only_when_its_old_place_is_silent(virtua
 def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
     with Receiver() as receiver, Ear() as ear:
         receiver.fileno()
-        for seq in range(1, 401):
+        positions, rest = set(), receiver.itercapture(timeout=1)
+        for seq in range(1, 451):
             ear.tell(receiver, data_frame(seq))
-        positions, rest = [0], receiver.itercapture(timeout=1)
-        for _ in range(400):
-            next(rest)
-            virtual.monotonic += 0.003
+            if seq > 50:  # so many wait for it all the time
+                next(rest)
+                virtual.monotonic += 0.003
             while select.select([ear], [], [], 0)[0]:
-                positions.append(eventmon.parse_frame(ear.recv(65536)).numbers[0])
-    assert len(set(positions)) > 50
-    assert all(0 <= after - before <= Receiver.MAX_READ for before, after in zip(positions, positions[1:]))
+                positions.add(eventmon.parse_frame(ear.recv(65536)).numbers[0])
+    assert len(positions) > 100
 
 
 def test_many_senders_that_start_and_end_together_lose_nothing():
     code = "import sys\nfrom eventmon import Dispatcher\nwith Dispatcher(hostname=sys.argv[1]) as d:\n"
     code += "    for n in range(1000): d.send('step', n=n)"
     with watching() as (receiver, events):
-        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=MODULE.parent) for n in range(12)]
-        assert [sender.wait(60) for sender in senders] == [0] * 12
-        wait_until(lambda: len(events) == 12000)
+        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=MODULE.parent) for n in range(8)]
+        assert [sender.wait(60) for sender in senders] == [0] * 8
+        wait_until(lambda: len(events) == 8000)
         assert receiver.stats["lost"] == 0
-    for name in map(str, range(12)):
+    for name in map(str, range(8)):
         assert [event["n"] for event in events if event["hostname"] == name] == list(range(1000))
 
 
@@ -2100,7 +2109,7 @@ FORKED = [frame.replace(b"4711", b"4712").replace(STREAM, STREAM[::-1]) for fram
     "steps, told",
     [
         ([BORN, WORKS, ENDS, ENDS], ["offline 4711"]),
-        ([BORN, ENDS, WORKS, ENDS], ["offline 4711"]),
+        ([BORN, WORKS, ENDS.replace(b" 1 1", b" 2 1"), data_frame(2), ENDS], ["offline 4711"]),  # after its last event
         ([BORN, WORKS, ENDS, 9, LATER, 9, LATER], ["offline 4711"]),
         ([BORN, data_frame(1, b'{"type":"worker-offline","pid":4711,"hostname":"w1"}'), ENDS, 9, LATER], []),
         ([BORN, WORKS, 2.9, LATER], []),
@@ -2123,7 +2132,7 @@ def test_a_process_that_ends_says_so_once_and_one_that_falls_silent_is_lost(step
     assert [f"{event.subject} {event['pid']}" for event in local] == told
     assert all((event["local"], event["hostname"], event.group) == (True, "w1", "worker") for event in local)
     assert all({"timestamp", "local_received"} <= event.keys() for event in events)
-    assert not local or events.index(local[0]) > 0  # after the last of its own
+    assert not told or [event for event in events if event.type != "later"][-1] is local[-1]
 
 
 def test_with_a_key_events_arrive_and_nothing_else_does():
