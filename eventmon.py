@@ -1420,13 +1420,14 @@ class Dispatcher:
                 self._listen(now)
                 unconfirmed = [number for number, _ in window.lacking(now)]
                 if any(unconfirmed) or not self._link:
-                    enough = now >= max(start, window.advanced_at) + stall
+                    end = max(start, window.advanced_at) + stall
                 else:
-                    enough = now >= max(window.opened_at, -inf if unconfirmed else asked_at) + patience
-                if enough or now >= start + timeout:
+                    end = max(window.opened_at, -inf if unconfirmed else asked_at) + patience
+                end = min(end, start + timeout)
+                if now >= end:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(self._pause(now, 0.04))  # the thread sees to the rest
+            time.sleep(min(self._pause(now, 0.04), end - now))  # meanwhile the thread listens
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
