@@ -2946,7 +2946,7 @@ def test_any_fields_of_any_type_do_no_harm():
     assert list(state.iteractive()) is not None
     assert state.alive_workers() is not None
     for page in eventmon.PAGES:
-        shown(state, eventmon.View(page), 40, 120, time.time())
+        shown(state, typed(state, page), 40, 120)
 
 
 def test_a_worker_is_alive_while_anything_is_heard_of_it():
