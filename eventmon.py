@@ -4159,9 +4159,12 @@ def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeu
     """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
     heard, patience = time.monotonic(), inf if timeout is None else timeout
     while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
-        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
+        begun, left = time.monotonic(), min(longest, left)
+        for event in receiver.itercapture(DRAIN, left, wakeup):
             heard = time.monotonic()
             yield event
+        if heard < begun and time.monotonic() < begun + left:
+            return  # another thread has closed it
         yield None
 
 

@@ -3895,6 +3895,9 @@ threading.Timer(0.3, setattr, (r, 'should_stop', True)).start(); eventmon.captur
     with terminal(**in_python(program)) as it:
         assert it.process.wait(20) == 0
         assert it.is_restored()
+    closing = program.replace("setattr, (r, 'should_stop', True)", "r.close")
+    command = [sys.executable, "-c", closing]
+    assert subprocess.run(command, cwd=MODULE.parent, stdin=subprocess.DEVNULL, timeout=20, check=False).returncode == 0
     for words in (["--timeout", "0.2"], ["--limit", "2"]):
         with terminal("watch", *words) as it, Dispatcher() as dispatcher:
             it.wait_for("no events yet")
