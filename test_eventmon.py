@@ -2,7 +2,6 @@
 
 import asyncio
 import calendar
-import codecs
 import contextvars
 import errno
 import fcntl
@@ -34,7 +33,7 @@ import time
 import tracemalloc
 import weakref
 from collections import Counter, deque
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
