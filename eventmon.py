@@ -38,11 +38,9 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
     NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
               to send the same datagrams again
     task, worker, state     as in Celery
-    view      what the user of the monitor has chosen to see: a page, which is a table of tasks, workers or events, and
-              the panels open above it, with everything about one of these
-    line      of the screen: a list of spans, (text, style), which take as many cells (columns of the terminal) as it has.
-              A row is a line with what it stands for: in a table (identity, record), in a panel (line, link), where a
-              link is what another panel would be about
+    view      what the user of the monitor has chosen to see: the sheets that are open above each other, the first a page
+    sheet     rows to move in: a table of tasks, names, workers or events, or a panel with everything about one of these
+    line      of the screen: a list of spans, text in a style, which take as many cells (columns of the terminal) as it has
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
@@ -4364,9 +4362,12 @@ def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeu
     """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
     heard, patience = time.monotonic(), inf if timeout is None else timeout
     while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
-        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
+        begun, left = time.monotonic(), min(longest, left)
+        for event in receiver.itercapture(DRAIN, left, wakeup):
             heard = time.monotonic()
             yield event
+        if heard < begun and time.monotonic() < begun + left:
+            return  # another thread has closed it
         yield None
 
 

@@ -7,6 +7,7 @@ import argparse
 import ast
 import asyncio
 import codecs
+import calendar
 import contextvars
 import copy
 import errno
@@ -2532,7 +2533,7 @@ def test_any_fields_of_any_type_do_no_harm():
     assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
     assert state.alive_workers() is not None
     for page in eventmon.PAGES:
-        shown(state, eventmon.View(page), 40, 120, time.time())
+        shown(state, typed(state, page), 40, 120)
 
 
 def test_a_worker_is_alive_until_its_end_or_until_a_heartbeat_is_overdue():
@@ -3498,6 +3499,9 @@ threading.Timer(0.3, setattr, (r, 'should_stop', True)).start(); eventmon.captur
     with terminal(**in_python(program)) as it:
         assert it.process.wait(20) == 0
         assert it.is_restored()
+    closing = program.replace("setattr, (r, 'should_stop', True)", "r.close")
+    command = [sys.executable, "-c", closing]
+    assert subprocess.run(command, cwd=MODULE.parent, stdin=subprocess.DEVNULL, timeout=20, check=False).returncode == 0
     for words in (["--timeout", "0.2"], ["--limit", "2"]):
         with terminal("watch", *words) as it, Dispatcher() as dispatcher:
             it.wait_for("no events yet")
@@ -3967,7 +3971,7 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
 def test_check_says_what_is_wrong_with_a_url(url, step, words, capsys, monkeypatch):
     monkeypatch.setattr(eventmon, "HEAR_TIME", 0.3)
     with Ear() as mute:
-        status, steps, _ = check(capsys, "--url", url.replace("MUTE", str(mute.address[1])))
+        status, steps, _ = check(capsys, "--url", url.replace("MUTE", str(mute.getsockname()[1])))
     assert (status, list(steps)[-1], steps[step][0]) == (1, step, "wrong")
     assert steps[step][1].startswith(words)
 
