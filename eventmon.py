@@ -2448,9 +2448,6 @@ class Receiver:
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
-SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
-FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-
 TASK_STATES = {
     "task-sent": "PENDING",
     "task-received": "RECEIVED",
@@ -4932,6 +4929,9 @@ def send_lines(dispatcher: Dispatcher) -> int:
         except ValueError as problem:  # too large
             bad(problem)
     return bad.end()
+
+
+FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 
 
 def send(options: Any) -> int:
