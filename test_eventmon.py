@@ -39,7 +39,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
-from itertools import count, takewhile
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -1757,15 +1757,16 @@ def telling(**options):
     """A Dispatcher, and a function that returns its next events."""
     with Receiver() as receiver, Dispatcher(**options) as dispatcher:
         receiver.fileno()
-        yield dispatcher, lambda n=math.inf: receiver.itercapture(limit=n, timeout=20)
+        yield dispatcher, lambda n: receiver.itercapture(limit=n, timeout=20)
 
 
 def told(work, **options):
     """The events that work(dispatcher) sends."""
-    with telling(**options) as (dispatcher, next_events):
+    with watching() as (_, events), Dispatcher(**options) as dispatcher:
         work(dispatcher)
         dispatcher.send("end")
-        return list(takewhile(lambda event: event.type != "end", next_events()))
+        wait_until(lambda: events and events[-1].type == "end")
+        return events[:-1]
 
 
 def test_a_task_tells_how_it_went():
@@ -2179,9 +2180,11 @@ def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets
             sending.set()
             return "other"
 
+    other = threading.Thread(target=logger.warning, args=(Message(),))
+
     def log_between(data):
         if b"outer" in data and not sending.is_set():
-            threading.Thread(target=logger.warning, args=(Message(),)).start()
+            other.start()
             assert sending.wait(20)
             logger.warning("interrupting")
 
@@ -2192,6 +2195,7 @@ def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets
         sender = threading.Thread(target=dispatcher.send, args=("outer",), daemon=True)
         sender.start()
         sender.join(20)
+        other.join(20)
         assert not sender.is_alive()
 
     assert {event.get("message") for event in told(work)} == {None, "interrupting", "other"}
