@@ -1638,9 +1638,9 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(readable(value), limit)
 
 
-OUR_FRAME = re.compile(  # in a traceback, which may be that of an exception group
-    rf'^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n(\1    .*\n)*',
-    re.MULTILINE,
+OUR_FRAME = (  # a pattern of it in the text of a traceback, which may be that of an exception group
+    rf'(?m)^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n'
+    r"(\1    .*\n)*"
 )
 
 
@@ -1664,10 +1664,11 @@ def traceback_of(problem: BaseException, inside: bool = False) -> str:
             node = node.tb_next
         if not (start and node):
             lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
-            text = OUR_FRAME.sub("", "\n" + "".join(lines))
+            text = re.sub(OUR_FRAME, "", "\n" + "".join(lines))
         elif text.count('  File "') < MAX_FRAMES / 2:
             causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
-            text = causes + header + OUR_FRAME.sub("", outer) + rest if header else text  # that of an exception group
+            if header:  # an exception group has another one
+                text = causes + header + re.sub(OUR_FRAME, "", outer) + rest
         text = text[-MAX_TRACEBACK:]
         if inside:
             vars(problem)["_eventmon"] = id(problem.__traceback__), text
@@ -1691,9 +1692,9 @@ class Task:
     As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds),
     task-failed (exception, traceback, runtime) or, after retried(), task-retried, and lets the exception pass. A
     decorated function, coroutine function, generator function (also an async one) or method adds args, kwargs and
-    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to its
-    last, or until it is closed. A task that begins while another runs in the same context (see contextvars) has the
-    innermost one as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
+    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to
+    its last, or until it is closed. A task that begins while others run in the same context (see contextvars) has the
+    innermost as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
