@@ -79,7 +79,7 @@ from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
-from itertools import accumulate, count, islice, repeat
+from itertools import accumulate, chain, count, islice, repeat
 from math import ceil, inf, isfinite
 from weakref import WeakSet, finalize
 
@@ -1661,9 +1661,9 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(readable(value), limit)
 
 
-OUR_FRAME = re.compile(  # in a traceback, which may be that of an exception group
-    rf'^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n(\1    .*\n)*',
-    re.MULTILINE,
+OUR_FRAME = (  # a pattern of it in the text of a traceback, which may be that of an exception group
+    rf'(?m)^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n'
+    r"(\1    .*\n)*"
 )
 
 
@@ -1687,10 +1687,11 @@ def traceback_of(problem: BaseException, inside: bool = False) -> str:
             node = node.tb_next
         if not (start and node):
             lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
-            text = OUR_FRAME.sub("", "\n" + "".join(lines))
+            text = re.sub(OUR_FRAME, "", "\n" + "".join(lines))
         elif text.count('  File "') < MAX_FRAMES / 2:
             causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
-            text = causes + header + OUR_FRAME.sub("", outer) + rest if header else text  # that of an exception group
+            if header:  # an exception group has another one
+                text = causes + header + re.sub(OUR_FRAME, "", outer) + rest
         text = text[-MAX_TRACEBACK:]
         if inside:
             vars(problem)["_eventmon"] = id(problem.__traceback__), text
@@ -1714,9 +1715,9 @@ class Task:
     As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds),
     task-failed (exception, traceback, runtime) or, after retried(), task-retried, and lets the exception pass. A
     decorated function, coroutine function, generator function (also an async one) or method adds args, kwargs and
-    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to its
-    last, or until it is closed. A task that begins while another runs in the same context (see contextvars) has the
-    innermost one as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
+    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to
+    its last, or until it is closed. A task that begins while others run in the same context (see contextvars) has the
+    innermost as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
@@ -2496,7 +2497,7 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def name_of(value: Any) -> str:
+def id_of(value: Any) -> str:
     """Return a uuid or hostname, "" if it is none."""
     return value if isinstance(value, str) and len(value) <= MAX_NAME else ""
 
@@ -2510,7 +2511,7 @@ def attempt_of(event: Mapping[str, Any]) -> float:
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
     pid = event.get("pid")
-    return name_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
@@ -3318,7 +3319,7 @@ class State:
 
     def _adopt(self, uuid: str, parent: Any) -> None:
         """Enter a task among the children of its parent, whether that is known yet or not."""
-        parent = name_of(parent)
+        parent = id_of(parent)
         if parent:
             children = self._children.setdefault(parent, [])
             insort(children, uuid)
@@ -3327,7 +3328,7 @@ class State:
 
     def _disown(self, uuid: str, parent: Any) -> None:
         """Enter a task no longer among its parent's children."""
-        parent = name_of(parent)
+        parent = id_of(parent)
         if parent:
             children = self._children[parent]
             del children[bisect_left(children, uuid)]
@@ -3365,7 +3366,7 @@ class State:
             hostname = process_of(event)[0]
             if hostname:
                 self._last[hostname] = copy
-            for record in self._records(name_of(event.get("uuid")), hostname):
+            for record in self._records(id_of(event.get("uuid")), hostname):
                 record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
         if self._weight > MAX_STATE:
             self._slim()

@@ -57,7 +57,7 @@ except ImportError:
     pty = None
 
 MODULE = pathlib.Path(eventmon.__file__).resolve()
-numbers = count(os.getpid())
+numbers = count(random.SystemRandom().randrange(10**6))
 
 
 def new_url():
@@ -1486,15 +1486,16 @@ def telling(**options):
     """A Dispatcher, and a function that returns its next events."""
     with Receiver() as receiver, Dispatcher(**options) as dispatcher:
         receiver.fileno()
-        yield dispatcher, lambda n=math.inf: receiver.itercapture(limit=n, timeout=20)
+        yield dispatcher, lambda n: receiver.itercapture(limit=n, timeout=20)
 
 
 def told(work, **options):
     """The events that work(dispatcher) sends."""
-    with telling(**options) as (dispatcher, next_events):
+    with watching() as (_, events), Dispatcher(**options) as dispatcher:
         work(dispatcher)
         dispatcher.send("end")
-        return list(takewhile(lambda event: event.type != "end", next_events()))
+        wait_until(lambda: events and events[-1].type == "end")
+        return events[:-1]
 
 
 def test_a_task_tells_how_it_went():
@@ -1908,9 +1909,11 @@ def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets
             sending.set()
             return "other"
 
+    other = threading.Thread(target=logger.warning, args=(Message(),))
+
     def log_between(data):
         if b"outer" in data and not sending.is_set():
-            threading.Thread(target=logger.warning, args=(Message(),)).start()
+            other.start()
             assert sending.wait(20)
             logger.warning("interrupting")
 
@@ -1921,6 +1924,7 @@ def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets
         sender = threading.Thread(target=dispatcher.send, args=("outer",), daemon=True)
         sender.start()
         sender.join(20)
+        other.join(20)
         assert not sender.is_alive()
 
     assert {event.get("message") for event in told(work)} == {None, "interrupting", "other"}
