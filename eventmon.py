@@ -1573,62 +1573,6 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-# The screen alone uses these three.
-
-
-def weight(value: Any, most: int, depth: int = 0) -> int:
-    """Return about how long a value is as text; of one that is longer than `most`, something more than that."""
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value) + 4
-    if not isinstance(value, (dict, list, tuple, set)):
-        return 8 + (value.bit_length() // 3 if isinstance(value, int) else 0)  # an int may have thousands of digits
-    if depth == MAX_DEPTH:
-        return most + 1
-    weighed = 2
-    for item in value:
-        weighed += weight(item, most, depth + 1)
-        if isinstance(value, dict):
-            weighed += weight(value[item], most, depth + 1)
-        if weighed > most:
-            break
-    return weighed
-
-
-def spell(value: Any, limit: int, form: Callable[[Any], str], brackets: Any, depth: int = 0) -> Iterator[str]:
-    """Yield a value as text, piece by piece: of a large one no more need be made than is shown.
-
-    `form` makes text of what has no items, `brackets` returns what stands around those of what has some, or None.
-    """
-    if isinstance(value, (str, bytes, bytearray)):
-        yield form(value[:limit])
-    elif not (around := brackets(value)):
-        yield form(value)
-    elif depth == MAX_DEPTH:
-        yield "…"
-    else:
-        yield around[0]
-        for index, item in enumerate(value):
-            yield ", " if index else ""
-            yield from spell(item, limit, form, brackets, depth + 1)
-            if isinstance(value, dict):
-                yield ": "
-                yield from spell(value[item], limit, form, brackets, depth + 1)
-        yield around[1]
-
-
-def start_of(pieces: Iterable[str], limit: int) -> str:
-    """Return the first `limit` characters of text in pieces, of which no more are made than that takes."""
-    taken, size = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        size += len(piece)
-        if size > limit:
-            break
-    return "".join(taken)[:limit]
-
-
-# From here on: tasks and logs.
-
 MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
 MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
 STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
