@@ -4733,7 +4733,7 @@ def describe(problem: BaseException | None) -> str:
     return f"{problem.filename}: {reason}" if problem.filename else reason
 
 
-def counted(number: int, noun: str) -> str:
+def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
@@ -4893,12 +4893,12 @@ def send(options: Any) -> int:
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {counted(stats['events'], 'event')}, confirmed by {counted(watchers, 'watcher')}"
+    report = f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {counted(len(lacking), 'watcher')} {verb} {counted(max(lacking), 'datagram')}"
+        report += f"; {how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}"
     if stats["rejected"]:
-        report += f"; {counted(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
+        report += f"; {how_many(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
     if sys.stderr:
         print(printable(report), file=sys.stderr, flush=True)
     return 1 if failures or lacking else 0
@@ -4934,12 +4934,13 @@ def signals_passed_on(command: Any) -> Iterator[None]:
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
-    numbers = [number for number in signal.Signals if number.name in TYPED + SENT]
+    before = {number: signal.getsignal(number) for number in signal.Signals if number.name in TYPED + SENT}
+    ignored = signal.SIG_IGN, None  # as by nohup: the command ignores them, too
+    before = {number: handler for number, handler in before.items() if handler not in ignored}
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # nobody else may
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else pass_on)  # ignored, as by nohup
+        before = {}  # no other thread may
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         yield
     finally:
@@ -4961,7 +4962,7 @@ def copied_streams() -> list[str]:
         return []
 
 
-def start(words: Sequence[str], **streams: Any) -> Any:
+def start_command(words: Sequence[str], **streams: Any) -> Any:
     """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
     from subprocess import Popen
 
@@ -4989,11 +4990,11 @@ def copy_errors(command: Any, pipe: int) -> str:
                 while rest:
                     rest = rest[os.write(2, rest) :]
         if data:
-            start(["cat"], stdin=source, stdout=2)
+            start_command(["cat"], stdin=source, stdout=2)
     return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
 
 
-def ending(code: int, errors: str) -> dict[str, Any]:
+def describe_end(code: int, errors: str) -> dict[str, Any]:
     """Return fields that tell how a command has ended; a negative code is a signal's."""
     import signal
 
@@ -5015,7 +5016,7 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     streams, errors = copied_streams(), ""
     pipe, inlet = os.pipe() if streams else (-1, -1)
     try:
-        command = start(words, **dict.fromkeys(streams, inlet))
+        command = start_command(words, **dict.fromkeys(streams, inlet))
     except OSError as problem:
         is_missing = isinstance(problem, FileNotFoundError)
         reason = "not found" if is_missing else str(problem.strerror)
@@ -5026,7 +5027,7 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
         if streams:
             os.close(inlet)
             errors = copy_errors(command, pipe)
-        return ending(command.wait(), errors)
+        return describe_end(command.wait(), errors)
 
 
 def run(options: Any) -> int:
@@ -5177,8 +5178,8 @@ def try_others(trial: Trial) -> str:
     if trial.listens:
         trial.listen(LISTEN_TIME)
     watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
-    others = counted(len(watchers) - trial.listens, "watcher")
-    texts = [f"{counted(senders, 'Dispatcher')} and {others} beside this one"]
+    others = how_many(len(watchers) - trial.listens, "watcher")
+    texts = [f"{how_many(senders, 'Dispatcher')} and {others} beside this one"]
     if trial.leaves:
         texts.append("only a watcher on another machine proves that anything gets there")
         texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
@@ -5186,7 +5187,7 @@ def try_others(trial: Trial) -> str:
         texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
     for end in (trial.receiver, trial.dispatcher):
         if end.stats["rejected"]:
-            texts.append(f"{counted(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
+            texts.append(f"{how_many(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
     return "; ".join(texts)
 
 
@@ -5304,7 +5305,7 @@ def whole_number(word: str) -> int:
     return int(word)
 
 
-def seconds(word: str) -> float:
+def time_span(word: str) -> float:
     """Return a number from the command line, not negative."""
     if not word.replace(".", "", 1).isdecimal():
         raise ValueError
@@ -5320,7 +5321,7 @@ WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
     ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
     ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
-    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": seconds}),
+    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": time_span}),
     ("--no-history", "begin with what is sent from now on", FLAG),
 )
 COMMANDS = {
