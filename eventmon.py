@@ -2387,35 +2387,34 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
-ENDED = FINISHED | {"RETRY"}  # how a delivery ends
-Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
-KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
-NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
-METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
+ENDED = FINISHED | {"RETRY"}  # how a delivery, which is one process getting a task, ends
+NOT_RUNNING = ENDED | {"PENDING", "RECEIVED"}
+METHODS = {
+    type: type.replace("-", "_")
+    for type in (*TASK_STATES, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")
+}
 
-# The keys of a task, by where their values come from. A delivery is one process getting the task.
-TIMES = frozenset(kind.time for kind in KINDS.values())  # the latest of each transition
+# Where the values of a task's keys come from:
+TIMES = frozenset(type[5:] for type in TASK_STATES)  # the latest transition of that name
 OWN = frozenset(  # the newest delivery alone
     ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
 )
 ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
-NOT_FIELDS = frozenset(  # none: what an event has under these keys is not a field of its task
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
-    + ("children", "began", *TIMES)
-)
-NOT_SENT = NOT_FIELDS | OWN | ERROR  # none, for task-sent
+USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
+NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
-    ("uuid", "children", "worker", "pid", "began", "state", "timestamp", "clock", "received", "name", "args", "kwargs")
+    ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
     + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
     + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
-NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
+MAX_NAME = 255  # characters of a uuid or hostname
+NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
-NO_PID = -1
+ALONE = frozenset(("state", "timestamp", "clock"))  # stands for every key of a task of which nothing but task-sent is known
 
 
 def number(value: Any, default: float) -> float:
@@ -2423,16 +2422,51 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def attempt_of(event: Mapping[str, Any]) -> int:
+def name_of(value: Any) -> str:
+    """Return a uuid or hostname, "" if it is none."""
+    return value if isinstance(value, str) and len(value) <= MAX_NAME else ""
+
+
+def attempt_of(event: Mapping[str, Any]) -> float:
     """Return the `retries` of an event or a delivery, 0 if it does not say."""
     retries = event.get("retries")
-    return retries if type(retries) is int else 0
+    return retries if isinstance(retries, (int, float)) and abs(retries) < 1e15 else 0
 
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    hostname, pid = event.get("hostname"), event.get("pid")
-    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
+    pid = event.get("pid")
+    return name_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
+Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events: what they make of a task; its key of their time
+Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
+
+
+@lru_cache(1000)
+def kind_of(type: str) -> Kind:
+    """Return the Kind of events of this type, task-..., with room for the shapes that they have."""
+    state = TASK_STATES.get(type) or type[5:].upper()
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", {})
+
+
+def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
+    """Return the Shape of an event: the known one of that size, or a new one in its place."""
+    shape: Shape | None = kind.shapes.get(len(event))
+    if shape is None or event.keys() != shape.keys:
+        keys = frozenset(event)
+        fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
+        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        shape = Shape(keys, fields, usual, follows)
+        if usual:
+            kind.shapes[len(event)] = shape
+    return shape
 
 
 class Record:
@@ -2455,12 +2489,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
 
 
 # What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
-# As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
-
-
-def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
-    """Return the (hostname, pid) of a delivery."""
-    return told.get("worker", ""), told.get("pid", NO_PID)
+# The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2477,28 +2506,23 @@ def progress_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
-    """Let an event change what is told of its delivery, but for what is in `sent`."""
-    finished = told.get("state") in FINISHED and kind.rank < RANKS[told["state"]]
-    if not finished:
+    """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
+    undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
+    if undone:
         told["state"] = kind.state
     told["timestamp"] = timestamp
     if event.get("clock") is not None:
         told["clock"] = event["clock"]
     if kind.time:
         told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
-    take_fields(told, event, NOT_FIELDS, sent if finished else event)
+    take_fields(told, event, NOT_FIELDS, event if undone else sent)
 
 
 def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
     """Let a task-sent fill in what nothing else has told."""
-    if "state" not in told:
-        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
-        if event.get("clock") is not None:
-            told["clock"] = event["clock"]
-    told["sent"] = timestamp
-    client = process_of(event)[0]
-    if client:
-        told["client"] = client
+    new = {"state": "PENDING", "timestamp": timestamp, "began": timestamp, "clock": event.get("clock")}
+    stamps = {} if "state" in told else new
+    take_fields(told, {**stamps, "sent": timestamp, "client": process_of(event)[0] or None}, NO_KEYS, NO_KEYS)
     take_fields(told, event, NOT_SENT, NO_KEYS)
 
 
@@ -2510,15 +2534,15 @@ def shared(keys: frozenset[str]) -> frozenset[str]:
 
 def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
-    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
-    return shared(frozenset(keys))
+    told = {key for key, value in event.items() if value is not None and key not in NOT_FIELDS}
+    return shared(frozenset(sent).difference(told, OWN, ("uuid", "children")))
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
-    if type(event.get("retries")) is int:
+    if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
-        mine = [told for told in mine if attempt_of(told) == event["retries"]] or unknown
+        mine = [told for told in mine if attempt_of(told) == attempt_of(event)] or unknown
     still = [told for told in mine if told["state"] not in ENDED]
     waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
     running = [told for told in still if told["state"] != "RECEIVED"][-1:]
@@ -2534,15 +2558,12 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
     hosts = {hostname for hostname, _ in receivers}
-    joins = [
-        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
-    ]
+    joins = ["sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered]
     groups = [[told] for told, joining in zip(ordered, joins) if not joining]
-    for told, joining in zip(ordered, joins):
-        if joining:
-            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
-            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
-            (begun[-1] if begun else there[0]).append(told)
+    for told in (told for told, joining in zip(ordered, joins) if joining):
+        there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+        begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+        (begun[-1] if begun else there[0]).append(told)
     return [sorted(group, key=progress_of) if group[1:] else group for group in groups]
 
 
@@ -2568,7 +2589,7 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
     same_attempt = attempt_of(event) == attempt_of(task)
     if kind.time == "sent":
         return "state" not in task or "sent" not in task and same_attempt
-    if "state" not in task or sent is ALONE:
+    if "state" not in task or "state" in sent:
         return not sent or same_attempt
     same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
     return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
@@ -2577,7 +2598,7 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
 def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
     """Return what a task's dict tells of its only task-sent, and of its only delivery."""
     told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
-    if "sent" not in told or sent is ALONE:
+    if "sent" not in told or "state" in sent:
         return [told] if told else []
     by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
     by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
@@ -2591,7 +2612,7 @@ def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
         runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
         if runtime >= 0:
             return runtime
-    known = "started" in task and state not in ("RECEIVED", "RETRY")
+    known = "started" in task and (state in FINISHED or state not in NOT_RUNNING)
     return max(0.0, end - task["started"]) if known else None
 
 
@@ -2601,7 +2622,7 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
     times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(n for state, n in states.items() if state not in ENDED and state not in ("PENDING", "RECEIVED")),
+        "running": sum(n for state, n in states.items() if state not in NOT_RUNNING),
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2616,8 +2637,9 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
 def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what State.attempts() tells of a delivery."""
     keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
-    ends = [told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED]
-    return {**dict.fromkeys(keys), **{key: told[key] for key in keys if key in told}, "ended": ends[0] if ends else None}
+    time_of_end = {state: type[5:] for type, state in TASK_STATES.items() if state in ENDED}.get(told["state"], "")
+    ended = told.get(time_of_end, told["timestamp"]) if told["state"] in ENDED else None
+    return {**{key: told.get(key) for key in keys}, "ended": ended}
 
 
 def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2629,6 +2651,29 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
     """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
     freq = number(worker.get("freq"), 0.0)
     return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
+
+
+MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
+MAX_SMALL = 200  # characters of the fields of an event that is not weighed
+LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
+FORGOTTEN = "(forgotten: State was full)"
+FLAT = frozenset((int, float, bool, type(None)))
+
+
+def bytes_of(value: Any) -> int:
+    """Return about how many bytes a value takes; of one that takes more than LARGE, something more than that."""
+    size, rest = 0, [value]
+    while rest and size <= LARGE:
+        value = rest.pop()
+        size += sys.getsizeof(value, LARGE)
+        if size <= LARGE and isinstance(value, (dict, list, tuple)):
+            rest += [*value, *value.values()] if isinstance(value, dict) else value
+    return size
+
+
+def weight_of(record: Mapping[str, Any]) -> int:
+    """Return about how many bytes a task, a worker or an event takes."""
+    return sum(map(bytes_of, record.values())) + sys.getsizeof(record, 0) + 60 * len(record)
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2646,19 +2691,20 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_DELIVERIES = 100  # of a task
 MAX_PROCESSES = 100  # of a worker
+NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
 
 def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
     """Return a method of State that takes events of this type."""
-    kind, count = KINDS[type], type == "task-received"
+    kind = kind_of(type)
 
     def take(self: State, event: Mapping[str, Any]) -> None:
-        self.task_count += count
         self._task(event, kind)
 
     take.__doc__ = summary
     return take
+
 
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
@@ -2709,6 +2755,7 @@ class State:
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._weight = 0  # bytes that all of it takes at most, but for what is small
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
@@ -2730,7 +2777,7 @@ class State:
     def __setstate__(self, state: bytes) -> None:
         import pickle
 
-        self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
+        self.__dict__.update(pickle.loads(state), _lock=threading.RLock(), _began=time.time() - time.monotonic())
 
     def now(self) -> float:
         """Return the seconds since the epoch by the clock of this State, which nobody sets.
@@ -2744,40 +2791,40 @@ class State:
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            type = event.get("type")
-            if not isinstance(type, str):
-                type = ""
+            self._is_small = False  # until _task() has looked
+            kind = event.get("type")
+            if type(kind) is not str:
+                kind = ""
             received = event.get("local_received")
             if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
             try:
-                self._counts[type] += 1
+                self._counts[kind] += 1
             except KeyError:
-                self._count_first(type)
+                self._count_first(kind)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            if isinstance(hostname, str):
+            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
                 worker = self.workers.get(hostname)
-                if worker is not None and worker["heard"] != self._heard:
+                if worker is not None and worker["heard"] != self._heard and not event.get("local"):
                     self._set_clock(worker, event)
-                if hostname in self._gone:
+                if hostname in self._gone and kind not in ("worker-offline", "worker-lost"):
                     self._revive(event)
-            method = METHODS.get(type)
+            method = METHODS.get(kind)
             if method:
                 getattr(self, method)(event)
-            elif type.startswith("task-"):
-                state = type[5:].upper()
-                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
-                return
-            if type not in NOT_NOTES:
+            elif kind.startswith("task-"):
+                self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
+            else:
                 self.notes.append(event)
+            if not self._is_small:
+                self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
-    task_received = taking("task-received", "A worker has received the task: RECEIVED.")
     task_started = taking("task-started", "A worker has started the task: STARTED.")
     task_succeeded = taking("task-succeeded", "The task has returned: SUCCESS.")
     task_failed = taking("task-failed", "The task has raised: FAILURE.")
@@ -2785,8 +2832,14 @@ class State:
     task_revoked = taking("task-revoked", "The task was called off: REVOKED.")
     task_retried = taking("task-retried", "The task has failed and will be tried again: RETRY.")
 
+    def task_received(self, event: Mapping[str, Any]) -> None:
+        """A worker has received the task: RECEIVED."""
+        self.task_count += 1
+        self._task(event, kind_of("task-received"))
+
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
+        self.notes.append(event)
         self._set_status(event, "alive", event)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
@@ -2795,10 +2848,12 @@ class State:
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
         """A worker has said goodbye: it has ended."""
+        self.notes.append(event)
         self._set_status(event, "ended", event)
 
     def worker_lost(self, event: Mapping[str, Any]) -> None:
         """A worker has fallen silent without a goodbye: it is lost."""
+        self.notes.append(event)
         self._set_status(event, "lost", event)
 
     # Queries.
@@ -3032,53 +3087,64 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task: here in the usual case, of a task with one delivery."""
+        """Let an event change its task; here it is the usual one of a usual task."""
         uuid = event.get("uuid")
-        if not isinstance(uuid, str) or not uuid:
+        if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        state, _, key_of_time, shapes = kind
+        shape = shapes.get(len(event))
+        if shape is None or event.keys() != shape.keys:
+            shape = shape_of(event, kind)
+        _, fields, usual, follows = shape
         task = self.tasks.get(uuid)
-        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
-            before = None
-            task = self._new_task(uuid)
-            self._begin(task, event, timestamp)
-        elif task is not None and kind.follows and self._follows(task, event):
-            before = task["state"]
+        before: str | None = "STARTED"  # or any other of an active task
+        if (  # the next of its only delivery
+            follows
+            and uuid in self._active
+            and uuid not in self._deliveries
+            and task is not None
+            and event["pid"] == task.get("pid")
+            and event["hostname"] == task.get("worker")
+            and len(task) < MAX_FIELDS // 2
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(fields))
+        ):
+            pass
+        elif task is None and usual:  # the first
+            before, task = None, self._new_task(uuid)
+            self._begin(task, event, kind, timestamp)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
             return
-        task["state"] = kind.state
         task["timestamp"] = timestamp
-        clock = event.get("clock")
+        task["state"] = state
+        clock = event["clock"]
         if clock is not None:
             task["clock"] = clock
-        if kind.time:
-            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
-        for key, value in event.items():
-            if value is not None and key not in NOT_FIELDS:
+        if key_of_time:
+            task[key_of_time] = max(timestamp, task[key_of_time]) if key_of_time in task else timestamp
+        size = 0
+        for key in fields:
+            value = event[key]
+            if value is not None:
                 task[key] = value
-        self._enter(task["uuid"], task, before)
-        if "parent_id" in task and before is None:
-            self._adopt(uuid, task["parent_id"])
-
-    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
-        """Whether an event is simply the next of the only delivery of its task."""
-        uuid = task["uuid"]
-        return (
-            task["state"] not in FINISHED
-            and event.get("pid") == task.get("pid")
-            and event.get("hostname") == task.get("worker")
-            and uuid not in self._deliveries
-            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
-            and event.get("retries") in (None, task.get("retries"))
-            and "parent_id" not in event
-            and len(task) + len(event) < MAX_FIELDS
-        )
+                if type(value) is str:
+                    size += len(value)
+                elif type(value) not in FLAT:
+                    size = LARGE
+        if size <= MAX_SMALL:
+            self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
+        if before is None or state in self._classes:
+            self._enter(task["uuid"], task, before)
+            if before is None and "parent_id" in task:
+                self._adopt(uuid, task["parent_id"])
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
 
     def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Let an event change its task, whatever they are."""
+        """Let any event change its task."""
         task = self.tasks.get(uuid) or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
         before, parent = task.get("state"), task.get("parent_id")
@@ -3090,28 +3156,33 @@ class State:
             take_sent(task, event, timestamp)
             self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
         else:
+            if before is None or "state" in sent:
+                self._begin(task, event, kind, timestamp)
             if sent:
-                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
-            if before is None or sent is ALONE:
-                self._begin(task, event, timestamp)
+                self._sent[uuid] = untold(task if "state" in sent else sent, event)
             take_event(task, event, kind, timestamp, sent)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
 
-    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
-        """Begin a delivery with an event of it; its process is known as a worker from now on."""
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
         hostname, pid = process_of(event)
         told["began"] = timestamp
+        if kind.time == "sent":
+            self._sent[told["uuid"]] = ALONE
+            if hostname:
+                told["client"] = hostname
+            return
         if hostname:
             if pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
             told["worker"] = self.workers[hostname]["hostname"]
         if pid != NO_PID:
             told["pid"] = pid
-        if told.get("clock") is not None and event.get("clock") is None:
-            del told["clock"]  # that of the task-sent
+        if "clock" in told and event.get("clock") is None:
+            del told["clock"]  # which is that of the task-sent
 
     def _merge(
         self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
@@ -3131,7 +3202,7 @@ class State:
             deliveries.append(told)
             if kind.time != "sent":
                 began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
-                self._begin(told, event, began)
+                self._begin(told, event, kind, began)
         if kind.time == "sent":
             take_sent(told, event, timestamp)
         else:
@@ -3155,7 +3226,7 @@ class State:
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        here, there = self._classes.get(before or state, self._active), self._classes.get(state, self._active)
+        here, there = self._classes.get(state if before is None else before, self._active), self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
@@ -3168,12 +3239,13 @@ class State:
             if task.get("root_id") == uuid:
                 task["root_id"] = uuid
             for key in ("name", "kwargs"):
-                if type(task.get(key)) is str and len(task[key]) <= MAX_TYPE:
+                if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
                     task[key] = sys.intern(task[key])
 
     def _adopt(self, uuid: str, parent: Any) -> None:
         """Enter a task among the children of its parent, whether that is known yet or not."""
-        if isinstance(parent, str):
+        parent = name_of(parent)
+        if parent:
             children = self._children.setdefault(parent, [])
             insort(children, uuid)
             if parent in self.tasks:
@@ -3181,7 +3253,8 @@ class State:
 
     def _disown(self, uuid: str, parent: Any) -> None:
         """Enter a task no longer among its parent's children."""
-        if isinstance(parent, str):
+        parent = name_of(parent)
+        if parent:
             children = self._children[parent]
             del children[bisect_left(children, uuid)]
             if not children:
@@ -3192,8 +3265,7 @@ class State:
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
         self.evicted += 1
-        classes = (self._succeeded, self._failed, self._waiting, self._active)
-        self._forget(next(uuid for some in classes for uuid in some))
+        self._forget(next(chain(self._succeeded, self._failed, self._waiting, self._active)))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
@@ -3201,6 +3273,60 @@ class State:
         self._disown(uuid, task.get("parent_id"))
         self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
+
+    def _weigh(self, event: Mapping[str, Any]) -> None:
+        """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
+        size = weight_of(event)
+        self._weight += size
+        if size > LARGE:
+            fields = list(event.items())[: 2 * MAX_FIELDS]
+            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+            texts = {key: format_json(value).decode() for key, value in large.items()}
+            self._weight += sum(map(len, texts.values()))
+            copy = new_event(Event)
+            copy.update({**dict(fields), **texts})
+            for events in (self.recent, self.notes):
+                if events and events[-1] is event:
+                    events[-1] = copy
+            hostname = process_of(event)[0]
+            if hostname:
+                self._last[hostname] = copy
+            for record in self._records(name_of(event.get("uuid")), hostname):
+                record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
+        if self._weight > MAX_STATE:
+            self._slim()
+
+    def _records(self, uuid: str, hostname: str) -> Iterator[dict[str, Any]]:
+        """Yield all that is kept of a task and of a worker."""
+        yield from (self.tasks[uuid], *self._deliveries.get(uuid, ())) if uuid in self.tasks else ()
+        if hostname in self.workers:
+            yield from (self.workers[hostname], *self._processes[hostname].values())
+
+    def _slim(self) -> None:
+        """Weigh all that is kept. Forget large values, the oldest first, and then tasks and workers, until it is half."""
+        records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
+        records += [record for hostname in self.workers for record in self._records("", hostname)]
+        records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
+        self._weight, enough = sum(map(weight_of, records)), MAX_STATE // 2
+        places: dict[int, list[tuple[Any, str]]] = {}  # of a large value, which several may have in common
+        for record, key, value in ((one, *item) for one in records for item in one.items()):
+            if type(value) is str and bytes_of(value) > LARGE:
+                if places.setdefault(id(value), []):
+                    self._weight -= bytes_of(value)
+                places[id(value)].append((record, key))
+        for found in places.values():
+            if self._weight > enough:
+                self._weight -= bytes_of(found[0][0][found[0][1]])
+                self.evicted += 1
+                for record, key in found:
+                    record[key] = FORGOTTEN
+        while self._weight > enough and self.tasks:
+            victim = next(chain(self._succeeded, self._failed, self._waiting, self._active))
+            self._weight -= sum(map(weight_of, self._records(victim, "")))
+            self._evict()
+        if self._weight > enough:
+            for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
+                kept.clear()
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------

@@ -2726,17 +2726,17 @@ LIVES = [
     ("STARTED", [task_event("received"), task_event("started")]),
     ("SUCCESS", [task_event("received"), task_event("started"), task_event("succeeded", result="1")]),
     ("SUCCESS", [task_event("succeeded"), task_event("started")]),
-    ("FAILURE", [task_event("succeeded"), task_event("failed", "w2")]),
-    ("SUCCESS", [task_event("failed"), task_event("succeeded", "w2")]),
-    ("FAILURE", [task_event("revoked"), task_event("failed")]),
+    ("SUCCESS", [task_event("failed"), task_event("succeeded")]),
+    ("FAILURE", [task_event("revoked"), task_event("failed"), task_event("rejected")]),
     ("PROGRESS", [task_event("started"), task_event("progress", progress=0.5)]),
     ("STARTED", [task_event("progress"), task_event("started")]),
-    ("STARTED", [task_event("progress"), task_event("started", "w2")]),
-    ("RECEIVED", [task_event("succeeded"), task_event("received")]),
-    ("RECEIVED", [task_event("succeeded"), task_event("received", "w2")]),
-    ("RECEIVED", [task_event("succeeded", retries=0), task_event("received", "w2", retries=1)]),
+    ("RECEIVED", [task_event("succeeded"), task_event("received")]),  # again, by the same process
+    ("RECEIVED", [task_event("succeeded", timestamp=1.0), task_event("received", "w2", timestamp=2.0)]),
+    ("SUCCESS", [task_event("succeeded", timestamp=2.0), task_event("received", "w2", timestamp=1.0)]),
+    ("RECEIVED", [task_event("succeeded", retries=0), task_event("received", "w2", retries=1, timestamp=0.0)]),
     ("STARTED", [task_event("started", retries=1), task_event("failed", retries=0)]),
-    ("RECEIVED", [task_event("started"), task_event("received", "w2", retries=1), task_event("retried")]),
+    ("RECEIVED", [task_event("started"), task_event("received", retries=1), task_event("retried")]),
+    ("SUCCESS", [task_event("started", pid=2), task_event("succeeded", pid=2), task_event("received", pid=1)]),
     ("RETRY", [task_event("started"), task_event("retried")]),
     ("REJECTED", [task_event("received"), task_event("rejected")]),
 ]
@@ -2747,28 +2747,90 @@ def test_a_task_is_in_the_state_that_its_events_say(state, events):
     assert state_of(*events).tasks["t"]["state"] == state
 
 
-def test_the_state_of_a_task_does_not_depend_on_how_streams_interleave():
-    streams = [
-        [task_event("sent", "c", clock=50, timestamp=9.0, retries=0)],
-        [
-            task_event("received", "w1", clock=2, timestamp=100.0, retries=0, name="job", args="()"),
-            task_event("started", "w1", clock=3, timestamp=101.0),
-            task_event("retried", "w1", clock=9, timestamp=102.0, exception="E"),
-        ],
-        [task_event("sent", "p", clock=4, timestamp=10.0, retries=1)],
-        [
-            task_event("received", "w2", clock=5, timestamp=3.0, retries=1, name="job", args="()"),
-            task_event("started", "w2", clock=6, timestamp=4.0),
-            task_event("succeeded", "w2", clock=7, timestamp=5.0, result="1", runtime=1.0),
-        ],
+def stream(host, *events, pid=1):
+    """The events of one process: subject -> fields, at the times that `at` or the order give."""
+    return [
+        task_event(subject, host, pid=pid, clock=n, **{"timestamp": float(n), "local_received": 9.0, **fields})
+        for n, (subject, fields) in enumerate(events)
     ]
-    for seed in range(300):
-        chance, rest, order = random.Random(seed), [list(stream) for stream in streams], []
-        while any(rest):
-            order.append(chance.choice([stream for stream in rest if stream]).pop(0))
-        task = state_of(*order).tasks["t"]
-        assert {"state": "SUCCESS", "retries": 1, "worker": "w2", "client": "p", "result": "1"}.items() <= task.items()
-        assert (task["name"], task["sent"], task["received"], task["retried"]) == ("job", 10.0, 100.0, 102.0), seed
+
+
+RETRIED = [  # as of Celery: the next attempt is received before the last one says that it is retried
+    ("received", {"retries": 0, "name": "job", "args": "(1,)"}),
+    ("started", {}),
+    ("received", {"retries": 1, "name": "job"}),
+    ("retried", {"exception": "refused (0)", "traceback": "T0"}),
+    ("started", {}),
+    ("retried", {"exception": "refused (1)", "traceback": "T1"}),
+]
+LAST = [("received", {"retries": 2, "name": "job"}), ("started", {"timestamp": 0.5}), ("succeeded", {"result": "ok"})]
+MERGES = {  # streams of processes, and what their task shows at last, however they are merged
+    "retried by one worker, then by another": (
+        [stream("w1", *RETRIED), stream("w2", *LAST)],
+        {"state": "SUCCESS", "worker": "w2", "exception": "refused (1)", "traceback": "T1", "retries": 2, "args": "(1,)"},
+    ),
+    "an old attempt goes on": (
+        [stream("a", ("received", {"retries": 0}), ("started", {}), ("retried", {}), ("progress", {"progress": 0.5}))]
+        + [stream("b", ("received", {"retries": 1, "timestamp": -5.0}))],
+        {"state": "RECEIVED", "worker": "b", "retries": 1, "retried": 2.0},
+    ),
+    "received again after the worker died": (
+        [stream("a", ("received", {}), ("started", {})), stream("b", ("received", {"timestamp": 5.0}))],
+        {"state": "RECEIVED", "worker": "b", "received": 5.0, "started": 1.0},
+    ),
+    "received by the parent, run by a child": (
+        [stream("h", ("received", {"name": "job"})), stream("h", ("started", {}), ("failed", {"exception": "E"}), pid=2)],
+        {"state": "FAILURE", "worker": "h", "name": "job", "exception": "E", "started": 0.0},
+    ),
+    "sent by two clients": (
+        [stream("c", ("sent", {"retries": 0, "queue": "q", "args": "sent"})), stream("d", ("sent", {"retries": 1}))]
+        + [stream("w", ("received", {"retries": 0, "args": "(1,)"}), ("started", {}), ("progress", {"progress": 0.1}))],
+        {"state": "PROGRESS", "client": "d", "queue": "q", "args": "(1,)", "worker": "w"},
+    ),
+    "a child and a parent": (
+        [stream("w", ("received", {"parent_id": "t"}), ("sent", {"uuid": "p"})), stream("v", ("started", {"uuid": "p"}))],
+        {"state": "RECEIVED", "parent_id": "t", "children": ["t"]},
+    ),
+}
+
+
+def merges(lengths):
+    """Every order in which streams of these lengths may come: lists of numbers of streams."""
+    if not any(lengths):
+        yield []
+    for n, length in enumerate(lengths):
+        if length:
+            for rest in merges([*lengths[:n], length - 1, *lengths[n + 1 :]]):
+                yield [n, *rest]
+
+
+@pytest.mark.parametrize("streams, shown", MERGES.values(), ids=MERGES)
+def test_at_any_moment_a_task_is_what_its_processes_told_in_whatever_order_their_streams_came(streams, shown):
+    seen = {}
+    for order in merges([len(events) for events in streams]):
+        state, at = State(), [0] * len(streams)
+        for n in order:
+            state.event(streams[n][at[n]])
+            at[n] += 1
+            attempts = {uuid: state.attempts(uuid) for uuid in state.tasks}
+            workers = {name: (worker["status"], worker["pid"]) for name, worker in state.workers.items()}
+            picture = (json.loads(json.dumps(state.tasks)), attempts, workers)
+            assert seen.setdefault(tuple(at), picture) == picture, order
+    assert shown.items() <= state.tasks["t"].items()
+
+
+def test_each_delivery_of_a_task_is_an_attempt():
+    state = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST))
+    attempts = state.attempts("t")
+    assert [(a["worker"], a["retries"], a["state"]) for a in attempts] == [
+        ("w1", 0, "RETRY"), ("w1", 1, "RETRY"), ("w2", 2, "SUCCESS")
+    ]  # fmt: skip
+    assert [(a["received"], a["started"], a["ended"], a["exception"]) for a in attempts] == [
+        (0.0, 1.0, 3.0, "refused (0)"), (2.0, 4.0, 5.0, "refused (1)"), (0.0, 0.5, 2.0, None)
+    ]  # fmt: skip
+    (only,) = state_of(*stream("w1", *RETRIED[:2])).attempts("t")
+    assert (only["state"], only["ended"], only["pid"]) == ("STARTED", None, 1)
+    assert state.attempts("unknown") == state_of(task_event("sent")).attempts("t") == []
 
 
 def test_a_newer_event_overwrites_fields_but_never_with_null_and_a_late_one_fills_in():
@@ -2782,13 +2844,15 @@ def test_a_newer_event_overwrites_fields_but_never_with_null_and_a_late_one_fill
     assert "eta" not in task
 
 
-def test_events_and_received_tasks_are_counted():
-    state = state_of(task_event("sent"), task_event("received"), task_event("received", uuid="u"), Event("hello"))
-    assert (state.event_count, state.task_count) == (4, 2)
-    assert [event.type for event in state.recent][-1] == "hello"
+def test_events_are_counted_and_kept_and_notes_apart():
+    types = ["task-received", "task-progress", "worker-heartbeat", "hello", "log-info", "worker-online", None]
+    state = state_of(*({"type": type, "uuid": "u", "hostname": "h"} for type in types))
+    assert (state.event_count, state.task_count, len(state.recent)) == (7, 1, 7)
+    assert [event["type"] for event in state.notes] == ["hello", "log-info", "worker-online", None]
+    assert repr(state) == "<State: 7 events, 1 tasks, 1 workers, 0 evicted>"
 
 
-def test_the_callback_comes_first_and_then_the_method_for_the_type():
+def test_the_callback_comes_first_and_then_the_method_for_the_type_which_may_be_replaced():
     calls = []
 
     class Mine(State):
@@ -2800,6 +2864,9 @@ def test_the_callback_comes_first_and_then_the_method_for_the_type():
     state.event(task_event("started"))
     assert calls == [("callback", 0), ("method", "t")]
     assert state.tasks["t"]["state"] == "STARTED"
+    state.task_failed = calls.append
+    state.event(task_event("failed"))
+    assert (calls[-1].type, state.tasks["t"]["state"]) == ("task-failed", "STARTED")
 
 
 def many_tasks():
@@ -2821,6 +2888,8 @@ def test_tasks_are_listed_newest_first_or_oldest_by_name_and_by_worker():
     assert len(list(state.itertasks())) == 10
     state.event(task_event("started", "w0", "0", timestamp=50.0))
     assert next(state.tasks_by_time())[0] == "0"
+    state.get_task_info("1")["children"].append("X")
+    assert (state.tasks["1"]["children"], state.get_task_info("nope")) == ([], None)
 
 
 def test_active_tasks_are_listed_oldest_start_first():
@@ -2831,142 +2900,125 @@ def test_active_tasks_are_listed_oldest_start_first():
     assert next(uuid for uuid, _ in state.iteractive()) == "z"
 
 
-def test_task_info_is_a_copy():
-    state = many_tasks()
-    state.get_task_info("1")["state"] = "X"
-    state.get_task_info("1")["children"].append("X")
-    assert state.tasks["1"]["state"] == "STARTED"
-    assert state.tasks["1"]["children"] == []
-    assert state.get_task_info("nope") is None
-
-
-def test_a_parent_has_its_children_whichever_is_heard_of_first():
-    for order in ([0, 1, 2], [1, 2, 0], [1, 0, 2]):
-        events = [task_event("received", uuid="p")]
-        events += [task_event("received", uuid=uuid, parent_id="p") for uuid in "ab"]
-        assert sorted(state_of(*[events[n] for n in order]).tasks["p"]["children"]) == ["a", "b"]
-
-
-def test_tasks_share_what_is_equal_but_not_their_children():
+def test_each_kind_of_task_has_figures():
     state = State()
-    for uuid in ("root-a", "root-b"):
-        for subject in ("received", "started", "succeeded"):
-            fields = {"uuid": uuid, "root_id": uuid, "name": "project.job", "kwargs": "{'a': 1}", "hostname": "host-1"}
-            state.event(Event(f"task-{subject}", json.loads(json.dumps(fields))))  # new objects, as from the network
-    (uuid, a), (_, b) = state.itertasks()
-    assert all(a[key] is b[key] for key in ("name", "kwargs"))
-    assert a["uuid"] is a["root_id"] is uuid
-    assert a["worker"] is b["worker"]
-    state.event(task_event("sent", uuid="child", parent_id="root-a"))
-    assert (a["children"], b["children"]) == (["child"], [])
-    assert pickle.loads(pickle.dumps(state)).tasks == state.tasks
+    for n in range(20):
+        runtime = {"runtime": n + 1.0} if n else {}  # Celery tells none of a failure
+        for subject, fields in (("started", {"name": "job"}), ("succeeded" if n else "failed", {"exception": "E", **runtime})):
+            state.event(task_event(subject, uuid=str(n), timestamp=100.0 + (subject != "started"), **fields))
+    for event in (task_event("started", uuid="r", name="run", timestamp=50.0), task_event("retried", uuid="x", name="again")):
+        state.event(event)
+    stats = state.type_stats(now=80.0)
+    job = {"running": 0, "succeeded": 19, "failed": 1, "retried": 0, "mean": 10.5, "p95": 19.0, "max": 20.0}
+    assert stats["job"] == {**job, "last": 101.0, "error": "E"}
+    assert (stats["run"]["running"], stats["run"]["max"], stats["run"]["error"]) == (1, 30.0, None)
+    assert (stats["again"]["retried"], stats["again"]["mean"]) == (1, None)
 
 
-def test_a_method_may_be_replaced_in_one_state():
-    state, failed = State(), []
-    state.task_failed = failed.append
-    state.event(task_event("failed"))
-    assert [event.type for event in failed] == ["task-failed"]
-    assert not state.tasks
-
-
-def test_the_successful_go_first_then_the_finished_then_the_rest():
-    state = State(max_tasks_in_memory=4)
-    for uuid, subject in (("run", "started"), ("bad", "failed"), ("ok1", "succeeded"), ("ok2", "succeeded")):
-        state.event(task_event(subject, uuid=uuid))
-    gone = []
-    for n in range(6):
+def test_the_successful_go_first_then_the_finished_then_what_was_only_sent_then_the_rest():
+    state, gone = State(max_tasks_in_memory=5), []
+    tasks = (("run", "started"), ("bad", "failed"), ("sent", "sent"), ("ok1", "succeeded"), ("ok2", "succeeded"))
+    for uuid, subject in tasks:
+        state.event(task_event(subject, uuid=uuid, parent_id="run"))
+    for n in range(7):
         before = set(state.tasks)
         state.event(task_event("started", uuid=f"new{n}"))
         gone += before - set(state.tasks)
-    assert gone == ["ok1", "ok2", "bad", "run", "new0", "new1"]
-    assert state.evicted == 6
+    assert gone == ["ok1", "ok2", "bad", "sent", "run", "new0", "new1"]
+    assert (state.evicted, state.get_task_info("new6")["children"]) == (7, [])
 
 
-def test_memory_is_bounded_whatever_the_events_say():
+def test_nothing_from_outside_makes_it_larger_than_it_may_be():
     state = State(max_tasks_in_memory=50, max_workers_in_memory=20)
-    for n in range(5000):
+    for n in range(1000):
         for subject in ("sent", "received", f"custom{n}", "failed", "received", "succeeded"):
             state.event(task_event(subject, f"w{n}", f"u{n}", parent_id=f"p{n}", name=f"name{n}", timestamp=n * 1e3))
-        state.event(Event("worker-heartbeat", hostname=f"w{n}"))
+        state.event(task_event("received", "w", "u", pid=n))
+        state.event(Event("worker-heartbeat", hostname=f"w{n}", **{f"field{n}": n}))
+        state.event(Event(f"type{n}" * 1000, hostname=f"h{n}"))
+    size = len(pickle.dumps(state))
+    for n in range(500):
+        state.event(task_event("received", "w", "u", pid=n, **{f"field{n}": n}))
+        state.event(Event("worker-lost", hostname="w", pid=n, **{f"field{n}": n}))
         state.event(Event(f"type{n}", hostname=f"h{n}"))
-        state.event(Event(f"type{n}" * 1000))
-    assert len(state.tasks) == 50
-    assert len(state.workers) == 20
-    assert len(state._last) <= 2 * 20
-    assert len(state._orphans) <= 50
-    assert len(state._active) <= 50
-    assert sum(map(len, (state._active, state._waiting, state._succeeded, state._failed))) == 50
-    assert len(state.recent) == 1000
-    assert len(state._graph) <= eventmon.GRAPH_TICKS
-    assert max(len(kind) for counts in state._graph.values() for kind in counts) <= eventmon.MAX_TYPE
+    assert (len(state.tasks), len(state.workers), len(state.recent)) == (50, 20, 1000)
+    assert len(pickle.dumps(state)) < size + 1_000_000
 
 
-def test_a_task_that_runs_goes_after_one_that_was_only_sent():
-    state = State(max_tasks_in_memory=3)
-    for event in (task_event("started", uuid="run"), task_event("sent", uuid="s1"), task_event("sent", uuid="s2")):
-        state.event(event)
-    state.event(task_event("sent", uuid="s3"))
-    assert list(state.tasks) == ["run", "s2", "s3"]
-
-
-def test_a_task_has_a_bounded_number_of_fields():
+@pytest.mark.parametrize("value", ["x" * (8 << 20), [[]] * 100_000], ids=["text", "nested"])
+def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory(value):
     state = State()
-    for n in range(1000):
-        state.event(task_event("progress", **{f"field{n}": n}))
-        state.event(Event("worker-heartbeat", hostname="w", **{f"field{n}": n}))
-    assert len(state.tasks["t"]) <= eventmon.MAX_FIELDS + 10
-    assert len(state.workers["w"]) <= eventmon.MAX_FIELDS + 10
-    many = {f"other{n}": n for n in range(1000)}
-    state.event(task_event("progress", uuid="u", field=1, **many))
-    state.event(Event("worker-online", hostname="v", field=1, **many))
-    for record in (state.tasks["u"], state.workers["v"]):
-        assert 0 < len(record.keys() & many.keys()) < eventmon.MAX_FIELDS
-    state.event(task_event("progress", uuid="u", field=2, new=2))
-    assert (state.tasks["u"]["field"], "new" in state.tasks["u"]) == (2, False)
+    for n in range(40):
+        large = [str(n)] if n % 4 > 1 else f"{value}{n}" if isinstance(value, str) else value
+        for type in ("task-received", "worker-online", "note"):
+            state.event(Event(type, uuid=f"u{n}", hostname=f"h{n}", pid=1, large=large))
+    kept = [task["large"] for task in state.tasks.values() if len(task["large"]) > 100]
+    assert len(state.tasks) == len(state.workers) == 40
+    if isinstance(value, str):
+        assert state.evicted > 0
+        assert 0 < sum(map(len, kept)) < eventmon.MAX_STATE
+        assert len(state.tasks["u37"]["large"]) > 100 > len(state.tasks["u0"]["large"])
+    else:
+        assert kept[-1] == json.dumps(value).replace(" ", ""), "nested values are kept as JSON, which takes less"
+    assert state.tasks["u38"]["large"] == ["38"]
 
 
-JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started"]
+JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started", "y" * 9999]
 
 
 def test_any_fields_of_any_type_do_no_harm():
     chance = random.Random(1)
     state = State(max_tasks_in_memory=20, max_workers_in_memory=20)
-    types = [*eventmon.METHODS, "task-progress", "task-", "hello", None, 5, ["x"]]
+    types = [*eventmon.METHODS, "task-progress", "task-", "task-pending", "hello", None, 5, ["x"]]
     names = ("uuid", "hostname", "timestamp", "clock", "local_received", "retries", "state", "name", "args", "runtime")
-    names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active")
+    names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active", "sent")
     for _ in range(5000):
         event = {"type": chance.choice(types)}
         for name in chance.sample(names, chance.randrange(len(names))):
             event[name] = chance.choice([*JUNK, "t1", "t2", "t3"])
         state.event(event)
+        assert state.attempts("t1") is not None
     assert state.event_count == 5000
     assert state.task_types() is not None
-    assert list(state.iteractive()) is not None
+    assert state.type_stats() is not None
+    assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
     assert state.alive_workers() is not None
     for page in eventmon.PAGES:
         shown(state, typed(state, page), 40, 120)
 
 
-def test_a_worker_is_alive_while_anything_is_heard_of_it():
+def test_a_worker_is_alive_until_its_end_or_until_a_heartbeat_is_overdue():
     state = state_of(
-        Event("worker-online", hostname="w1", freq=2.0, local_received=100.0, timestamp=5e6),
-        Event("worker-heartbeat", hostname="w2", local_received=100.0),
-        task_event("received", "w3", local_received=100.0),
+        Event("worker-online", hostname="w1", pid=1, freq=2.0, local_received=100.0, timestamp=105.0),
+        task_event("received", "w3", pid=3, local_received=100.0, timestamp=100.0),
         task_event("sent", "client", local_received=100.0),
     )
 
-    def alive(now):
-        return [worker["hostname"] for worker in state.alive_workers(now)]
+    def alive(now=None):
+        return sorted(worker["hostname"] for worker in state.alive_workers(now))
 
-    assert alive(103.9) == ["w1", "w2", "w3"]
-    assert alive(104.1) == ["w2", "w3"]
-    state.event(task_event("started", "w1", local_received=110.0))
-    assert sorted(alive(113.0)) == ["w1", "w2", "w3"]
-    assert alive(1000.0) == ["w2", "w3"], "who has no heartbeats is alive until its end"
-    state.event(Event("worker-offline", hostname="w2", local_received=111.0))
-    assert "w2" not in alive(112.0)
-    assert "w2" in state.workers
+    assert (state.now(), state.workers["w1"]["clock_offset"], state.workers["w3"]["clock_offset"]) == (100.0, 5.0, 0.0)
+    assert (alive(103.9), alive(104.1), alive(1e6)) == (["w1", "w3"], ["w3"], ["w3"])
+    state.event(Event("any", hostname="w1", pid=1, local_received=110.0))
+    assert (alive(), alive(113.9), state.is_lost(state.tasks["t"])) == (["w1", "w3"], ["w1", "w3"], False)
+    for type, pid, status, lost in [
+        ("worker-lost", 3, "lost", True), ("note", 3, "alive", False), ("worker-online", 4, "alive", False),
+        ("worker-lost", 3, "alive", True), ("worker-offline", 4, "ended", True), ("note", 5, "ended", True),
+    ]:  # fmt: skip
+        state.event(Event(type, hostname="w3", pid=pid, local_received=111.0, timestamp=111.0 + (type == "worker-offline")))
+        assert (state.workers["w3"]["status"], state.is_lost(state.tasks["t"])) == (status, lost), (type, pid)
+    state.event(task_event("succeeded", "w3", pid=3, local_received=112.0))
+    assert not state.is_lost(state.tasks["t"], 1e6)
+
+
+def test_the_clock_of_a_live_state_is_not_the_one_that_can_be_set(monkeypatch):
+    state = state_of(Event("worker-heartbeat", hostname="w", freq=2.0, local_received=time.time()))
+    monkeypatch.setattr(eventmon.time, "time", lambda: time.monotonic() - 3600)
+    assert abs(state.now() - state.workers["w"]["heard"]) < 2
+    state.event(Event("note", hostname="v", local_received=eventmon.time.time()))
+    assert sum(state.counts(1, 5.0)) == 2
+    assert state.is_alive(state.workers["w"])
+    assert not state.is_alive(state.workers["w"], state.now() + 5)
 
 
 def test_workers_that_join_and_leave_are_told():
@@ -2975,20 +3027,21 @@ def test_workers_that_join_and_leave_are_told():
         on_node_join=lambda worker: calls.append(("join", worker["hostname"])),
         on_node_leave=lambda worker: calls.append(("leave", worker["hostname"])),
     )
-    for type in ("worker-online", "worker-heartbeat", "worker-offline"):
+    for type in ("worker-online", "worker-heartbeat", "worker-offline", "worker-offline", "note", "worker-lost"):
         state.event(Event(type, hostname="w"))
     state.event(Event("worker-heartbeat", hostname="v"))
-    assert calls == [("join", "w"), ("leave", "w"), ("join", "v")]
+    assert calls == [("join", "w"), ("leave", "w"), ("join", "w"), ("leave", "w"), ("join", "v")]
 
 
-def test_the_last_event_of_a_worker_is_known():
+def test_the_last_event_of_a_worker_is_known_until_it_is_cleared():
     state = State()
     assert state.last_worker_event() is None
     for event in (Event("a", hostname="w1"), Event("b", hostname="w2"), Event("c")):
         state.event(event)
-    assert state.last_worker_event("w1").type == "a"
-    assert state.last_worker_event().type == "b"
+    assert (state.last_worker_event("w1").type, state.last_worker_event().type) == ("a", "b")
     assert state.last_worker_event("w3") is None
+    state.clear()
+    assert state.last_worker_event("w1") is state.last_worker_event() is None
 
 
 def test_the_graph_counts_events_by_the_time_they_came():
@@ -2998,6 +3051,7 @@ def test_the_graph_counts_events_by_the_time_they_came():
         for _ in range(events):
             state.event(Event("a", local_received=second))
     state.event(Event("b", local_received=96.1))
+    assert state.counts(5, 5.0, 100.0) == [1, 1, 100, 0, 50]
     assert state.scale_graph(5, 8, 5.0, 100.0) == [1, 1, 8, 0, 4]
     assert state.scale_graph(5, 8, 5.0, 100.0, types=["b"]) == [0, 8, 0, 0, 0]
     assert state.scale_graph(0, 8, 5.0, 100.0) == []
@@ -3022,12 +3076,12 @@ def test_nothing_changes_while_frozen():
     state = many_tasks()
     other = threading.Thread(target=state.event, args=(Event("late"),))
 
-    def look(factor):
+    def look(factor, plus):
         other.start()
         other.join(0.05)
-        return state.event_count * factor
+        return state.event_count * factor + plus
 
-    assert state.freeze_while(look, 2) == 38
+    assert state.freeze_while(look, 2, plus=1) == 39
     other.join()
     assert state.event_count == 20
     with pytest.raises(ZeroDivisionError):
@@ -3036,12 +3090,12 @@ def test_nothing_changes_while_frozen():
 
 
 def test_a_state_can_be_pickled_and_used_again():
-    state = many_tasks()
-    state.callback = lambda state, event: None
+    state = state_of(task_event("sent", "c", uuid="s"), *stream("w1", *RETRIED), callback=lambda state, event: None)
     again = pickle.loads(pickle.dumps(state))
-    assert again.tasks == state.tasks
-    again.event(task_event("succeeded", "w0", "0"))
-    assert again.tasks["0"]["state"] == "SUCCESS"
+    assert (again.tasks, again.attempts("t")) == (state.tasks, state.attempts("t"))
+    for event in (task_event("received", uuid="s", queue="q"), task_event("succeeded", "w1", pid=1)):
+        again.event(event)
+    assert (again.tasks["s"]["client"], again.tasks["s"]["state"], again.tasks["t"]["succeeded"] > 5) == ("c", "RECEIVED", True)
 
 
 # --- the screen ---
