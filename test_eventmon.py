@@ -2903,9 +2903,10 @@ def test_events_tell_the_reason_first_and_the_tasks_name():
     assert re.search(r"task-failed +job 5d0c91aa +E\(\)  logger=x  other=5d0c91aa\n", shown(state, typed(state, "4"), 24, 88))
     line = eventmon.event_line(state.recent[-1], state.tasks)
     assert line == "01-01  task-failed  job 5d0c91aa  w  E()  logger=x  other=5d0c91aa"
-    long = heard("task-failed", "w", 1, name="job", exception="E" * 500, traceback=TRACEBACK, other="x")
-    assert len(eventmon.event_line(long)) == 200
-    assert eventmon.event_line(long).endswith("E…")
+    for many in (190, 500):
+        long = heard("task-failed", "w", 1, name="job", exception="E" * many, traceback=TRACEBACK, other="x")
+        assert len(eventmon.event_line(long)) == 200
+        assert eventmon.event_line(long).endswith("…")
 
 
 def test_a_thousand_heartbeats_do_not_push_out_what_came_just_before():
