@@ -3671,7 +3671,7 @@ def test_send_says_how_many_watchers_have_everything():
         wait_until(lambda: len(one) == len(two) == 1)
     assert {"type": "deploy-done", "version": "1.2", "ok": True}.items() <= one[0].items()
     with Ear() as ear, running("send", "hello", "--url", ear.url, stderr=subprocess.PIPE, text=True) as send:
-        ear.data(1)
+        ear.hear()
         ear.answer(b"ack", 1, 7, 65536, 3)
         assert send.stderr.read() == "sent 1 event, confirmed by 0 watchers; 1 watcher lacks 3 datagrams\n"
         assert send.wait() == 1
