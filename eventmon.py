@@ -3647,7 +3647,7 @@ def reason_of(event: Facts, now: float) -> str:
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def name_of(event: Facts, tasks: Facts) -> str:
+def task_name(event: Facts, tasks: Facts) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
     name = event.get("name") or known(tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
@@ -3656,7 +3656,7 @@ def name_of(event: Facts, tasks: Facts) -> str:
 def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
     """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
     now = time.time()
-    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), task_name(event, tasks)
     line = together(*first, printable(event.get("hostname")), reason_of(event, now))
     return line if len(line) <= 200 else line[:199] + "…"
 
@@ -3718,7 +3718,7 @@ WORKER_COLUMNS = (
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
     Column("TYPE", 16, "type", style=None, share=0.05),
-    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("NAME", 20, lambda event, stage: task_name(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
