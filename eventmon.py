@@ -3596,8 +3596,10 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker = worker_of(task, stage)
-    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    worker, until = worker_of(task, stage), stage.now
+    if worker and stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
+        lost_at = number(worker.get("timestamp"), inf) if worker["status"] == "lost" else inf
+        until = lost_at - SILENCE if lost_at < inf else worker["heard"]
     seconds = seconds_taken(task, until + clock_error(worker))
     return -1.0 if seconds is None else seconds
 
