@@ -2425,8 +2425,8 @@ NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
-    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
-    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+    + ("root_id", "retries", "started", "succeeded", "result", "runtime", "parent_id", "sent", "client", "progress")
+    + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid or hostname
@@ -2673,7 +2673,7 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
 
 
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
-MAX_SMALL = 200  # characters of the fields of an event that is not weighed
+MAX_SMALL = 150  # characters of the fields of an event that is not weighed
 LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FORGOTTEN = "(forgotten: State was full)"
 FLAT = frozenset((int, float, bool, type(None)))
@@ -2688,6 +2688,12 @@ def bytes_of(value: Any) -> int:
         if size <= LARGE and isinstance(value, (dict, list, tuple)):
             rest += [*value, *value.values()] if isinstance(value, dict) else value
     return size
+
+
+def is_small(event: Mapping[str, Any]) -> bool:
+    """Whether an event has flat values only, of few characters."""
+    texts = [value for value in event.values() if type(value) not in FLAT]
+    return all(type(value) is str for value in texts) and sum(map(len, texts)) <= 2 * MAX_SMALL
 
 
 def weight_of(record: Mapping[str, Any]) -> int:
@@ -3136,6 +3142,7 @@ class State:
             self._begin(task, event, kind, timestamp)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
+            self._is_small = usual and is_small(event)
             return
         task["timestamp"] = timestamp
         task["state"] = state
