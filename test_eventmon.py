@@ -4147,7 +4147,7 @@ def test_the_readme_shows_what_the_monitor_shows(utc):
     events = (
         {**event, "name": "shop.report"} if event.get("name") == "报表.生成" else event for event in shop().recent
     )
-    assert f"```text\n{shown(state_of(*events), None, 11, url=DEFAULT_URL)}\n```" in README
+    assert f"```text\n{shown(state_of(*events), None, 16, url=DEFAULT_URL)}\n```" in README
 
 
 def readme_blocks(language):
