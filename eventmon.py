@@ -1386,19 +1386,15 @@ class Dispatcher:
 
     def _wait_for_room(self, deadline: float) -> None:
         """Wait until every watcher that advances has room again, or until the deadline."""
-        window = self._window
+        window, pause = self._window, 0.001
         now = time.monotonic()
         while window.cost > window.horizon and now < deadline:
-            time.sleep(min(self._pause(now), deadline - now))
-            since, now = now, time.monotonic()
+            time.sleep(min(pause, deadline - now))
+            since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
             with self._lock:
                 self._listen(now)
                 window.waited(since, now)
                 self._ask(now)
-
-    def _pause(self, now: float, longest: float = 0.01) -> float:
-        """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(longest, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
@@ -1412,7 +1408,7 @@ class Dispatcher:
         Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
         """
         start = now = time.monotonic()
-        window = self._window
+        window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
@@ -1425,8 +1421,8 @@ class Dispatcher:
                 if now >= end:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(min(self._pause(now, 0.04), end - now))  # meanwhile the thread listens
-            now = time.monotonic()
+            time.sleep(min(pause, end - now))  # meanwhile the thread listens
+            now, pause = time.monotonic(), min(2 * pause, 0.02)
 
     def _close(self, timeout: float) -> None:
         if not _fork_mark[0]:
