@@ -2413,6 +2413,7 @@ ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has an
 USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
 NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
 NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
+NOT_SIMPLE = ERROR | {"retries", "parent_id"}  # these may change more than the field of that name
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2445,8 +2446,10 @@ def attempt_of(event: Mapping[str, Any]) -> float:
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    pid = event.get("pid")
-    return name_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+    hostname, pid = event.get("hostname"), event.get("pid")
+    if type(hostname) is not str or len(hostname) > MAX_NAME:
+        hostname = ""
+    return hostname, pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
@@ -2472,7 +2475,7 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
         usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        follows = usual and kind.time not in ("sent", "received") and NOT_SIMPLE.isdisjoint(keys - ERROR)
         shape = Shape(keys, fields, usual, follows)
         if usual:
             kind.shapes[len(event)] = shape
@@ -2580,18 +2583,18 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    closed = NO_KEYS  # what older ones have no say in
-    for group in reversed(groups):
-        for told in reversed(group):
-            for key, value in told.items():
-                if key in TIMES:
-                    shown[key] = max(value, shown.get(key, value))
-                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
-                    shown[key] = value
-            if not ERROR.isdisjoint(told):
-                closed |= ERROR
-        closed |= OWN
-    return shown
+    for group in groups:
+        if group is groups[-1]:
+            for key in OWN:
+                shown.pop(key, None)
+        for told in group:
+            if "exception" in told or "traceback" in told:
+                shown.pop("exception", None)
+                shown.pop("traceback", None)
+            shown.update(told)
+    for key in TIMES.intersection(shown):
+        shown[key] = max(told[key] for group in groups for told in group if key in told)
+    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
@@ -3131,6 +3134,17 @@ class State:
         elif task is None and usual:  # the first
             before, task = None, self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
+        elif (  # its only delivery begins, after task-sent
+            usual
+            and task is not None
+            and key_of_time == "received"
+            and "state" in self._sent.get(uuid, ())
+            and attempt_of(event) == attempt_of(task)
+            and event.get("parent_id") in (None, task.get("parent_id"))
+        ):
+            before = "PENDING"
+            self._begin(task, event, kind, timestamp)
+            self._sent[uuid] = untold(task, event)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
             self._is_small = usual and is_small(event)
@@ -3153,7 +3167,7 @@ class State:
                     size = LARGE
         if size <= MAX_SMALL:
             self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before is None or state in self._classes:
+        if before != "STARTED" or state in self._classes:
             self._enter(task["uuid"], task, before)
             if before is None and "parent_id" in task:
                 self._adopt(uuid, task["parent_id"])
@@ -3202,7 +3216,7 @@ class State:
             del told["clock"]  # which is that of the task-sent
 
     def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
+        self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
     ) -> dict[str, Any]:
         """Return a new dict for a task that is not simple, after its event."""
         uuid = task["uuid"]
@@ -3214,6 +3228,12 @@ class State:
             process = process_of(event)
             mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
+            if told is deliveries[-1] and told["state"] not in FINISHED and NOT_SIMPLE.isdisjoint(event):
+                joined = (other for other in deliveries if other.get("worker") == told.get("worker"))
+                if all(process_in(other) == process for other in joined):  # only the newest delivery is told more
+                    take_event(told, event, kind, timestamp, NO_KEYS)
+                    take_event(task, event, kind, timestamp, NO_KEYS)
+                    return task
         if told is None:
             told = {}
             deliveries.append(told)
@@ -3228,7 +3248,9 @@ class State:
             deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        record.update(merged(grouped(deliveries)))
+        groups = grouped(deliveries)
+        deliveries[:] = [told for group in groups for told in group]
+        record.update(merged(groups))
         return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
