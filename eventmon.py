@@ -2474,7 +2474,7 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
     if shape is None or event.keys() != shape.keys:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
         follows = usual and kind.time not in ("sent", "received") and NOT_SIMPLE.isdisjoint(keys - ERROR)
         shape = Shape(keys, fields, usual, follows)
         if usual:
@@ -2682,12 +2682,6 @@ def bytes_of(value: Any) -> int:
         if size <= LARGE and isinstance(value, (dict, list, tuple)):
             rest += [*value, *value.values()] if isinstance(value, dict) else value
     return size
-
-
-def is_small(event: Mapping[str, Any]) -> bool:
-    """Whether an event has flat values only, of few characters."""
-    texts = [value for value in event.values() if type(value) not in FLAT]
-    return all(type(value) is str for value in texts) and sum(map(len, texts)) <= 2 * MAX_SMALL
 
 
 def weight_of(record: Mapping[str, Any]) -> int:
@@ -3147,7 +3141,6 @@ class State:
             self._sent[uuid] = untold(task, event)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
-            self._is_small = usual and is_small(event)
             return
         task["timestamp"] = timestamp
         task["state"] = state
@@ -3315,15 +3308,19 @@ class State:
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
+        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
+        if chars <= MAX_NAME + 2 * MAX_SMALL:
+            return
+        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
+        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
         self._weight += size
-        if size > LARGE:
-            fields = list(event.items())[: 2 * MAX_FIELDS]
-            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+        if size > LARGE or len(fields) < len(event):
+            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))
             copy = new_event(Event)
-            copy.update({**dict(fields), **texts})
+            copy.update({**fields, **texts})
             for events in (self.recent, self.notes):
                 if events and events[-1] is event:
                     events[-1] = copy
