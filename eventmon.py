@@ -2418,6 +2418,7 @@ ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has an
 USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
 NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
 NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
+NOT_SIMPLE = ERROR | {"retries", "parent_id"}  # these may change more than the field of that name
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2429,7 +2430,7 @@ MAX_NAME = 255  # characters of a uuid or hostname
 NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("state", "timestamp", "clock"))  # stands for every key of a task of which nothing but task-sent is known
+ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
 
 
 def number(value: Any, default: float) -> float:
@@ -2450,8 +2451,10 @@ def attempt_of(event: Mapping[str, Any]) -> float:
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    pid = event.get("pid")
-    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+    hostname, pid = event.get("hostname"), event.get("pid")
+    if type(hostname) is not str or len(hostname) > MAX_NAME:
+        hostname = ""
+    return hostname, pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
@@ -2459,7 +2462,7 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events: what they make of a task; its key of their time
+Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events; `time` is the key of their time in a task
 Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
 
 
@@ -2476,8 +2479,8 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
     if shape is None or event.keys() != shape.keys:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
+        follows = usual and kind.time not in ("sent", "received") and NOT_SIMPLE.isdisjoint(keys - ERROR)
         shape = Shape(keys, fields, usual, follows)
         if usual:
             kind.shapes[len(event)] = shape
@@ -2503,8 +2506,8 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
             record[key] = value
 
 
-# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
-# The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
+# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery. The
+# dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2520,7 +2523,9 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+def take_event(
+    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str] = ()
+) -> None:
     """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
     undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
     if undone:
@@ -2573,9 +2578,9 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
     hosts = {hostname for hostname, _ in receivers}
-    joins = ["sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered]
-    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
-    for told in (told for told, joining in zip(ordered, joins) if joining):
+    joining = [t for t in ordered if t.get("worker", "") in hosts and process_in(t) not in receivers and "sent" not in t]
+    groups = [[told] for told in ordered if not any(told is other for other in joining)]
+    for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
         (begun[-1] if begun else there[0]).append(told)
@@ -2585,18 +2590,18 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    closed = NO_KEYS  # what older ones have no say in
-    for group in reversed(groups):
-        for told in reversed(group):
-            for key, value in told.items():
-                if key in TIMES:
-                    shown[key] = max(value, shown.get(key, value))
-                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
-                    shown[key] = value
-            if not ERROR.isdisjoint(told):
-                closed |= ERROR
-        closed |= OWN
-    return shown
+    for group in groups:
+        if group is groups[-1]:
+            for key in OWN:
+                shown.pop(key, None)
+        for told in group:
+            if "exception" in told or "traceback" in told:
+                shown.pop("exception", None)
+                shown.pop("traceback", None)
+            shown.update(told)
+    for key in TIMES.intersection(shown):
+        shown[key] = max(told[key] for group in groups for told in group if key in told)
+    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
@@ -2686,12 +2691,6 @@ def bytes_of(value: Any) -> int:
     return size
 
 
-def is_small(event: Mapping[str, Any]) -> bool:
-    """Whether an event has flat values only, of few characters."""
-    texts = [value for value in event.values() if type(value) not in FLAT]
-    return all(type(value) is str for value in texts) and sum(map(len, texts)) <= 2 * MAX_SMALL
-
-
 def weight_of(record: Mapping[str, Any]) -> int:
     """Return about how many bytes a task, a worker or an event takes."""
     return sum(map(bytes_of, record.values())) + sys.getsizeof(record, 0) + 60 * len(record)
@@ -2730,18 +2729,19 @@ def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
-    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
-    their order, and it does not matter how those of several processes come in between each other.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries,
+    the latest time of each transition (sent, received, started, succeeded, ...), client of the newest task-sent, and
+    timestamp, clock, worker, pid and began of its newest delivery. A delivery is one process getting the task. Each
+    process's events count in their order; it does not matter how those of several come in between each other.
     A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
     clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
-    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
-    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
-    `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
-    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
+
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state. `event_count`
+    events were seen, `task_count` tasks received, `evicted` tasks and large values forgotten for want of room.
+    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is heard of
+    first or again, `on_node_leave(worker)` when it ends or is lost. Any thread may use it. A pickled State has no callbacks.
+    With `recorded` true, time is when the newest event was received, as it also is when that was long ago.
     """
 
     FINISHED = FINISHED  # the states in which a task ends
@@ -2801,10 +2801,7 @@ class State:
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock(), _began=time.time() - time.monotonic())
 
     def now(self) -> float:
-        """Return the seconds since the epoch by the clock of this State, which nobody sets.
-
-        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
-        """
+        """Return the seconds since the epoch by the clock of this State, which nobody sets, or of recorded events."""
         return self._heard if self._past else self._began + time.monotonic()
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -2927,8 +2924,8 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
-        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took, or have been running; last:
+        the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -2986,9 +2983,7 @@ class State:
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def counts(
-        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
-    ) -> list[int]:
+    def counts(self, width: int, span: float, now: float | None = None, types: Any = None) -> list[int]:
         """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
@@ -3073,7 +3068,7 @@ class State:
     def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Give a process of a worker a status and fields.
 
-        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
+        A worker shows the status and fields of its processes. One that is alive and told something last has the last word.
         """
         hostname, pid = process_of(event)
         if not hostname:
@@ -3092,7 +3087,8 @@ class State:
         (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
             take_fields(worker, one, NO_KEYS, one)
-        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
+        joins = before != "alive" or event.get("type") == "worker-online"
+        if self.on_node_join and worker["status"] == "alive" and joins:
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
@@ -3136,9 +3132,19 @@ class State:
         elif task is None and usual:  # the first
             before, task = None, self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
+        elif (  # its only delivery begins, after task-sent
+            usual
+            and task is not None
+            and key_of_time == "received"
+            and "state" in self._sent.get(uuid, ())
+            and attempt_of(event) == attempt_of(task)
+            and event.get("parent_id") in (None, task.get("parent_id"))
+        ):
+            before = "PENDING"
+            self._begin(task, event, kind, timestamp)
+            self._sent[uuid] = untold(task, event)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
-            self._is_small = usual and is_small(event)
             return
         task["timestamp"] = timestamp
         task["state"] = state
@@ -3158,7 +3164,7 @@ class State:
                     size = LARGE
         if size <= MAX_SMALL:
             self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before is None or state in self._classes:
+        if before != "STARTED" or state in self._classes:
             self._enter(task["uuid"], task, before)
             if before is None and "parent_id" in task:
                 self._adopt(uuid, task["parent_id"])
@@ -3206,9 +3212,7 @@ class State:
         if "clock" in told and event.get("clock") is None:
             del told["clock"]  # which is that of the task-sent
 
-    def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
-    ) -> dict[str, Any]:
+    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
         """Return a new dict for a task that is not simple, after its event."""
         uuid = task["uuid"]
         deliveries = self._deliveries.setdefault(uuid, [])
@@ -3219,21 +3223,28 @@ class State:
             process = process_of(event)
             mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
-        if told is None:
-            told = {}
-            deliveries.append(told)
-            if kind.time != "sent":
-                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
-                self._begin(told, event, kind, began)
+            if told is deliveries[-1] and told["state"] not in FINISHED and NOT_SIMPLE.isdisjoint(event):
+                joined = (other for other in deliveries if other.get("worker") == told.get("worker"))
+                if all(process_in(other) == process for other in joined):  # only the newest delivery is told more
+                    take_event(told, event, kind, timestamp)
+                    take_event(task, event, kind, timestamp)
+                    return task
+        new: dict[str, Any] = {} if told is None else told
         if kind.time == "sent":
-            take_sent(told, event, timestamp)
+            take_sent(new, event, timestamp)
         else:
-            take_event(told, event, kind, timestamp, NO_KEYS)
+            if told is None:  # the times when its deliveries began are in the order of its process, too
+                self._begin(new, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            take_event(new, event, kind, timestamp)
+        if told is None:
+            deliveries.append(new)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        record.update(merged(grouped(deliveries)))
+        groups = grouped(deliveries)
+        deliveries[:] = [told for group in groups for told in group]
+        record.update(merged(groups))
         return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
@@ -3248,11 +3259,12 @@ class State:
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        here, there = self._classes.get(state if before is None else before, self._active), self._classes.get(state, self._active)
+        there = self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
             self.tasks.move_to_end(uuid)  # now the newest
+            here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
@@ -3298,15 +3310,19 @@ class State:
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
+        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
+        if chars <= MAX_NAME + 2 * MAX_SMALL:
+            return
+        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
+        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
         self._weight += size
-        if size > LARGE:
-            fields = list(event.items())[: 2 * MAX_FIELDS]
-            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+        if size > LARGE or len(fields) < len(event):
+            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))
             copy = new_event(Event)
-            copy.update({**dict(fields), **texts})
+            copy.update({**fields, **texts})
             for events in (self.recent, self.notes):
                 if events and events[-1] is event:
                     events[-1] = copy
@@ -3325,7 +3341,7 @@ class State:
             yield from (self.workers[hostname], *self._processes[hostname].values())
 
     def _slim(self) -> None:
-        """Weigh all that is kept. Forget large values, the oldest first, and then tasks and workers, until it is half."""
+        """Weigh all that is kept. Until it is half, forget large values, the oldest first, then tasks, then the rest."""
         records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
         records += [record for hostname in self.workers for record in self._records("", hostname)]
         records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
