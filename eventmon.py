@@ -38,11 +38,9 @@ The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones,
     NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
               to send the same datagrams again
     task, worker, state     as in Celery
-    view      what the user of the monitor has chosen to see: a page, which is a table of tasks, workers or events, and
-              the panels open above it, with everything about one of these
-    line      of the screen: a list of spans, (text, style), which take as many cells (columns of the terminal) as it has.
-              A row is a line with what it stands for: in a table (identity, record), in a panel (line, link), where a
-              link is what another panel would be about
+    view      what the user of the monitor has chosen to see: the sheets that are open above each other, the first a page
+    sheet     rows to move in: a table of tasks, names, workers or events, or a panel with everything about one of these
+    line      of the screen: a list of spans, text in a style, which take as many cells (columns of the terminal) as it has
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
@@ -59,6 +57,13 @@ of a process, and 32 hex digits of the HMAC-SHA-256 of everything else.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - which says what is wrong
+    raise (SystemExit if __name__ == "__main__" else ImportError)("eventmon needs Python 3.9 or newer")
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # this file's folder, in which the user may have a random.py
+
 import atexit
 import errno
 import json
@@ -67,7 +72,6 @@ import re
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -76,7 +80,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
-from math import ceil, copysign, inf, isfinite
+from math import ceil, inf, isfinite
 from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
@@ -1155,6 +1159,8 @@ class Dispatcher:
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
+        if not _fork_mark[0]:  # also where a task or a log record comes first
+            after_fork()
         known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
         if known is None:
             return None
@@ -1412,13 +1418,14 @@ class Dispatcher:
                 self._listen(now)
                 unconfirmed = [number for number, _ in window.lacking(now)]
                 if any(unconfirmed) or not self._link:
-                    enough = now >= max(start, window.advanced_at) + stall
+                    end = max(start, window.advanced_at) + stall
                 else:
-                    enough = now >= max(window.opened_at, -inf if unconfirmed else asked_at) + patience
-                if enough or now >= start + timeout:
+                    end = max(window.opened_at, -inf if unconfirmed else asked_at) + patience
+                end = min(end, start + timeout)
+                if now >= end:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(self._pause(now, 0.04))  # the thread sees to the rest
+            time.sleep(min(self._pause(now, 0.04), end - now))  # meanwhile the thread listens
             now = time.monotonic()
 
     def _close(self, timeout: float) -> None:
@@ -1511,8 +1518,6 @@ class Dispatcher:
         self._count_task(-1, 1)
         self._send_quietly(type, {"uuid": uuid, **outcome})
 
-    _begin_task, _end_task = begin_task, end_task  # names in the commands run and demo
-
     def _count_task(self, active: int, processed: int) -> None:
         with self._lock:
             self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
@@ -1568,62 +1573,6 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-# The screen alone uses these three.
-
-
-def weight(value: Any, most: int, depth: int = 0) -> int:
-    """Return about how long a value is as text; of one that is longer than `most`, something more than that."""
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value) + 4
-    if not isinstance(value, (dict, list, tuple, set)):
-        return 8 + (value.bit_length() // 3 if isinstance(value, int) else 0)  # an int may have thousands of digits
-    if depth == MAX_DEPTH:
-        return most + 1
-    weighed = 2
-    for item in value:
-        weighed += weight(item, most, depth + 1)
-        if isinstance(value, dict):
-            weighed += weight(value[item], most, depth + 1)
-        if weighed > most:
-            break
-    return weighed
-
-
-def spell(value: Any, limit: int, form: Callable[[Any], str], brackets: Any, depth: int = 0) -> Iterator[str]:
-    """Yield a value as text, piece by piece: of a large one no more need be made than is shown.
-
-    `form` makes text of what has no items, `brackets` returns what stands around those of what has some, or None.
-    """
-    if isinstance(value, (str, bytes, bytearray)):
-        yield form(value[:limit])
-    elif not (around := brackets(value)):
-        yield form(value)
-    elif depth == MAX_DEPTH:
-        yield "…"
-    else:
-        yield around[0]
-        for index, item in enumerate(value):
-            yield ", " if index else ""
-            yield from spell(item, limit, form, brackets, depth + 1)
-            if isinstance(value, dict):
-                yield ": "
-                yield from spell(value[item], limit, form, brackets, depth + 1)
-        yield around[1]
-
-
-def start_of(pieces: Iterable[str], limit: int) -> str:
-    """Return the first `limit` characters of text in pieces, of which no more are made than that takes."""
-    taken, size = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        size += len(piece)
-        if size > limit:
-            break
-    return "".join(taken)[:limit]
-
-
-# From here on: tasks and logs.
-
 MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
 MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
 STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
@@ -1656,9 +1605,9 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(readable(value), limit)
 
 
-OUR_FRAME = re.compile(  # in a traceback, which may be that of an exception group
-    rf'^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n(\1    .*\n)*',
-    re.MULTILINE,
+OUR_FRAME = (  # a pattern of it in the text of a traceback, which may be that of an exception group
+    rf'(?m)^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n'
+    r"(\1    .*\n)*"
 )
 
 
@@ -1677,14 +1626,16 @@ def traceback_of(problem: BaseException, inside: bool = False) -> str:
         while start and node and id(node) != start:
             frame, line = node.tb_frame, node.tb_lineno
             source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n    {source}\n'
+            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+            outer += f"    {source}\n" if source else ""
             node = node.tb_next
         if not (start and node):
             lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
-            text = OUR_FRAME.sub("", "\n" + "".join(lines))
+            text = re.sub(OUR_FRAME, "", "\n" + "".join(lines))
         elif text.count('  File "') < MAX_FRAMES / 2:
             causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
-            text = causes + header + OUR_FRAME.sub("", outer) + rest if header else text  # that of an exception group
+            if header:  # an exception group has another one
+                text = causes + header + re.sub(OUR_FRAME, "", outer) + rest
         text = text[-MAX_TRACEBACK:]
         if inside:
             vars(problem)["_eventmon"] = id(problem.__traceback__), text
@@ -1708,9 +1659,9 @@ class Task:
     As a context manager it sends task-received and task-started, then task-succeeded (runtime, in seconds),
     task-failed (exception, traceback, runtime) or, after retried(), task-retried, and lets the exception pass. A
     decorated function, coroutine function, generator function (also an async one) or method adds args, kwargs and
-    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to its
-    last, or until it is closed. A task that begins while another runs in the same context (see contextvars) has the
-    innermost one as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
+    result, each cut at the Dispatcher's `max_repr` characters of repr; a generator is a task from its first value to
+    its last, or until it is closed. A task that begins while others run in the same context (see contextvars) has the
+    innermost as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
     def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
@@ -2442,9 +2393,6 @@ class Receiver:
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
-SETTLE = 0.2  # until every watcher has had time to answer a new Dispatcher, also on a busy machine
-FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
-
 TASK_STATES = {
     "task-sent": "PENDING",
     "task-received": "RECEIVED",
@@ -2458,35 +2406,34 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
-ENDED = FINISHED | {"RETRY"}  # how a delivery ends
-Kind = namedtuple("Kind", ["state", "rank", "time", "follows"])  # of a task's event: the state, its rank, the key of its time or ""
-KINDS = {type: Kind(state, RANKS[state], type[5:], type not in ("task-sent", "task-received")) for type, state in TASK_STATES.items()}
-NOT_NOTES = frozenset((*KINDS, "worker-heartbeat"))
-METHODS = {type: type.replace("-", "_") for type in (*KINDS, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")}
+ENDED = FINISHED | {"RETRY"}  # how a delivery, which is one process getting a task, ends
+NOT_RUNNING = ENDED | {"PENDING", "RECEIVED"}
+METHODS = {
+    type: type.replace("-", "_")
+    for type in (*TASK_STATES, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")
+}
 
-# The keys of a task, by where their values come from. A delivery is one process getting the task.
-TIMES = frozenset(kind.time for kind in KINDS.values())  # the latest of each transition
+# Where the values of a task's keys come from:
+TIMES = frozenset(type[5:] for type in TASK_STATES)  # the latest transition of that name
 OWN = frozenset(  # the newest delivery alone
     ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
 )
 ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
-NOT_FIELDS = frozenset(  # none: what an event has under these keys is not a field of its task
-    ("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "state", "worker", "pid", "client")
-    + ("children", "began", *TIMES)
-)
-NOT_SENT = NOT_FIELDS | OWN | ERROR  # none, for task-sent
+USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
+NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
-    ("uuid", "children", "worker", "pid", "began", "state", "timestamp", "clock", "received", "name", "args", "kwargs")
-    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
-    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+    ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
+    + ("root_id", "retries", "started", "succeeded", "result", "runtime", "parent_id", "sent", "client", "progress")
+    + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
-NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
+MAX_NAME = 255  # characters of a uuid or hostname
+NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("timestamp",))  # stands for all keys of a task of which only a task-sent is known
-NO_PID = -1
+ALONE = frozenset(("state", "timestamp", "clock"))  # stands for every key of a task of which nothing but task-sent is known
 
 
 def number(value: Any, default: float) -> float:
@@ -2494,16 +2441,51 @@ def number(value: Any, default: float) -> float:
     return value if type(value) in (int, float) and -1e15 < value < 1e15 else default
 
 
-def attempt_of(event: Mapping[str, Any]) -> int:
+def id_of(value: Any) -> str:
+    """Return a uuid or hostname, "" if it is none."""
+    return value if isinstance(value, str) and len(value) <= MAX_NAME else ""
+
+
+def attempt_of(event: Mapping[str, Any]) -> float:
     """Return the `retries` of an event or a delivery, 0 if it does not say."""
     retries = event.get("retries")
-    return retries if type(retries) is int else 0
+    return retries if isinstance(retries, (int, float)) and abs(retries) < 1e15 else 0
 
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    hostname, pid = event.get("hostname"), event.get("pid")
-    return hostname if isinstance(hostname, str) else "", pid if isinstance(pid, (int, float)) else NO_PID
+    pid = event.get("pid")
+    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
+
+
+Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events: what they make of a task; its key of their time
+Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
+
+
+@lru_cache(1000)
+def kind_of(type: str) -> Kind:
+    """Return the Kind of events of this type, task-..., with room for the shapes that they have."""
+    state = TASK_STATES.get(type) or type[5:].upper()
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", {})
+
+
+def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
+    """Return the Shape of an event: the known one of that size, or a new one in its place."""
+    shape: Shape | None = kind.shapes.get(len(event))
+    if shape is None or event.keys() != shape.keys:
+        keys = frozenset(event)
+        fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
+        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        shape = Shape(keys, fields, usual, follows)
+        if usual:
+            kind.shapes[len(event)] = shape
+    return shape
 
 
 class Record:
@@ -2526,12 +2508,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
 
 
 # What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
-# As long as there is one of each, the task's own dict is both, and State._sent has the keys that only task-sent told.
-
-
-def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
-    """Return the (hostname, pid) of a delivery."""
-    return told.get("worker", ""), told.get("pid", NO_PID)
+# The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2548,28 +2525,23 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
-    """Let an event change what is told of its delivery, but for what is in `sent`."""
-    finished = told.get("state") in FINISHED and kind.rank < RANKS[told["state"]]
-    if not finished:
+    """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
+    undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
+    if undone:
         told["state"] = kind.state
     told["timestamp"] = timestamp
     if event.get("clock") is not None:
         told["clock"] = event["clock"]
     if kind.time:
         told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
-    take_fields(told, event, NOT_FIELDS, sent if finished else event)
+    take_fields(told, event, NOT_FIELDS, event if undone else sent)
 
 
 def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
     """Let a task-sent fill in what nothing else has told."""
-    if "state" not in told:
-        told.update(state="PENDING", timestamp=timestamp, began=timestamp)
-        if event.get("clock") is not None:
-            told["clock"] = event["clock"]
-    told["sent"] = timestamp
-    client = process_of(event)[0]
-    if client:
-        told["client"] = client
+    new = {"state": "PENDING", "timestamp": timestamp, "began": timestamp, "clock": event.get("clock")}
+    stamps = {} if "state" in told else new
+    take_fields(told, {**stamps, "sent": timestamp, "client": process_of(event)[0] or None}, NO_KEYS, NO_KEYS)
     take_fields(told, event, NOT_SENT, NO_KEYS)
 
 
@@ -2581,15 +2553,15 @@ def shared(keys: frozenset[str]) -> frozenset[str]:
 
 def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
-    keys = (key for key in sent if key in ("sent", "client") or key not in NOT_FIELDS and event.get(key) is None)
-    return shared(frozenset(keys))
+    told = {key for key, value in event.items() if value is not None and key not in NOT_FIELDS}
+    return shared(frozenset(sent).difference(told, OWN, ("uuid", "children")))
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
-    if type(event.get("retries")) is int:
+    if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
-        mine = [told for told in mine if attempt_of(told) == event["retries"]] or unknown
+        mine = [told for told in mine if attempt_of(told) == attempt_of(event)] or unknown
     still = [told for told in mine if told["state"] not in ENDED]
     waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
     running = [told for told in still if told["state"] != "RECEIVED"][-1:]
@@ -2605,15 +2577,12 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
     hosts = {hostname for hostname, _ in receivers}
-    joins = [
-        "sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered
-    ]
+    joins = ["sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered]
     groups = [[told] for told, joining in zip(ordered, joins) if not joining]
-    for told, joining in zip(ordered, joins):
-        if joining:
-            there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
-            begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
-            (begun[-1] if begun else there[0]).append(told)
+    for told in (told for told, joining in zip(ordered, joins) if joining):
+        there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+        begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
+        (begun[-1] if begun else there[0]).append(told)
     return [sorted(group, key=advance_of) if group[1:] else group for group in groups]
 
 
@@ -2639,7 +2608,7 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
     same_attempt = attempt_of(event) == attempt_of(task)
     if kind.time == "sent":
         return "state" not in task or "sent" not in task and same_attempt
-    if "state" not in task or sent is ALONE:
+    if "state" not in task or "state" in sent:
         return not sent or same_attempt
     same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
     return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
@@ -2648,7 +2617,7 @@ def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sen
 def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
     """Return what a task's dict tells of its only task-sent, and of its only delivery."""
     told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
-    if "sent" not in told or sent is ALONE:
+    if "sent" not in told or "state" in sent:
         return [told] if told else []
     by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
     by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
@@ -2662,7 +2631,7 @@ def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
         runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
         if runtime >= 0:
             return runtime
-    known = "started" in task and state not in ("RECEIVED", "RETRY")
+    known = "started" in task and (state in FINISHED or state not in NOT_RUNNING)
     return max(0.0, end - task["started"]) if known else None
 
 
@@ -2672,7 +2641,7 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
     times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(n for state, n in states.items() if state not in ENDED and state not in ("PENDING", "RECEIVED")),
+        "running": sum(n for state, n in states.items() if state not in NOT_RUNNING),
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2687,8 +2656,9 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
 def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what State.attempts() tells of a delivery."""
     keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
-    ends = [told.get(kind.time, told["timestamp"]) for kind in KINDS.values() if kind.state == told["state"] in ENDED]
-    return {**dict.fromkeys(keys), **{key: told[key] for key in keys if key in told}, "ended": ends[0] if ends else None}
+    time_of_end = {state: type[5:] for type, state in TASK_STATES.items() if state in ENDED}.get(told["state"], "")
+    ended = told.get(time_of_end, told["timestamp"]) if told["state"] in ENDED else None
+    return {**{key: told.get(key) for key in keys}, "ended": ended}
 
 
 def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2700,6 +2670,35 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
     """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
     freq = number(worker.get("freq"), 0.0)
     return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
+
+
+MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
+MAX_SMALL = 150  # characters of the fields of an event that is not weighed
+LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
+FORGOTTEN = "(forgotten: State was full)"
+FLAT = frozenset((int, float, bool, type(None)))
+
+
+def bytes_of(value: Any) -> int:
+    """Return about how many bytes a value takes; of one that takes more than LARGE, something more than that."""
+    size, rest = 0, [value]
+    while rest and size <= LARGE:
+        value = rest.pop()
+        size += sys.getsizeof(value, LARGE)
+        if size <= LARGE and isinstance(value, (dict, list, tuple)):
+            rest += [*value, *value.values()] if isinstance(value, dict) else value
+    return size
+
+
+def is_small(event: Mapping[str, Any]) -> bool:
+    """Whether an event has flat values only, of few characters."""
+    texts = [value for value in event.values() if type(value) not in FLAT]
+    return all(type(value) is str for value in texts) and sum(map(len, texts)) <= 2 * MAX_SMALL
+
+
+def weight_of(record: Mapping[str, Any]) -> int:
+    """Return about how many bytes a task, a worker or an event takes."""
+    return sum(map(bytes_of, record.values())) + sys.getsizeof(record, 0) + 60 * len(record)
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2717,19 +2716,20 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_DELIVERIES = 100  # of a task
 MAX_PROCESSES = 100  # of a worker
+NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
 
 def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
     """Return a method of State that takes events of this type."""
-    kind, count = KINDS[type], type == "task-received"
+    kind = kind_of(type)
 
     def take(self: State, event: Mapping[str, Any]) -> None:
-        self.task_count += count
         self._task(event, kind)
 
     take.__doc__ = summary
     return take
+
 
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
@@ -2780,6 +2780,7 @@ class State:
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
+        self._weight = 0  # bytes that all of it takes at most, but for what is small
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
@@ -2801,7 +2802,7 @@ class State:
     def __setstate__(self, state: bytes) -> None:
         import pickle
 
-        self.__dict__.update(pickle.loads(state), _lock=threading.RLock())
+        self.__dict__.update(pickle.loads(state), _lock=threading.RLock(), _began=time.time() - time.monotonic())
 
     def now(self) -> float:
         """Return the seconds since the epoch by the clock of this State, which nobody sets.
@@ -2815,40 +2816,40 @@ class State:
         with self._lock:
             self.event_count += 1
             self.recent.append(event)
-            type = event.get("type")
-            if not isinstance(type, str):
-                type = ""
+            self._is_small = False  # until _task() has looked
+            kind = event.get("type")
+            if type(kind) is not str:
+                kind = ""
             received = event.get("local_received")
             if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
             try:
-                self._counts[type] += 1
+                self._counts[kind] += 1
             except KeyError:
-                self._count_first(type)
+                self._count_first(kind)
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            if isinstance(hostname, str):
+            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
                 worker = self.workers.get(hostname)
-                if worker is not None and worker["heard"] != self._heard:
+                if worker is not None and worker["heard"] != self._heard and not event.get("local"):
                     self._set_clock(worker, event)
-                if hostname in self._gone:
+                if hostname in self._gone and kind not in ("worker-offline", "worker-lost"):
                     self._revive(event)
-            method = METHODS.get(type)
+            method = METHODS.get(kind)
             if method:
                 getattr(self, method)(event)
-            elif type.startswith("task-"):
-                state = type[5:].upper()
-                self._task(event, Kind(state, RANKS.get(state, CUSTOM_RANK), "", True))
-                return
-            if type not in NOT_NOTES:
+            elif kind.startswith("task-"):
+                self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
+            else:
                 self.notes.append(event)
+            if not self._is_small:
+                self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
-    task_received = taking("task-received", "A worker has received the task: RECEIVED.")
     task_started = taking("task-started", "A worker has started the task: STARTED.")
     task_succeeded = taking("task-succeeded", "The task has returned: SUCCESS.")
     task_failed = taking("task-failed", "The task has raised: FAILURE.")
@@ -2856,8 +2857,14 @@ class State:
     task_revoked = taking("task-revoked", "The task was called off: REVOKED.")
     task_retried = taking("task-retried", "The task has failed and will be tried again: RETRY.")
 
+    def task_received(self, event: Mapping[str, Any]) -> None:
+        """A worker has received the task: RECEIVED."""
+        self.task_count += 1
+        self._task(event, kind_of("task-received"))
+
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
+        self.notes.append(event)
         self._set_status(event, "alive", event)
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
@@ -2866,10 +2873,12 @@ class State:
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
         """A worker has said goodbye: it has ended."""
+        self.notes.append(event)
         self._set_status(event, "ended", event)
 
     def worker_lost(self, event: Mapping[str, Any]) -> None:
         """A worker has fallen silent without a goodbye: it is lost."""
+        self.notes.append(event)
         self._set_status(event, "lost", event)
 
     # Queries.
@@ -3103,53 +3112,65 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task: here in the usual case, of a task with one delivery."""
+        """Let an event change its task; here it is the usual one of a usual task."""
         uuid = event.get("uuid")
-        if not isinstance(uuid, str) or not uuid:
+        if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        state, _, key_of_time, shapes = kind
+        shape = shapes.get(len(event))
+        if shape is None or event.keys() != shape.keys:
+            shape = shape_of(event, kind)
+        _, fields, usual, follows = shape
         task = self.tasks.get(uuid)
-        if task is None and kind.time != "sent" and len(event) < MAX_FIELDS:
-            before = None
-            task = self._new_task(uuid)
-            self._begin(task, event, timestamp)
-        elif task is not None and kind.follows and self._follows(task, event):
-            before = task["state"]
+        before: str | None = "STARTED"  # or any other of an active task
+        if (  # the next of its only delivery
+            follows
+            and uuid in self._active
+            and uuid not in self._deliveries
+            and task is not None
+            and event["pid"] == task.get("pid")
+            and event["hostname"] == task.get("worker")
+            and len(task) < MAX_FIELDS // 2
+            and (uuid not in self._sent or self._sent[uuid].isdisjoint(fields))
+        ):
+            pass
+        elif task is None and usual:  # the first
+            before, task = None, self._new_task(uuid)
+            self._begin(task, event, kind, timestamp)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
+            self._is_small = usual and is_small(event)
             return
-        task["state"] = kind.state
         task["timestamp"] = timestamp
-        clock = event.get("clock")
+        task["state"] = state
+        clock = event["clock"]
         if clock is not None:
             task["clock"] = clock
-        if kind.time:
-            task[kind.time] = max(timestamp, task[kind.time]) if kind.time in task else timestamp
-        for key, value in event.items():
-            if value is not None and key not in NOT_FIELDS:
+        if key_of_time:
+            task[key_of_time] = max(timestamp, task[key_of_time]) if key_of_time in task else timestamp
+        size = 0
+        for key in fields:
+            value = event[key]
+            if value is not None:
                 task[key] = value
-        self._enter(task["uuid"], task, before)
-        if "parent_id" in task and before is None:
-            self._adopt(uuid, task["parent_id"])
-
-    def _follows(self, task: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
-        """Whether an event is simply the next of the only delivery of its task."""
-        uuid = task["uuid"]
-        return (
-            task["state"] not in FINISHED
-            and event.get("pid") == task.get("pid")
-            and event.get("hostname") == task.get("worker")
-            and uuid not in self._deliveries
-            and (uuid not in self._sent or self._sent[uuid].isdisjoint(event))
-            and event.get("retries") in (None, task.get("retries"))
-            and "parent_id" not in event
-            and len(task) + len(event) < MAX_FIELDS
-        )
+                if type(value) is str:
+                    size += len(value)
+                elif type(value) not in FLAT:
+                    size = LARGE
+        if size <= MAX_SMALL:
+            self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
+        if before is None or state in self._classes:
+            self._enter(task["uuid"], task, before)
+            if before is None and "parent_id" in task:
+                self._adopt(uuid, task["parent_id"])
+        else:
+            self.tasks.move_to_end(uuid)  # now the newest
 
     def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Let an event change its task, whatever they are."""
+        """Let any event change its task."""
         task = self.tasks.get(uuid) or self._new_task(uuid)
         uuid = task["uuid"]  # the same str everywhere
         before, parent = task.get("state"), task.get("parent_id")
@@ -3161,28 +3182,33 @@ class State:
             take_sent(task, event, timestamp)
             self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
         else:
+            if before is None or "state" in sent:
+                self._begin(task, event, kind, timestamp)
             if sent:
-                self._sent[uuid] = untold(task if sent is ALONE else sent, event)
-            if before is None or sent is ALONE:
-                self._begin(task, event, timestamp)
+                self._sent[uuid] = untold(task if "state" in sent else sent, event)
             take_event(task, event, kind, timestamp, sent)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
 
-    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
-        """Begin a delivery with an event of it; its process is known as a worker from now on."""
+    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
         hostname, pid = process_of(event)
         told["began"] = timestamp
+        if kind.time == "sent":
+            self._sent[told["uuid"]] = ALONE
+            if hostname:
+                told["client"] = hostname
+            return
         if hostname:
             if pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
             told["worker"] = self.workers[hostname]["hostname"]
         if pid != NO_PID:
             told["pid"] = pid
-        if told.get("clock") is not None and event.get("clock") is None:
-            del told["clock"]  # that of the task-sent
+        if "clock" in told and event.get("clock") is None:
+            del told["clock"]  # which is that of the task-sent
 
     def _merge(
         self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
@@ -3202,7 +3228,7 @@ class State:
             deliveries.append(told)
             if kind.time != "sent":
                 began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
-                self._begin(told, event, began)
+                self._begin(told, event, kind, began)
         if kind.time == "sent":
             take_sent(told, event, timestamp)
         else:
@@ -3226,7 +3252,7 @@ class State:
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        here, there = self._classes.get(before or state, self._active), self._classes.get(state, self._active)
+        here, there = self._classes.get(state if before is None else before, self._active), self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
@@ -3239,12 +3265,13 @@ class State:
             if task.get("root_id") == uuid:
                 task["root_id"] = uuid
             for key in ("name", "kwargs"):
-                if type(task.get(key)) is str and len(task[key]) <= MAX_TYPE:
+                if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
                     task[key] = sys.intern(task[key])
 
     def _adopt(self, uuid: str, parent: Any) -> None:
         """Enter a task among the children of its parent, whether that is known yet or not."""
-        if isinstance(parent, str):
+        parent = id_of(parent)
+        if parent:
             children = self._children.setdefault(parent, [])
             insort(children, uuid)
             if parent in self.tasks:
@@ -3252,7 +3279,8 @@ class State:
 
     def _disown(self, uuid: str, parent: Any) -> None:
         """Enter a task no longer among its parent's children."""
-        if isinstance(parent, str):
+        parent = id_of(parent)
+        if parent:
             children = self._children[parent]
             del children[bisect_left(children, uuid)]
             if not children:
@@ -3263,8 +3291,7 @@ class State:
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
         self.evicted += 1
-        classes = (self._succeeded, self._failed, self._waiting, self._active)
-        self._forget(next(uuid for some in classes for uuid in some))
+        self._forget(next(chain(self._succeeded, self._failed, self._waiting, self._active)))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
@@ -3273,16 +3300,70 @@ class State:
         self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
 
+    def _weigh(self, event: Mapping[str, Any]) -> None:
+        """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
+        size = weight_of(event)
+        self._weight += size
+        if size > LARGE:
+            fields = list(event.items())[: 2 * MAX_FIELDS]
+            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+            texts = {key: format_json(value).decode() for key, value in large.items()}
+            self._weight += sum(map(len, texts.values()))
+            copy = new_event(Event)
+            copy.update({**dict(fields), **texts})
+            for events in (self.recent, self.notes):
+                if events and events[-1] is event:
+                    events[-1] = copy
+            hostname = process_of(event)[0]
+            if hostname:
+                self._last[hostname] = copy
+            for record in self._records(id_of(event.get("uuid")), hostname):
+                record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
+        if self._weight > MAX_STATE:
+            self._slim()
+
+    def _records(self, uuid: str, hostname: str) -> Iterator[dict[str, Any]]:
+        """Yield all that is kept of a task and of a worker."""
+        yield from (self.tasks[uuid], *self._deliveries.get(uuid, ())) if uuid in self.tasks else ()
+        if hostname in self.workers:
+            yield from (self.workers[hostname], *self._processes[hostname].values())
+
+    def _slim(self) -> None:
+        """Weigh all that is kept. Forget large values, the oldest first, and then tasks and workers, until it is half."""
+        records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
+        records += [record for hostname in self.workers for record in self._records("", hostname)]
+        records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
+        self._weight, enough = sum(map(weight_of, records)), MAX_STATE // 2
+        places: dict[int, list[tuple[Any, str]]] = {}  # of a large value, which several may have in common
+        for record, key, value in ((one, *item) for one in records for item in one.items()):
+            if type(value) is str and bytes_of(value) > LARGE:
+                if places.setdefault(id(value), []):
+                    self._weight -= bytes_of(value)
+                places[id(value)].append((record, key))
+        for found in places.values():
+            if self._weight > enough:
+                self._weight -= bytes_of(found[0][0][found[0][1]])
+                self.evicted += 1
+                for record, key in found:
+                    record[key] = FORGOTTEN
+        while self._weight > enough and self.tasks:
+            victim = next(chain(self._succeeded, self._failed, self._waiting, self._active))
+            self._weight -= sum(map(weight_of, self._records(victim, "")))
+            self._evict()
+        if self._weight > enough:
+            for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
+                kept.clear()
+
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
 # All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
+# The cursor is the identity of a row, None for the first whichever it is; if it is gone, what is now at its index.
 Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
 Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
 Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
-Cursor = namedtuple("Cursor", "identity index line", defaults=(None, 0, 0))  # on that row, or if it is gone, that index
-Layer = namedtuple(  # an open sheet; `order` is the number of the column to sort by, None for the usual one
-    "Layer", "kind subject cursor order reverse filter", defaults=(None, Cursor(), None, False, "")
+Layer = namedtuple(  # an open sheet, with its cursor; `order` is the number of the column to sort by, None for the usual one
+    "Layer", "kind subject cursor index order reverse filter", defaults=(None, None, 0, None, False, "")
 )
 View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
 Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
@@ -3305,7 +3386,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 NOTHING: Facts = {}
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
-    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|"
+    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
     "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
@@ -3357,6 +3438,9 @@ def text_of(value: Any, limit: int) -> str:
     return text[:limit]
 
 
+NARROW = re.compile("[ -~·—…←─-▟▴▾]*")  # text that takes a cell for each character, and needs no closer look
+
+
 @lru_cache(4096)
 def glyph(char: str) -> tuple[str, int]:
     """Return what is shown for a character, and how many cells it takes (Unicode Standard Annex 11)."""
@@ -3379,12 +3463,12 @@ def printable(value: Any, limit: int = 1000) -> str:
 
 def cells(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
-    return len(text) if text.isascii() else sum([glyph(char)[1] for char in text])
+    return len(text) if NARROW.fullmatch(text) else sum([glyph(char)[1] for char in text])
 
 
 def chars_in(text: str, width: int) -> int:
     """Return how many characters of printable text fit in `width` columns."""
-    if text.isascii():
+    if NARROW.fullmatch(text):
         return min(len(text), width)
     return bisect_right(list(accumulate([glyph(char)[1] for char in text[: 2 * width + 1]])), width)
 
@@ -3401,9 +3485,10 @@ def fit(text: str, width: int, tail: bool = False) -> str:
 def fit_line(line: Iterable[Span], width: int) -> Line:
     """Return a line filled up, in the style of its end, or cut to `width` columns."""
     fitted = [Span("")]
-    for span in line:
-        fitted.append(span._replace(text=fit(span.text, min(width, cells(span.text)))))
-        width -= cells(fitted[-1].text)
+    for text, *looks in line:
+        size = cells(text)
+        fitted.append(Span(text if size <= width else fit(text, width), *looks))
+        width = max(0, width - size)
     return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
@@ -3518,8 +3603,10 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker = worker_of(task, stage)
-    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    worker, until = worker_of(task, stage), stage.now
+    if worker and stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
+        lost_at = number(worker.get("timestamp"), inf) if worker["status"] == "lost" else inf
+        until = lost_at - SILENCE if lost_at < inf else worker["heard"]
     seconds = seconds_taken(task, until + clock_error(worker))
     return -1.0 if seconds is None else seconds
 
@@ -3537,7 +3624,7 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
 
 
-def progress_of(task: Facts) -> str:
+def progress_text(task: Facts) -> str:
     """Return how far an unfinished task has come, as a number and a bar."""
     done = number(task.get("progress"), -1.0)
     unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
@@ -3550,7 +3637,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
     outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
     retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
-    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_of(task))
+    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_text(task))
     given = together(printable(task.get("args")), printable(task.get("kwargs")))
     return together(first, "←" if outcome and given else "", given)
 
@@ -3569,7 +3656,7 @@ def reason_of(event: Facts, now: float) -> str:
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def name_of(event: Facts, tasks: Facts) -> str:
+def task_name(event: Facts, tasks: Facts) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
     name = event.get("name") or known(tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
@@ -3578,7 +3665,7 @@ def name_of(event: Facts, tasks: Facts) -> str:
 def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
     """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
     now = time.time()
-    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), task_name(event, tasks)
     line = together(*first, printable(event.get("hostname")), reason_of(event, now))
     return line if len(line) <= 200 else line[:199] + "…"
 
@@ -3608,8 +3695,8 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
 
 TASK_COLUMNS = (
     Column("STATE", 8, state_of, style=None),
-    Column("NAME", 14, "name", style="bold", share=0.1, tail=True),
-    Column("TIME", 8, "timestamp", style="dim", least=64),
+    Column("NAME", 14, "name", share=0.1, tail=True),
+    Column("TIME", 8, "timestamp", style="dim", least=88),
     Column("UUID", 36, "uuid", style="dim", least=150),
     Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
     Column("   RUN", 6, run_of, order=urgency),
@@ -3639,8 +3726,8 @@ WORKER_COLUMNS = (
 )
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
-    Column("TYPE", 14, "type", style=None, share=0.05),
-    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("TYPE", 16, "type", style=None, share=0.05),
+    Column("NAME", 20, lambda event, stage: task_name(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
@@ -3689,7 +3776,7 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
             yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
 
 
-def trace(record: Facts, stage: Stage) -> Items:
+def trace(record: Facts) -> Items:
     """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
     style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
     *lines, last = text.splitlines() or [""]
@@ -3709,48 +3796,53 @@ def task_item(label: str, task: Facts, stage: Stage) -> Item:
 
 def timeline(task: Facts, stage: Stage) -> Items:
     """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
-    attempts, moments = stage.state.attempts(task["uuid"]), []
-    for index, attempt in enumerate(attempts, 1):
-        where = together(printable(attempt["worker"]), f"attempt {index}" if len(attempts) > 1 else "")
-        end = attempt["state"], together(where, printable(attempt["exception"]))
-        for key, (what, text) in {"received": ("RECEIVED", where), "started": ("STARTED", where), "ended": end}.items():
-            moments.append((attempt[key], printable(what), text))
+    moments = []
+    for index, attempt in enumerate(stage.state.attempts(task["uuid"]), 1):
+        where = f"{printable(attempt['worker'])}  attempt {index}"
+        end = together(where, printable(attempt["exception"]))
+        moments += [(attempt["received"], "RECEIVED", where), (attempt["started"], "STARTED", where)]
+        moments.append((attempt["ended"], printable(attempt["state"]), end))
     for _, event, _ in event_rows(task["uuid"], stage):
         if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
             moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
-    moments = sorted((moment for moment in moments if number(moment[0], inf) < inf), key=lambda moment: moment[0])
+    moments = sorted([moment for moment in moments if number(moment[0], inf) < inf], key=lambda moment: moment[0])
     for when, what, text in moments:
-        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}"[: stage.width])
+        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}")
+
+
+def began(task: Facts) -> float:
+    """Return when a task was received, or what is known instead."""
+    return float(task.get("received", task["timestamp"]))
 
 
 def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
-    """Yield a task and those below it that are in memory, each with its depth."""
+    """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
     seen.add(uuid)
     yield uuid, depth
-    for child in tasks[uuid]["children"] if depth < MAX_DEPTH else ():
-        if child in tasks and child not in seen:
+    children = [child for child in tasks[uuid]["children"] if child in tasks and depth < MAX_DEPTH]
+    for child in sorted(children, key=lambda child: began(tasks[child])):
+        if child not in seen:
             yield from descendants(child, tasks, depth + 1, seen)
 
 
 def family(uuid: str, stage: Stage) -> Items:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
     tasks = stage.state.tasks
-    root: Any = uuid
-    for _ in range(MAX_DEPTH):
-        root = known(tasks, root).get("parent_id") if known(tasks, root).get("parent_id") in tasks else root
-    members = dict(islice(descendants(root, tasks, 0, set()), 100))
-    if uuid not in members:  # it is large
-        members = dict(islice(descendants(uuid, tasks, 0, set()), 100))
-    starts = {member: tasks[member].get("received", tasks[member]["timestamp"]) for member in members}
-    runs = {member: max(0.0, seconds_run(tasks[member], stage)) for member in members}
-    first = min(starts.values())
-    scale = max(1, stage.width - 55) / max(1e-9, max(starts[member] + runs[member] for member in members) - first)
-    for member, depth in members.items() if len(members) > 1 else ():
-        name = fit("  " * depth + printable(tasks[member].get("name")), 20)
-        bar = " " * int((starts[member] - first) * scale) + "█" * ceil(runs[member] * scale)
-        text = f"{state_of(tasks[member], stage):<8} {name} {run_of(tasks[member], stage):>6} {bar}"
+    members: list[tuple[str, int]] = []
+    for root in (tasks[uuid].get("root_id"), tasks[uuid].get("parent_id"), uuid):
+        if known(tasks, root) and uuid not in dict(members):  # of a large family there is room for a part
+            members = list(islice(descendants(root, tasks, 0, set()), 100))
+    starts = [began(tasks[member]) for member, _ in members]
+    runs = [max(0.0, seconds_run(tasks[member], stage)) for member, _ in members]
+    first = min(starts)
+    scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in zip(starts, runs)))
+    for (member, depth), start, run in zip(members, starts, runs) if len(members) > 1 else ():
+        task = tasks[member]
+        name = fit("  " * depth + printable(task.get("name")), 20)
+        bar = " " * int((start - first) * scale) + "█" * ceil(run * scale)
         label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        yield Item(label, text[: stage.width], None if member == uuid else ("task", member))
+        link = None if member == uuid else ("task", member)
+        yield Item(label, f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6} {bar}", link)
 
 
 def task_panel(uuid: str, stage: Stage) -> Items:
@@ -3759,34 +3851,33 @@ def task_panel(uuid: str, stage: Stage) -> Items:
     if not task:
         yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
         return
-    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_of(task)))
+    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_text(task)))
     yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
     yield Item("latest", exact(task["timestamp"]))
     yield from timeline(task, stage)
     yield from family(uuid, stage)
     yield from fields(task, keys_of(task), stage)
     if "traceback" in task or "stderr" in task:
-        yield from trace(task, stage)
+        yield from trace(task)
 
 
 def worker_panel(name: str, stage: Stage) -> Items:
     """Yield everything about a worker, its running tasks first."""
     worker, state = known(stage.state.workers, name), stage.state
     tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
+    tasks.sort(key=lambda task: urgency(task, stage))
     tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
     yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
-    yield from map(task_item, chain(("tasks",), repeat("")), tasks[:100], repeat(stage))
+    yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
     yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
 def event_panel(event: Facts, stage: Stage) -> Items:
     """Yield everything about an event, and the way to its task."""
     task = known(stage.state.tasks, event.get("uuid"))
-    yield Item("type", event.get("type"))
     yield Item("time", exact(event.get("timestamp")))
-    if task:
-        yield task_item("task", task, stage)
-    yield from fields(event, dict.fromkeys((*TOLD_FIRST, "hostname", *keys_of(event), "uuid", "traceback")), stage)
+    yield from [task_item("task", task, stage)] if task else []
+    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback"), stage)
 
 
 PANEL = (
@@ -3801,10 +3892,13 @@ SHEETS = {
     "task": Sheet(task_panel, PANEL),
     "worker": Sheet(worker_panel, PANEL),
     "event": Sheet(event_panel, PANEL),
-    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid), stage), PANEL[1:]),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:]),
     "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
     "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
 }
+
+
+PAGES = dict(zip("1234", SHEETS))
 
 
 # The lines of the screen.
@@ -3821,13 +3915,10 @@ def order_of(layer: Layer) -> Any:
     return SHEETS[layer.kind].order if layer.order is None else layer.order
 
 
-def cell(column: Column, record: Any, stage: Stage) -> Span:
+def text_in(column: Column, record: Any, stage: Stage) -> str:
     """Return what a column shows of a record."""
-    text = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
-    style = column.style
-    if style is None:
-        style = isinstance(record, Item) and record.style or style_of(text)
-    return Span(text, style)
+    text: str = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
+    return text
 
 
 def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
@@ -3847,14 +3938,19 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
+def words_of(record: Any) -> str:
+    """Return all text of a record."""
+    values = record if isinstance(record, Item) else record.values()
+    return "\n".join([text_of(value, 1000) for value in values if isinstance(value, (str, list, dict))])
+
+
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
     """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
-    columns = SHEETS[layer.kind].columns
     for word in layer.filter.lower().split():
         name, _, wanted = word.partition(":")
-        named = [column for column in columns if column.heading.strip().lower() == name]
-        some = [text for text in wanted.split(",") if text] or [""] if named else [word]
-        texts = [" ".join([cell(column, row.record, stage).text for column in named or columns]) for row in rows]
+        column = next((column for column in SHEETS[layer.kind].columns if column.heading.strip().lower() == name), None)
+        some = [text for text in wanted.split(",") if text] or [""] if column else [word]
+        texts = [text_in(column, row.record, stage) if column else words_of(row.record) for row in rows]
         rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
@@ -3879,78 +3975,78 @@ def rows_of(view: View, stage: Stage) -> Rows:
     return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
 
 
-def layout(view: View, height: int) -> tuple[int, int, int, int]:
-    """Return how many lines go to the header, the headings, the footer; and to the rows."""
-    header = min(1 if order_of(view.layers[-1]) is None else 4, height // 4)
-    headings, footer = int(height > 5), int(height > 2)
-    return header, headings, footer, height - header - headings - footer
-
-
-def locate(view: View, rows: Rows, room: int) -> tuple[int, int]:
-    """Return the index of the row that the cursor is on, and of the one at the top of the screen."""
-    identity, index, line = view.layers[-1].cursor
-    gone = max(0, min(index, len(rows) - 1))
-    index = next((index for index, row in enumerate(rows) if row.identity == identity), gone)
-    return index, max(0, min(index - min(line, room - 1), len(rows) - room))
+def locate(view: View, rows: Rows) -> int:
+    """Return the index of the row that the cursor is on."""
+    layer = view.layers[-1]
+    gone = max(0, min(layer.index, len(rows) - 1))
+    return next((index for index, row in enumerate(rows) if row.identity == layer.cursor), gone)
 
 
 def title_line(view: View, stage: Stage) -> Line:
     """Return the pages and how much they have, what went wrong, the rate, and the URL."""
     live, status = stage.state, stage.status
-    workers = f"{len(live.alive_workers(stage.now)):,}/{len(live.workers):,}"
-    counts = {"tasks": len(live.tasks), "names": len(live.task_types()), "workers": workers, "events": live.event_count}
+    alive = len(live.alive_workers(stage.now))
+    tabs = (
+        f"Tasks {len(live.tasks):,} ",
+        f"Names {len(live.task_types()):,} ",
+        f"Workers {alive:,}/{len(live.workers):,} ",
+        f"Events {live.event_count:,} ",
+    )
     line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
-    for index, (kind, many) in enumerate(counts.items(), 1):
+    for (page, kind), text in zip(PAGES.items(), tabs):
         here = kind == view.layers[0].kind
-        text = f"{kind.title()} {many if kind == 'workers' else f'{many:,}'} " if here or stage.width >= 64 else ""
-        line.append(Span(f" {index} {text}", "reverse" if here else "", f"turn {kind}"))
-    losses = {**{name: status.get(name) for name in ("lost", "rejected", "malformed")}, "evicted": live.evicted}
-    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if many]
+        line.append(Span(f" {page} {text if here or stage.width >= 64 else ''}", "reverse" if here else "", page))
+    losses = [(name, many) for name, many in (*status.items(), ("evicted", live.evicted)) if many]
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses if isinstance(many, int)]
     left = max(0, stage.width - sum([cells(span.text) for span in line]))
-    rate = sum(live.counts(1, 5.0, stage.now)) / 5
-    return [*line, Span(fit(f"{rate:,.1f}/s  {printable(status.get('url')).partition('?')[0]}".rjust(left), left), "dim")]
-
-
-def now_lines(stage: Stage, unfinished: Facts) -> list[Line]:
-    """Return what runs, and for how long the longest has; and what has failed, and why."""
-    tasks = stage.state.tasks
-    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, state in unfinished.items() if state != "LOST"]
-    runs = [run for run in runs if run[0] >= 0]
-    running = f" {len(runs):,} running"
-    if runs:
-        seconds, uuid = max(runs)
-        task = tasks[uuid]
-        running += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    failures = [task for task in tasks.values() if task["state"] == "FAILURE"]
-    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
-    if not ages:
-        return [[Span(running)], [Span(" no failures", "dim")]]
-    many, task = sum(age <= 60 for age in ages), failures[ages.index(min(ages))]
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
-    return [[Span(running)], [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]]
+    rate, url = sum(live.counts(1, 5.0, stage.now)) / 5, printable(status.get("url")).partition("?")[0]
+    return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
 
 
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
     counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
-    most = max([1, *counts])
-    drawn = width - next((index for index, count in enumerate(counts) if count), width)
-    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
+    most = max(1, *counts, 0)
+    drawn = len("".join([" x"[count > 0] for count in counts]).lstrip())
     labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
     return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
 
 
-def header_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what stands above every table."""
-    unfinished = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    tally = Counter([unfinished.get(uuid) or task["state"] for uuid, task in stage.state.tasks.items()])
-    order = list(STYLES)
-    states = sorted(tally, key=lambda state: order.index(state) if state in order else 2)
-    graph = graph_lines(stage)
+def running_text(stage: Stage, names: Facts) -> str:
+    """Return how many tasks run, and which for how long; `names` are the states of the unfinished ones."""
+    tasks = stage.state.tasks
+    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
+    seconds, uuid = max(runs, default=(-1.0, ""))
+    if seconds < 0:
+        return " 0 running"
+    many, task = sum(run >= 0 for run, _ in runs), tasks[uuid]
+    longest = f"{printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
+    return f" {many:,} running, longest {longest}"
+
+
+def failed_line(stage: Stage) -> Line:
+    """Return how many tasks have failed in the last minute, and why the last one has."""
+    failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
+    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
+    if not ages:
+        return [Span(" no failures", "dim")]
+    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
+    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    return [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]
+
+
+def now_lines(stage: Stage) -> list[Line]:
+    """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
+    tasks, order, graph = stage.state.tasks, list(STYLES), graph_lines(stage)
+    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
+    tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
+    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [[*fit_line(line, left), *bars] for line, bars in zip(now_lines(stage, unfinished), graph)]
-    return [title_line(view, stage), *now, [Span(f" {printable(state)} {tally[state]:,} ", style_of(state)) for state in states]]
+    now = zip(([Span(running_text(stage, names))], failed_line(stage)), graph)
+    counts = [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]
+    return [*(fit_line(line, left) + bars for line, bars in now), counts]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
@@ -3971,20 +4067,12 @@ def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Lin
     """Return a row as a line of the screen."""
     line = []
     for column, width in sizes:
-        text, style, _ = cell(column, row.record, stage)
+        text, style = text_in(column, row.record, stage), column.style
+        if style is None:
+            style = isinstance(row.record, Item) and row.record.style or style_of(text)
         text = text.rjust(width) if column.heading[:1] == " " else text
         line.append(Span(fit(text, width, column.tail) + " ", style))
     return line
-
-
-def empty_lines(view: View, stage: Stage) -> list[Line]:
-    """Return what to do about a table without rows."""
-    layer, text = view.layers[-1], str(stage.status.get("empty", ""))
-    if stage.state.event_count:
-        text = SHEETS[layer.kind].empty
-    if layer.filter:
-        text = f"nothing matches {layer.filter} — Escape drops the filter"
-    return [[Span(line)] for line in wrap(text, stage.width)]
 
 
 def footer_line(view: View, index: int, many: int) -> Line:
@@ -4005,14 +4093,22 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     view = settled(view, stage.state)
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
     sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
-    header, headings, footer, room = layout(view, stage.height)
     rows = rows_of(view, stage) if rows is None else rows
-    chosen, top = locate(view, rows, room)
-    lines = header_lines(view, stage)[:header] + [heading_line(layer, stage)] * headings
+    lines = [title_line(view, stage), *(now_lines(stage) if order_of(layer) is not None else [])][: stage.height // 4]
+    lines += [heading_line(layer, stage)] * (stage.height > 5)
+    footer = int(stage.height > 2)
+    room = stage.height - len(lines) - footer
+    chosen = locate(view, rows)
+    top = max(0, min(chosen - room // 2, len(rows) - room))
     for index, row in enumerate(rows[top : top + room], top):
-        line = fit_line(row_line(row, sizes, shown), stage.width)
-        lines.append([Span(text, "selected" if index == chosen else style, f"choose {index}") for text, style, _ in line])
-    lines = [*lines, *([] if rows else empty_lines(view, shown)), *[[]] * room][: stage.height - footer]
+        action = "show" if index == chosen else f"move {index - chosen}"
+        line = row_line(row, sizes, shown)
+        lines.append([Span(text, "selected" if index == chosen else style, action) for text, style, _ in line])
+    if not rows:
+        empty = SHEETS[layer.kind].empty if stage.state.event_count else str(stage.status.get("empty", ""))
+        empty = f"nothing matches {layer.filter} — Escape drops the filter" if layer.filter else empty
+        lines += [[Span(text)] for text in wrap(empty, stage.width)]
+    lines = [*lines, *[[]] * room][: stage.height - footer]
     return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
 
 
@@ -4026,24 +4122,19 @@ def change(view: View, **changes: Any) -> View:
 
 def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     """Go so many rows, or if it is a fraction, so much of the screen; inf and -inf are the ends."""
-    room, step = layout(view, stage.height)[-1], float(step)
-    index, top = locate(view, rows, room)
-    step = int(step * room) or copysign(1, step) if 0 < abs(step) < 1 else step
-    goal, line = (int(max(0, min(here + step, last))) for here, last in ((index, len(rows) - 1), (index - top, room - 1)))
-    return change(view, cursor=Cursor(rows[goal].identity, goal, line) if goal else Cursor())
-
-
-def turn(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Go to a page."""
-    return view._replace(layers=(Layer(kind),))
+    step = float(step)
+    step = step * max(2, stage.height - 6) if abs(step) < 1 else step
+    index = int(max(0, min(locate(view, rows) + step, len(rows) - 1)))
+    return change(view, cursor=rows[index].identity if index else None, index=index)
 
 
 def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
     layer = view.layers[-1]
     if order_of(layer) is not None:
-        return turn(view, stage, rows, list(SHEETS)[(list(SHEETS).index(layer.kind) + int(step)) % 4])
-    here, _ = locate(view, rows, 1)
+        kinds = list(PAGES.values())
+        return view._replace(layers=(Layer(kinds[(kinds.index(layer.kind) + int(step)) % len(kinds)]),))
+    here = locate(view, rows)
     links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
     return move(view, stage, rows, links[:: int(step)][0]) if links else view
 
@@ -4055,20 +4146,12 @@ def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -
     return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
 
 
-def link_of(view: View, rows: Rows) -> Any:
-    """Return kind and subject of what the cursor's row leads to, or None."""
-    return rows[locate(view, rows, 1)[0]].link if rows else None
-
-
-def enter(view: View, stage: Stage, rows: Rows) -> View:
-    """Open what the cursor is on."""
-    link = link_of(view, rows)
-    return push(view, stage, rows, *link) if link else view
-
-
-def show(view: View, stage: Stage, rows: Rows, kind: str) -> View:
-    """Open a layer of that kind about the task or worker that the cursor is on, or that is open."""
-    about, subject = link_of(view, rows) or view.layers[-1][:2]
+def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
+    """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
+    link = rows[locate(view, rows)].link if rows else None
+    if not kind:
+        return push(view, stage, rows, *link) if link else view
+    about, subject = link or view.layers[-1][:2]
     if about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
     return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
@@ -4092,12 +4175,6 @@ def freeze(view: View, stage: Stage, rows: Rows) -> View:
     return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
 
 
-def clear(view: View, stage: Stage, rows: Rows) -> View:
-    """Forget the finished tasks."""
-    stage.state.clear_tasks()
-    return view
-
-
 def leave(view: View, stage: Stage, rows: Rows) -> View:
     """Close the uppermost layer, or quit."""
     return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
@@ -4110,30 +4187,21 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
     return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
 
 
-def edit(view: View, stage: Stage, rows: Rows) -> View:
-    """Begin to type a filter."""
-    return view._replace(typing=True)
-
-
-def choose(view: View, stage: Stage, rows: Rows, index: str) -> View:
-    """Put the cursor on a row that was clicked; open what it leads to, in a table at the second click."""
-    here, _ = locate(view, rows, 1)
-    view = move(view, stage, rows, int(index) - here)
-    return enter(view, stage, rows) if int(index) == here or order_of(view.layers[-1]) is None else view
-
-
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen."""
+    """Do what is there on the screen; in a panel, follow the link at once."""
     action, left = "", int(column)
     for span in screen(view, stage, rows)[int(line)]:
         action = span.action if left >= 0 else action
         left -= cells(span.text)
-    return press(view._replace(typing=False), action, stage, rows)
+    view = press(view._replace(typing=False), action, stage, rows)
+    return show(view, stage, rows) if action.startswith("move") and order_of(view.layers[-1]) is None else view
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
-    action.__name__: action
-    for action in (move, turn, tab, push, enter, show, sort, freeze, clear, leave, back, edit, choose, click)
+    **{action.__name__: action for action in (move, tab, push, show, sort, freeze, leave, back, click)},
+    "page": lambda view, stage, rows, kind: view._replace(layers=(Layer(kind),)),
+    "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
+    "type": lambda view, stage, rows: view._replace(typing=True),
 }
 KEYS = {
     "j": "move 1",
@@ -4142,18 +4210,18 @@ KEYS = {
     "PgUp": "move -0.9",
     "g": "move -inf",
     "G": "move inf",
-    "1": "turn tasks",
-    "2": "turn names",
-    "3": "turn workers",
-    "4": "turn events",
+    "1": "page tasks",
+    "2": "page names",
+    "3": "page workers",
+    "4": "page events",
     "tab": "tab 1",
     "shift-tab": "tab -1",
-    "enter": "enter",
+    "enter": "show",
     "t": "show traceback",
     "r": "show result",
     "e": "show events",
     "?": "push keys",
-    "/": "edit",
+    "/": "type",
     "s": "sort 1",
     "S": "sort 0",
     "space": "freeze",
@@ -4177,7 +4245,7 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     if view.typing and (len(key) == 1 or name in edits):
         text = (text + key)[:100] if len(key) == 1 else edits[name]
         view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
-        return change(view, filter=text, cursor=Cursor(view.layers[-1].cursor.identity))
+        return change(view, filter=text, index=0)
     action, *arguments = KEYS.get(name, name).split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
@@ -4245,9 +4313,12 @@ def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeu
     """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
     heard, patience = time.monotonic(), inf if timeout is None else timeout
     while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
-        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
+        begun, left = time.monotonic(), min(longest, left)
+        for event in receiver.itercapture(DRAIN, left, wakeup):
             heard = time.monotonic()
             yield event
+        if heard < begun and time.monotonic() < begun + left:
+            return  # another thread has closed it
         yield None
 
 
@@ -4375,6 +4446,8 @@ class Terminal:
                 continue
             self._window.move(row, 0)
             self._window.clrtoeol()
+            if row < 4:  # of a bar that goes, the edge of its glyph may be left beside its cell
+                self._window.redrawln(row, 1)
             column = 0
             for text, style, _ in line:
                 with suppress(self._curses.error):  # behind the last cell is no place for the cursor
@@ -4439,6 +4512,8 @@ class Monitor:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
+        self._beats = 0  # heartbeats of workers
+        self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
         self._rows_of: Any = None  # what the rows are of
@@ -4486,7 +4561,8 @@ class Monitor:
 
         terminal = Terminal(window)
         try:
-            while not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty() and self._take():
+            self._take()
+            while not (self._ended and self._receiver) and not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
                 if self._signals and terminal.is_ready():
                     terminal.forget(SIGCONT in self._signals)
                     self._signals -= {SIGCONT, SIGWINCH}
@@ -4497,18 +4573,23 @@ class Monitor:
             terminal.release()
 
     def _take(self) -> bool:
-        """Take some events; return whether to go on."""
-        event: Any = self
+        """Take some events; return whether there were others than heartbeats, or the feed has ended."""
+        news, self._ended = self._news(), True
         for event in islice(self._feed, DRAIN):
+            self._ended = False
             if event is None:
                 break
             self._state.event(event)
+            self._beats += event.type == "worker-heartbeat"
             self._heard = time.monotonic()
-        self._ended = event is self
-        return not (self._ended and self._receiver)
+        return self._ended or self._news() != news
+
+    def _news(self) -> int:
+        """Return how many events there were but for heartbeats, which alone make no new picture."""
+        return self._state.event_count - self._beats
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
-        """Heed the keys, draw, and wait."""
+        """Heed the keys, draw, and wait for more."""
         more = False
         for key in terminal.pressed():
             if key == "^L" and terminal.is_ready():
@@ -4517,22 +4598,22 @@ class Monitor:
             self._view = self._state.freeze_while(press, self._view, key, stage, rows)
             self._drawn, self._due = None, self._painted + FRAME_TIME
             more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
-            if self._view.done:
-                return
-            if more:
-                break  # what is typed further must wait for the events
-        patience = self._draw(terminal, stage)
-        self._wait(0.0 if more else patience)
+            if more or self._view.done:
+                break  # what is typed further must wait for the events, or is for whoever reads next
+        if not self._view.done:
+            patience = self._draw(terminal, stage)
+            self._wait(0.0 if more else patience)
 
-    def _find(self, stage: Stage) -> Rows:
-        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time."""
-        now, view = time.monotonic(), settled(self._view, self._state)
+    def _find(self, stage: Stage, now: float = -inf) -> Rows:
+        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
+        view = settled(self._view, self._state)
         wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
-        changes = self._state.event_count, len(self._state.tasks), self._second(stage)
+        changes = self._news(), len(self._state.tasks), self._second(stage)
         if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
+            begun = time.monotonic()
             self._rows = self._state.freeze_while(rows_of, view, stage)
             self._rows_of = wanted, changes
-            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - now)
+            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
         return self._rows
 
     def _second(self, stage: Stage) -> int:
@@ -4542,28 +4623,30 @@ class Monitor:
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now, rows = time.monotonic(), self._find(stage)
-        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._state.event_count
+        now = time.monotonic()
+        rows = self._find(stage, now)
+        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._news()
         if picture != self._drawn and now >= self._due and terminal.is_ready():
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
             return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
-        return min(MAX_SLEEP, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
+        return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for events, keys and signals."""
-        files = [sys.stdin, self._wake]
-        if self._receiver:
-            files.append(self._receiver)
-            longest = self._receiver.pause(max(0.0, longest))
-        elif not self._ended:
-            longest = 0.0
-        try:
-            select.select(files, [], [], longest)  # which takes terminals also where poll() does not
-        except ValueError:  # it takes only the first 1,024 files
-            wait_for(longest, *files)
+        """Wait for keys, signals, and events that are news, which are taken."""
+        files, until = [sys.stdin, self._wake, *([self._receiver] if self._receiver else [])], time.monotonic() + longest
+        ready: list[Any] = []
+        while not ready or ready == [self._receiver]:
+            left = max(0.0, until - time.monotonic()) if self._receiver or self._ended else 0.0
+            left = self._receiver.pause(left) if self._receiver else left
+            try:
+                ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
+            except ValueError:  # it takes only the first 1,024 files
+                wait_for(left, *files)
+            if self._take() or time.monotonic() >= until:
+                break
         with suppress(BlockingIOError):  # no signal came
             self._wake.recv(4096)
 
@@ -4615,7 +4698,13 @@ def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str]
     where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
     trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
     empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
-    Monitor(feed, state, lambda: {"url": receiver.url, "empty": empty, **receiver.stats}, receiver).run()
+
+    def status() -> dict[str, Any]:
+        stats = receiver.stats
+        losses = {name: stats.get(name, 0) for name in ("lost", "rejected", "malformed", "evicted")}
+        return {"url": receiver.url, "empty": empty, **losses}
+
+    Monitor(feed, state, status, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
@@ -4651,6 +4740,36 @@ def describe(problem: BaseException | None) -> str:
         return str(problem)
     reason = problem.strerror or str(problem)
     return f"{problem.filename}: {reason}" if problem.filename else reason
+
+
+def how_many(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+
+
+class BadLines:
+    """Takes what is wrong with lines of a file: complains of the first few, and says in the end how many more are bad."""
+
+    def __init__(self, at_once: bool) -> None:
+        self.count = 0
+        self._at_once = at_once
+        self._later: list[str] = []
+
+    def __call__(self, problem: object) -> None:
+        self.count += 1
+        if self.count <= MAX_TOLD:
+            (complain if self._at_once else self._later.append)(str(problem))
+
+    def end(self) -> int:
+        """Complain of the rest, and return how many bad lines there were."""
+        for problem in self._later:
+            complain(problem)
+        if self.count > MAX_TOLD:
+            complain(f"and {self.count - MAX_TOLD:,} more")
+        return self.count
 
 
 def listening(options: Any) -> Receiver:
@@ -4701,19 +4820,17 @@ def report_losses(receiver: Receiver, feed: Feed) -> Feed:
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    from contextlib import ExitStack
-
     files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
     if len(files) == 2 and os.path.samefile(*files):
         raise Failure(f"{options.file} cannot be recorded into itself", 2)
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
     state, types = State(), options.type or ()
-    problems: list[str] = []
+    bad = BadLines(at_once=in_lines)
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
             state.recorded = True
-            feed: Feed = recorded(options.file, complain if in_lines else problems.append)
+            feed: Feed = recorded(options.file, bad)
         else:
             receiver = stack.enter_context(listening(options))
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
@@ -4725,20 +4842,10 @@ def watch(options: Any) -> int:
             print_lines(feed, None if options.json else state)
         elif options.file:
             empty = f"no events in {options.file}"
-            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": len(problems)}).run()
-            for problem in problems[-20:]:
-                complain(problem)
+            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": bad.count}).run()
         else:
             show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
-    return 0
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+    return 1 if bad.end() > state.event_count else 0  # hardly anything can be read
 
 
 def parse_field(word: str) -> tuple[str, Any]:
@@ -4769,22 +4876,16 @@ def parse_fields(words: Sequence[str]) -> dict[str, Any]:
 
 def send_lines(dispatcher: Dispatcher) -> int:
     """Send the NDJSON on standard input; return how many lines were bad."""
-    failures = 0
-
-    def report(problem: object) -> None:
-        nonlocal failures
-        failures += 1
-        if failures <= MAX_TOLD:
-            complain(str(problem))
-
-    for event in recorded("-", report):
+    bad = BadLines(at_once=True)
+    for event in recorded("-", bad):
         try:
             dispatcher.publish(event)
-        except ValueError as problem:
-            report(problem)
-    if failures > MAX_TOLD:
-        complain(f"and {failures - MAX_TOLD:,} more")
-    return failures
+        except ValueError as problem:  # too large
+            bad(problem)
+    return bad.end()
+
+
+FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
 
 
 def send(options: Any) -> int:
@@ -4801,12 +4902,12 @@ def send(options: Any) -> int:
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {counted(stats['events'], 'event')}, confirmed by {counted(watchers, 'watcher')}"
+    report = f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {counted(len(lacking), 'watcher')} {verb} {counted(max(lacking), 'datagram')}"
+        report += f"; {how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}"
     if stats["rejected"]:
-        report += f"; {counted(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
+        report += f"; {how_many(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
     if sys.stderr:
         print(printable(report), file=sys.stderr, flush=True)
     return 1 if failures or lacking else 0
@@ -4842,12 +4943,13 @@ def signals_passed_on(command: Any) -> Iterator[None]:
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
-    numbers = [number for number in signal.Signals if number.name in TYPED + SENT]
+    before = {number: signal.getsignal(number) for number in signal.Signals if number.name in TYPED + SENT}
+    ignored = signal.SIG_IGN, None  # as by nohup: the command ignores them, too
+    before = {number: handler for number, handler in before.items() if handler not in ignored}
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # nobody else may
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else pass_on)  # ignored, as by nohup
+        before = {}  # no other thread may
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         yield
     finally:
@@ -4869,18 +4971,16 @@ def copied_streams() -> list[str]:
         return []
 
 
-def start(words: Sequence[str], **streams: Any) -> Any:
+def start_command(words: Sequence[str], **streams: Any) -> Any:
     """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
-    from shutil import which
     from subprocess import Popen
 
-    popen: Any = partial(Popen, close_fds=False, **streams)
     try:
-        return popen(words)
+        return Popen(words, close_fds=False, **streams)
     except OSError as problem:
         if problem.errno != errno.ENOEXEC:
             raise
-        return popen(["/bin/sh", which(words[0]) or words[0], *words[1:]])
+        return Popen(["/bin/sh", *words], close_fds=False, **streams)
 
 
 def copy_errors(command: Any, pipe: int) -> str:
@@ -4889,7 +4989,8 @@ def copy_errors(command: Any, pipe: int) -> str:
     What its own children write later, another process copies.
     """
     tail, data, has_ended = b"", b"-", False
-    with open(pipe, "rb", buffering=0) as source, suppress(OSError):  # whoever reads us has gone: the command finds a broken pipe, too
+    # An error: whoever reads us has gone, and the command finds a broken pipe, too.
+    with open(pipe, "rb", buffering=0) as source, suppress(OSError):
         while data and not has_ended:
             has_ended = command.poll() is not None
             if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
@@ -4898,11 +4999,11 @@ def copy_errors(command: Any, pipe: int) -> str:
                 while rest:
                     rest = rest[os.write(2, rest) :]
         if data:
-            start(["cat"], stdin=source, stdout=2)
+            start_command(["cat"], stdin=source, stdout=2)
     return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
 
 
-def ending(code: int, errors: str) -> dict[str, Any]:
+def describe_end(code: int, errors: str) -> dict[str, Any]:
     """Return fields that tell how a command has ended; a negative code is a signal's."""
     import signal
 
@@ -4924,7 +5025,7 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     streams, errors = copied_streams(), ""
     pipe, inlet = os.pipe() if streams else (-1, -1)
     try:
-        command = start(words, **dict.fromkeys(streams, inlet))
+        command = start_command(words, **dict.fromkeys(streams, inlet))
     except OSError as problem:
         is_missing = isinstance(problem, FileNotFoundError)
         reason = "not found" if is_missing else str(problem.strerror)
@@ -4935,7 +5036,7 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
         if streams:
             os.close(inlet)
             errors = copy_errors(command, pipe)
-        return ending(command.wait(), errors)
+        return describe_end(command.wait(), errors)
 
 
 def run(options: Any) -> int:
@@ -4946,20 +5047,16 @@ def run(options: Any) -> int:
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise Failure("no command to run, expected run -- COMMAND", 2)
+    name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
     uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-
-        def tell(type: str, **fields: Any) -> None:
-            with suppress(Exception):  # whatever of ours fails is nothing to the command
-                dispatcher.send(type, uuid=uuid, **fields)
-
-        name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
-        tell("task-received", name=name, args=args, kwargs="{}", retries=0)
-        tell("task-started")
+        with suppress(Exception):  # whatever of ours fails is nothing to the command
+            dispatcher.begin_task(uuid, {"name": name, "args": args, "kwargs": "{}", "retries": 0})
         outcome = run_command(words)
-        status = int(outcome["exit_status"])
-        tell("task-failed" if status else "task-succeeded", **outcome, runtime=time.monotonic() - began)
-    return status
+        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
+        with suppress(Exception):
+            dispatcher.end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
+    return int(outcome["exit_status"])
 
 
 # check
@@ -4999,7 +5096,7 @@ class Trial:
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
         self.is_group = is_group(self.url.host)
-        self.leaves = self.is_group and not on_loopback(self.url)  # so that what is heard here proves nothing about there
+        self.leaves = self.is_group and not on_loopback(self.url)  # to hear it here then proves nothing about there
         self.dispatcher = Dispatcher(url, key=key)
         self.receiver = Receiver(url, key=key)
         self.listens = False
@@ -5029,7 +5126,7 @@ def try_open(trial: Trial) -> str:
     """Open a socket that sends."""
     Link(trial.url).close()
     where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
-    return f"a socket that sends {where}" + (", to this machine alone: ttl=0" if trial.leaves and not trial.url.ttl else "")
+    return f"a socket that sends {where}" + (", but no further: ttl=0" if trial.leaves and not trial.url.ttl else "")
 
 
 def try_join(trial: Trial) -> str:
@@ -5070,7 +5167,9 @@ def try_receive(trial: Trial) -> str:
 def try_sizes(trial: Trial) -> str:
     """Receive an event that takes about the largest datagram that is sent to this URL."""
     size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
-    if not trial.arrives("x" * (size - 4 * MAX_HEADER)) or trial.leaves and trial.dispatcher.stats["behind"]:
+    arrives = trial.arrives("x" * (size - 4 * MAX_HEADER))
+    trial.dispatcher.flush(HEAR_TIME)  # so that watchers on other machines can confirm it
+    if not arrives or trial.dispatcher.stats["behind"] and trial.leaves:
         raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
     return f"up to {size:,} bytes in a datagram"
 
@@ -5088,7 +5187,8 @@ def try_others(trial: Trial) -> str:
     if trial.listens:
         trial.listen(LISTEN_TIME)
     watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
-    texts = [f"{counted(senders, 'Dispatcher')} and {counted(len(watchers) - trial.listens, 'watcher')} beside this one"]
+    others = how_many(len(watchers) - trial.listens, "watcher")
+    texts = [f"{how_many(senders, 'Dispatcher')} and {others} beside this one"]
     if trial.leaves:
         texts.append("only a watcher on another machine proves that anything gets there")
         texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
@@ -5096,19 +5196,15 @@ def try_others(trial: Trial) -> str:
         texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
     for end in (trial.receiver, trial.dispatcher):
         if end.stats["rejected"]:
-            texts.append(f"{counted(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
+            texts.append(f"{how_many(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
     return "; ".join(texts)
 
 
-STEPS: tuple[Callable[[Trial], str], ...]
-STEPS = (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others)
-
-
-def check_steps(url: str, key: bytes, steps: Sequence[Callable[[Trial], str]] = STEPS) -> Iterator[tuple[str, str, str]]:
+def check_steps(url: str, key: bytes) -> Iterator[tuple[str, str, str]]:
     """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
     trial = Trial(url, key)
     with trial.dispatcher, trial.receiver:
-        for step in steps:
+        for step in (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others):
             name = step.__name__[4:]
             try:
                 yield "ok", name, step(trial)
@@ -5134,7 +5230,7 @@ def check(options: Any) -> int:
     for name in filter(is_host, names):
         other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
         if options.all_interfaces:
-            *_, (_, step, text) = check_steps(other, key, STEPS[:4])
+            *_, (_, step, text) = islice(check_steps(other, key), 4)
             outcome = f"  {step}: {text}"
         print(f"  {name:<10} '{other}'{outcome}", flush=True)
     return 0 if verdict == "ok" else 1
@@ -5168,23 +5264,15 @@ def serve(events: Dispatcher) -> NoReturn:
                 task.retried(TimeoutError("mail.example.com"))
             uuid = task.uuid
 
-    @events.task("shop.order")
-    def order(number: int) -> str:
-        events.send("order-placed", order=number)
-        charge(number, cents=number // 2)
-        mail(f"customer-{number}@example.com")
-        return "sent"
-
-    def stock(number: int) -> None:
-        with events.task("shop.stock", args=repr((number,))) as task:
-            for row in range(20):
-                time.sleep(random() / 2)
-                task.progress((row + 1) / 20)
-
     while True:
-        with suppress(ConnectionRefusedError):  # the events have told of it
-            (order if random() < 0.7 else stock)(int(1000 + 9000 * random()))
-        time.sleep(random())
+        number = int(1000 + 9000 * random())
+        events.send("order-placed", order=number)
+        with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
+            charge(number, cents=number // 2)
+            for step in range(1, 10):
+                time.sleep(random() / 2)
+                order.progress(step / 10)
+            mail(f"customer-{number}@example.com")
 
 
 def demo_worker(options: Any) -> int:
@@ -5208,7 +5296,8 @@ def demo(options: Any) -> int:
     options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
     parse_url(options.url)
     in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
-    words = [sys.executable, *([__file__] if os.path.isfile(__file__) else ["-c", in_zip]), "demo", "--url", options.url]
+    program = [__file__] if os.path.isfile(__file__) else ["-c", in_zip]
+    words = [sys.executable, *program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
@@ -5225,14 +5314,14 @@ def whole_number(word: str) -> int:
     return int(word)
 
 
-def seconds(word: str) -> float:
+def time_span(word: str) -> float:
     """Return a number from the command line, not negative."""
     if not word.replace(".", "", 1).isdecimal():
         raise ValueError
     return float(word)
 
 
-Command = namedtuple("Command", ["work", "help", "arguments"])
+Command = namedtuple("Command", ["work", "summary", "examples", "arguments"])
 
 FLAG: dict[str, Any] = {"action": "store_true"}
 WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -5241,30 +5330,20 @@ WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
     ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
     ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
-    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": seconds}),
+    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": time_span}),
     ("--no-history", "begin with what is sent from now on", FLAG),
 )
-COMMANDS = {  # help: a summary, and what is said below the arguments
+COMMANDS = {
     "watch": Command(
         watch,
-        """Show what is heard, or what FILE holds, until the user or a limit ends it.
-
-examples:
-  python eventmon.py watch
-  python eventmon.py watch --json --type 'task-*' | jq .uuid
-
-exit status: 0, also when ctrl-C or the end of a pipe ends it; 1 for a failure, 2 for wrong usage""",
+        "show what is heard, or what FILE holds, until the user or a limit ends it",
+        ("watch", "watch --json --type 'task-*' | jq .uuid", "watch recorded.jsonl"),
         (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
     ),
     "send": Command(
         send,
-        """Send an event, or those on standard input, and say how many watchers have everything.
-
-examples:
-  python eventmon.py send deploy-done version=1.2 seconds:=8.5
-  python eventmon.py send - < recorded.jsonl
-
-exit status: 0 when every event is sent and no watcher lacks one; 1 for a failure, 2 for wrong usage""",
+        "send an event, or those on standard input, and say how many watchers have everything",
+        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
         (
             ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
             ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
@@ -5272,13 +5351,8 @@ exit status: 0 when every event is sent and no watcher lacks one; 1 for a failur
     ),
     "run": Command(
         run,
-        """Run COMMAND as if it were run alone, and send the events of a task for it.
-
-examples:
-  python eventmon.py run -- make test
-  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
-
-exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 if it cannot be executed""",
+        "run COMMAND as if it were run alone, with its exit status, and send the events of a task for it",
+        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
         (
             ("--name", "of the task (default: the command's)", {}),
             ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
@@ -5286,24 +5360,14 @@ exit status: the command's; 128 + n after signal n, 127 if it is not found, 126 
     ),
     "check": Command(
         check,
-        """Try the URL in force step by step, and say what is wrong and what to do.
-
-examples:
-  python eventmon.py check
-  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
-
-exit status: 0 when the URL works; 1 for a failure, 2 for wrong usage""",
+        "try the URL in force step by step, and say what is wrong and what to do",
+        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
         (("--all-interfaces", "try each interface, too", FLAG),),
     ),
     "demo": Command(
         demo,
-        """Show a shop at work: three worker processes, on a URL of their own, and the monitor.
-
-examples:
-  python eventmon.py demo
-  python eventmon.py demo --plain --limit 20
-
-exit status: 0; 1 for a failure, 2 for wrong usage""",
+        "show a shop at work: three worker processes, on a URL of their own, and the monitor",
+        ("demo", "demo --plain --limit 20"),
         (*WATCHING, ("--worker", "==SUPPRESS==", {})),
     ),
 }
@@ -5317,14 +5381,16 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
         def error(self, message: str) -> NoReturn:
             raise Failure(message, 2)
 
-    summary, _, more = COMMANDS[name].help.partition("\n\n")
+    command = COMMANDS[name]
+    examples = "\n  python eventmon.py ".join(("examples:", *command.examples))
+    more = f"{examples}\n\nexit status: 0, 1 for a failure, 2 for wrong usage"
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=more, formatter_class=form)
+    parser = Parser(prog=f"eventmon {name}", description=command.summary, epilog=more, formatter_class=form)
     parser.set_defaults(file=None, json=False)
     parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
     parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
-    parser.add_argument("--key-file", metavar="FILE", help="file with the key that authenticates ($EVENTMON_KEY is one)")
-    for argument, text, settings in COMMANDS[name].arguments:
+    parser.add_argument("--key-file", metavar="FILE", help="holds the key that authenticates ($EVENTMON_KEY is one)")
+    for argument, text, settings in command.arguments:
         parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.json and options.plain:
@@ -5348,7 +5414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
             lines = [f"eventmon {__version__}"]
             if name != "--version":
-                lines += (f"  {name:<6} {command.help.splitlines()[0]}" for name, command in COMMANDS.items())
+                lines += (f"  {name:<6} {command.summary}" for name, command in COMMANDS.items())
                 lines.append("python eventmon.py COMMAND --help says more")
             print(*lines, sep="\n")
             return 0
