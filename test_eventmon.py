@@ -882,8 +882,8 @@ def verify(sender, watcher, is_early, hard, seed):
     if is_early and sender.known == len(sender.watchers):  # else one had slept for so long that it was taken for dead
         assert len(numbers) == sender.sent or sender.is_killed or lost, (seed, heard, "lost in silence")
     if is_early or not hard:
-        ending = "worker-lost" if sender.is_killed else "worker-(lost|offline)"
-        ending = f"(worker-lost worker-online )*{ending}" if sender.group == "task" and numbers else ""
+        ending = "worker-lost" if sender.is_killed else "(worker-lost|(worker-lost )?worker-offline)"
+        ending = f"(worker-online )?(worker-lost worker-online )*{ending}" if sender.group == "task" and numbers else ""
         assert re.fullmatch(ending, life), (seed, heard, "whether it lives is told wrongly")
     # a sender that has ended before it heard of a watcher has not waited for it
     if not hard and watcher in sender.watchers and sender.known == len(sender.watchers):
