@@ -560,7 +560,7 @@ class ReceiveWindow:
     was first heard is not lost.
     """
 
-    MAX_HELD = 16 << 20  # bytes that all windows hold back while something before them is missing
+    MAX_HELD = 8 << 20  # bytes that all windows hold back while something before them is missing
     GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
     NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
     NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
@@ -1849,8 +1849,8 @@ class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
     __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "is_worker", "name", "process"),
-        *("serial", "source", "window"),
+        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "name", "process", "serial"),
+        *("source", "window", "worker"),
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
@@ -1860,7 +1860,7 @@ class Stream:
         self.window = window
         self.heard = now  # by the windows' clock
         self.process = b""  # PID HOSTNAME, once a beat has told
-        self.is_worker = False  # an event of a task or a worker has come from that process
+        self.worker = b""  # the same, once an event of a task or a worker has come from it
         self.is_offline = False  # its last event was worker-offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
@@ -2002,6 +2002,7 @@ class Receiver:
         patience = inf if timeout is None else timeout
         last = time.monotonic()
         self.fileno()
+        self._read_aside(last)
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
@@ -2072,7 +2073,7 @@ class Receiver:
             events += parsed
             if stream and parsed:
                 stream.is_offline = parsed[-1]["type"] == "worker-offline"
-                if not stream.is_worker:
+                if not stream.worker or stream.process not in (b"", stream.worker):
                     self._look_for_worker(stream, parsed)
         self._queued -= size
         now, clock = time.time(), 0
@@ -2087,16 +2088,16 @@ class Receiver:
     def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
         """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
         for event in events:
-            if event["type"].startswith(("task-", "worker-")):
-                process = f"{event.get('pid')} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
+            if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
+                process = f"{event['pid']} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
                 if process == (stream.process or process):
-                    stream.is_worker = True
+                    stream.worker = process
 
     def _say_of(self, stream: Stream, kind: str) -> list[Event]:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
-        if not stream.is_worker or stream.is_offline or not stream.process:
+        if not stream.worker or stream.is_offline or stream.process not in (b"", stream.worker):
             return []
-        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        pid, _, hostname = stream.worker.decode("utf-8", "replace").partition(" ")
         return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
 
     def _count(self, problem: WireError) -> None:
@@ -3080,7 +3081,9 @@ class State:
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
-        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+        for_all = status != "alive" and pid == NO_PID
+        for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
+        for one in processes.values() if for_all else (process,):
             one["status"] = status
         take_fields(process, fields, NOT_WORKERS, fields)
         gone = any(one["status"] != "alive" for one in processes.values())
