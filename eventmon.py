@@ -3383,7 +3383,7 @@ TRANSITIONS = tuple(type[5:] for type in TASK_STATES)
 FIRST_SHOWN = ("worker", "client", "args", "kwargs", "progress", "result", "exception")  # of everything about a task
 TRACE = ("traceback", "stderr")  # the latter of a command that was run
 SHOWN_APART = frozenset(
-    (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "children", "parent_id", "root_id", "traceback")
+    (*FIRST_SHOWN, *TRANSITIONS, "name", "uuid", "state", "timestamp", "began", "children", "parent_id", "root_id", "traceback")
 )
 HINTS = {  # the most important first
     "table": ("q quit", "? keys", "enter details", "/ filter", "s sort", "space freeze", "c clear finished"),

@@ -3779,13 +3779,13 @@ def test_the_chosen_link_stays_chosen_when_others_come():
 def test_a_link_out_of_sight_is_scrolled_to():
     state = state_of(heard("task-received", "w", 0, uuid="mother"))
     for n in range(300):
-        state.event(heard("task-received", "w", 1, uuid=f"child{n}", parent_id="mother"))
+        state.event(heard("task-received", "w", 1, uuid=f"child{n:03}", parent_id="mother"))
     assert "and 200 more" in shown(state, typed(state, "1Gi", "G"))
     view = typed(state, "1Gi", *["^I"] * 50)
-    assert "child50 " in shown(state, view)
-    assert "child50 " not in shown(state, typed(state, "1Gi"))
-    assert "child0 " in shown(state, typed(state, "1Gi", *["^I"] * 101))
-    assert "child99 " in shown(state, typed(state, "1Gi", "KEY_BTAB"))
+    assert "child050 " in shown(state, view)
+    assert "child050 " not in shown(state, typed(state, "1Gi"))
+    assert "child000 " in shown(state, typed(state, "1Gi", *["^I"] * 101))
+    assert "child099 " in shown(state, typed(state, "1Gi", "KEY_BTAB"))
 
 
 def test_the_selection_keeps_its_line_when_its_task_goes():
