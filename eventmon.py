@@ -2419,7 +2419,6 @@ ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has an
 USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
 NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
 NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
-NOT_SIMPLE = ERROR | {"retries", "parent_id"}  # these may change more than the field of that name
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2481,7 +2480,7 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
         usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and NOT_SIMPLE.isdisjoint(keys - ERROR)
+        follows = usual and kind.time not in ("sent", "received") and keys.isdisjoint(("retries", "parent_id"))
         shape = Shape(keys, fields, usual, follows)
         if usual:
             kind.shapes[len(event)] = shape
@@ -2507,8 +2506,8 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
             record[key] = value
 
 
-# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery. The
-# dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
+# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery.
+# The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2578,8 +2577,8 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
-    hosts = {hostname for hostname, _ in receivers}
-    joining = [t for t in ordered if t.get("worker", "") in hosts and process_in(t) not in receivers and "sent" not in t]
+    hosts = {hostname for hostname, _ in receivers if hostname}
+    joining = [told for told in ordered if told.get("worker") in hosts and process_in(told) not in receivers]
     groups = [[told] for told in ordered if not any(told is other for other in joining)]
     for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
@@ -2741,7 +2740,7 @@ class State:
     `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state. `event_count`
     events were seen, `task_count` tasks received, `evicted` tasks and large values forgotten for want of room.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is heard of
-    first or again, `on_node_leave(worker)` when it ends or is lost. Any thread may use it. A pickled State has no callbacks.
+    first or again, `on_node_leave(worker)` when it ends or is lost. A pickled State has none. Any thread may use it.
     With `recorded` true, time is when the newest event was received, as it also is when that was long ago.
     """
 
@@ -2925,8 +2924,8 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took, or have been running; last:
-        the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have been running;
+        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -3069,7 +3068,7 @@ class State:
     def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Give a process of a worker a status and fields.
 
-        A worker shows the status and fields of its processes. One that is alive and told something last has the last word.
+        A worker shows the status and fields of its processes: of one that is alive, and told something last.
         """
         hostname, pid = process_of(event)
         if not hostname:
@@ -3226,12 +3225,6 @@ class State:
             process = process_of(event)
             mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
-            if told is deliveries[-1] and told["state"] not in FINISHED and NOT_SIMPLE.isdisjoint(event):
-                joined = (other for other in deliveries if other.get("worker") == told.get("worker"))
-                if all(process_in(other) == process for other in joined):  # only the newest delivery is told more
-                    take_event(told, event, kind, timestamp)
-                    take_event(task, event, kind, timestamp)
-                    return task
         new: dict[str, Any] = {} if told is None else told
         if kind.time == "sent":
             take_sent(new, event, timestamp)
@@ -3245,9 +3238,7 @@ class State:
             deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        groups = grouped(deliveries)
-        deliveries[:] = [told for group in groups for told in group]
-        record.update(merged(groups))
+        record.update(merged(grouped(deliveries)))
         return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
@@ -3344,7 +3335,7 @@ class State:
             yield from (self.workers[hostname], *self._processes[hostname].values())
 
     def _slim(self) -> None:
-        """Weigh all that is kept. Until it is half, forget large values, the oldest first, then tasks, then the rest."""
+        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
         records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
         records += [record for hostname in self.workers for record in self._records("", hostname)]
         records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
