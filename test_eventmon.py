@@ -3508,7 +3508,7 @@ def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
                     it.type("jk4j12G"[n // 100 % 7])
                     it.screen()
             dispatcher.flush(20)
-        it.see("", "4 Events 3,000", without="lost")
+        it.see("", "4 Events 3,001", without="lost")  # and its end
 
 
 def test_a_file_is_shown_with_its_own_times_and_its_bad_lines_are_told_of(recording):
