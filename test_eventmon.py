@@ -3695,7 +3695,6 @@ def test_the_first_bad_lines_of_send_are_named_and_the_rest_is_sent():
         (["nonsense"], 2),
         (["watch", "--nonsense"], 2),
         (["watch", "--limit", "x"], 2),
-        (["watch", "--limit", "-1"], 2),
         (["watch", "--json", "--plain"], 2),
         (["watch", "no/such/file"], 1),
         (["watch", "--url", "http://x"], 2),
@@ -3759,7 +3758,7 @@ def test_help_and_version_go_to_standard_output(capsys):
         assert re.search(rf"^ +{name} ", listed, re.MULTILINE)
         assert main([name, "--help"]) == 0
         text = capsys.readouterr().out
-        assert text.count(f"\n  python eventmon.py {name}") >= 2
+        assert f"\n  python eventmon.py {name}" in text
         assert {"usage:", "--url", "--key-file", "exit status: "} <= set(
             re.findall(r"usage:|--[a-z-]+|exit status: ", text)
         )
@@ -4046,7 +4045,7 @@ def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_
     EVENTMON check --url 'udp://239.1.2.3:7000?interface=one&ttl=1' > third; wait; cat first; echo; cat second; echo; cat third
     """
     down, first, second, third = namespace(script, tmp_path).split("\n\n")
-    assert re.search("^wrong open +the loopback interface is down.*: sudo ip link set lo up$", down, re.MULTILINE)
+    assert re.search("^wrong open +127.0.0.1 is no address .* lo is down: sudo ip link set lo up$", down, re.MULTILINE)
     assert down.splitlines()[-3:] == ["1", "ran", "9"]
     (line,) = (line for line in first.splitlines() if line.startswith("  one "))
     assert re.fullmatch(r"  one +'udp://[0-9.:]+\?interface=one&ttl=1'", line)
