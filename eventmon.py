@@ -4725,14 +4725,6 @@ class Failure(Exception):
     """What a command cannot do: one line on standard error, and status 1. Wrong usage is a ValueError, and status 2."""
 
 
-def describe(problem: BaseException | None) -> str:
-    """Return what an error says, and of which file."""
-    if not isinstance(problem, OSError):
-        return str(problem)
-    reason = problem.strerror or str(problem)
-    return f"{problem.filename}: {reason}" if problem.filename else reason
-
-
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
     return f"{number:,} {plural(noun, number)}"
@@ -4775,19 +4767,19 @@ def troubles(end: Any) -> list[str]:
 
 def report_losses(receiver: Receiver, feed: Feed) -> Feed:
     """Yield what is heard while it is read; complain of troubles at most once a second, and of all in the end."""
-    told, due = troubles(receiver), 0.0
+    told, due = "", 0.0
     try:
         for event in feed:
             if event is None and not has_reader():
                 return
             yield event
             if time.monotonic() > due:
-                told, before, due = troubles(receiver), told, time.monotonic() + 1.0
+                before, told, due = told, ", ".join(troubles(receiver)), time.monotonic() + 1.0
                 if told != before:
-                    complain(", ".join(told))
+                    complain(told)
     finally:
-        if troubles(receiver):
-            complain("in all " + ", ".join(troubles(receiver)))
+        if told := ", ".join(troubles(receiver)):
+            complain(f"in all {told}")
 
 
 def watch(options: Any) -> int:
@@ -4812,7 +4804,7 @@ def watch(options: Any) -> int:
             try:
                 receiver.fileno()
             except OSError as problem:
-                raise Failure(f"cannot listen on {receiver.url}: {describe(problem)}") from None
+                raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
         feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
@@ -4868,7 +4860,7 @@ def send(options: Any) -> int:
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
-        raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}")
+        raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
@@ -4912,21 +4904,23 @@ def signals_passed_on(command: Any) -> Iterator[None]:
         yield
 
 
-def copied_streams() -> list[str]:
-    """Return which streams of a command are copied, to know its last lines: standard error, if it is no terminal.
+def piped_streams() -> dict[str, Any]:
+    """Return which streams of a command come through a pipe, for its last lines: standard error, if it is no terminal.
 
     And standard output where that is the same file, so that the two keep their order.
     """
+    from subprocess import PIPE, STDOUT
+
     try:
         if os.isatty(2) or sys.platform == "win32":
-            return []
-        return ["stderr", "stdout"] if os.path.sameopenfile(1, 2) else ["stderr"]
+            return {}
+        return {"stdout": PIPE, "stderr": STDOUT} if os.path.sameopenfile(1, 2) else {"stderr": PIPE}
     except OSError:  # one is closed
-        return []
+        return {}
 
 
-def copy_errors(command: Any, pipe: int) -> str:
-    """Copy a pipe to standard error until the command has ended, and return its last lines.
+def copy_errors(command: Any) -> str:
+    """Copy the pipe of a command to standard error until the command has ended, and return its last lines.
 
     What its own children write later, another process copies.
     """
@@ -4934,16 +4928,16 @@ def copy_errors(command: Any, pipe: int) -> str:
 
     tail, data, has_ended = b"", b"-", False
     # An error: whoever reads us has gone, and the command finds a broken pipe, too.
-    with suppress(OSError), open(pipe, "rb", 0) as source, open(2, "wb", closefd=False) as target:
+    with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
         while data and not has_ended:
             has_ended = command.poll() is not None
-            if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
-                data = source.read(MAX_TAIL)
+            if select.select([pipe], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+                data = pipe.read(MAX_TAIL)
                 tail = (tail + data)[-MAX_TAIL:]
                 target.write(data)
                 target.flush()
         if data:
-            Popen(["cat"], stdin=source, stdout=2)
+            Popen(["cat"], stdin=pipe, stdout=2)
     return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
 
 
@@ -4968,13 +4962,9 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     """Run a command; return fields that tell how it has ended, or why it cannot be run."""
     from subprocess import Popen
 
-    streams: dict[str, Any] = {}
-    pipe, errors = -1, ""
-    if copied_streams():
-        pipe, inlet = os.pipe()
-        streams = dict.fromkeys(copied_streams(), inlet)
+    streams = piped_streams()
     try:
-        command = Popen(words, close_fds=False, **streams)
+        command = Popen(words, bufsize=0, close_fds=False, **streams)
     except OSError as problem:
         if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
             return run_command(["/bin/sh", *words])
@@ -4984,9 +4974,7 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
         complain(f"{words[0]}: {reason}{hint}")
         return {"exit_status": 127 if is_missing else 126, "exception": reason}
     with signals_passed_on(command):
-        if streams:
-            os.close(inlet)
-            errors = copy_errors(command, pipe)
+        errors = copy_errors(command) if streams else ""
         return describe_end(command.wait(), errors)
 
 
@@ -5001,7 +4989,7 @@ def run(options: Any) -> int:
     name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
     uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-        dispatcher.begin_task(uuid, {"name": name, "args": args, "kwargs": "{}", "retries": 0})
+        dispatcher.begin_task(uuid, {"name": name, "args": args})
         outcome = run_command(words)
         kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
         dispatcher.end_task(kind, uuid, {"runtime": time.monotonic() - began, **outcome})
@@ -5031,7 +5019,7 @@ def in_words(problem: BaseException | None, url: Url) -> str:
         return f"{url.host} is not found: no such name, or no name server"
     name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
     where = url.interface or url.host
-    return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
+    return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
 
 class Trial:
@@ -5083,11 +5071,11 @@ class Trial:
 
     def receive(self) -> str:
         """Be told that the event has arrived."""
-        there = f"python eventmon.py watch --url udp://0.0.0.0:{self.url.port}"
         if self.confirmed:
             return "it has come back on this machine" if self.listens else "a watcher has confirmed it"
+        there = f"start python eventmon.py watch --url udp://0.0.0.0:{self.url.port} there"
         if not self.listens:
-            raise Failure(f"nobody confirms it: start {there} there, with the same key, and let UDP pass its firewall")
+            raise Failure(f"nobody confirms it: {there}, with the same key, and let UDP through its firewall")
         causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
         raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {there}")
 
@@ -5109,49 +5097,45 @@ class Trial:
     def others(self) -> str:
         """Listen for a moment, and say who else is there."""
         time.sleep(LISTEN_TIME)
-        senders, hosts = max(0, self.receiver.stats["streams"] - 1), [host for host, _ in self.dispatcher.watchers()]
-        watchers = how_many(len(hosts) - self.listens, "watcher")
-        texts = [f"{how_many(senders, 'Dispatcher')} and {watchers} beside this one"]
-        if not on_loopback(self.url):
-            texts.append("only a watcher on another machine proves that anything gets there")
-            texts.append("watchers are at " + ", ".join(sorted(set(hosts))[:MAX_TOLD]))
+        hosts = [host for host, _ in self.dispatcher.watchers()]
+        senders, watchers = self.receiver.stats["streams"] - self.listens, len(hosts) - self.listens
+        texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
+        texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
         if self.heard:
             texts.append("events come from " + ", ".join(sorted(map("".join, self.heard.items()))[:MAX_TOLD]))
         return "; ".join(texts + troubles(self.receiver) + troubles(self.dispatcher))
 
 
-def check_steps(url: str, key: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
+def check_steps(url: str, key: bytes) -> Iterator[str]:
+    """Yield "ok" or "wrong", the name of a step and what came of it, as a line, up to the first one that is wrong."""
     trial = Trial(url, key)
     with trial.dispatcher, trial.receiver:
         for name in trial.STEPS:
             try:
-                yield "ok", name, getattr(trial, name)()
+                yield f"ok    {name:<7} {getattr(trial, name)()}"
             except (OSError, Failure) as problem:
-                yield "wrong", name, in_words(problem, trial.url)
+                yield f"wrong {name:<7} {in_words(problem, trial.url)}"
                 return
 
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
     take_any_text()
-    url, key, verdict = url_from(options.url), key_from(options.key), ""
+    url, key, line = url_from(options.url), key_from(options.key), ""
     parts = parse_url(url)
     print(f"{url}{'  (with a key)' if key else ''}", flush=True)
-    for verdict, name, text in check_steps(url, key):
-        print(f"{verdict:<5} {name:<7} {text}", flush=True)
+    for line in check_steps(url, key):
+        print(line, flush=True)
     group = parts.host if is_group(parts.host) else parse_url(DEFAULT_URL).host
     names = [name for _, name in socket.if_nameindex()]
     if sys.platform == "win32":  # where only addresses will do
         names = socket.gethostbyname_ex(socket.gethostname())[2]
-    print("interfaces" + ("" if options.all_interfaces else ", of which --all-interfaces tries each") + ":")
-    for name in filter(is_host, names):
-        other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
-        if options.all_interfaces:
-            *_, (_, step, text) = islice(check_steps(other, key), 4)
-            outcome = f"  {step}: {text}"
-        print(f"  {name:<10} '{other}'{outcome}", flush=True)
-    return 0 if verdict == "ok" else 1
+    print("interfaces, of which --all-interfaces tries each:")
+    for name in filter(is_host, names):  # the others have no place in a URL
+        other = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}"
+        outcome = [*islice(check_steps(other, key), 4)][-1] if options.all_interfaces else ""
+        print(f"  {name:<10} '{other}'  {outcome}".rstrip(), flush=True)
+    return 0 if line.startswith("ok") else 1
 
 
 # demo
@@ -5200,15 +5184,13 @@ def demo(options: Any) -> int:
                 threading.Timer(15, os._exit, (1,)).start()  # it dies
             sys.stdin.read()  # until the monitor ends
         return 0
-    options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
+    options.url = options.url or "udp://239.255.69.87:6987"
     program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
     words = [sys.executable, program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
-            worker = Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL)
-            stack.enter_context(worker)
-            stack.callback(worker.kill)
+            stack.enter_context(Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
         return watch(options)
 
 
@@ -5295,11 +5277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 0 if name in ("watch", "demo") else 1
-    except (OSError, ValueError, Failure) as problem:
+    except OSError as problem:
         if isinstance(problem, BrokenPipeError) and not problem.filename:  # whoever read us has gone,
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which the last flush is not to find
             return 0
-        complain(describe(problem))
+        complain(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
+        return 1
+    except (ValueError, Failure) as problem:
+        complain(str(problem))
         return 2 if isinstance(problem, ValueError) else 1
 
 
