@@ -39,7 +39,7 @@ import tracemalloc
 import weakref
 import zipapp
 from collections import Counter, deque
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -104,12 +104,16 @@ def partner(**options):
             process.kill()
 
 
+def send_ours(events, n):
+    for i in range(n):
+        events.send("task-progress", uuid="5d0c91aa", progress=i)
+
+
 @contextmanager
 def by_hand():
-    """Yield a function that sends `n` events without eventmon, and the URL to which it sends them."""
-    url = new_url()
+    """Yield a function that sends `n` such events without eventmon, and the URL to which it sends them."""
+    where = eventmon.parse_url(url := new_url())
     who = {"hostname": eventmon.default_hostname(), "pid": os.getpid(), "utcoffset": 0.0, "uuid": "5d0c91aa"}
-    where = eventmon.parse_url(url)
 
     def send(n):
         for i in range(n):
@@ -121,16 +125,10 @@ def by_hand():
         yield send, url
 
 
-def send_ours(events, n):
-    for i in range(n):
-        events.send("task-progress", uuid="5d0c91aa", progress=i)
-
-
 def send_row(n, heard, **options):
     """Events a second: sent, or `heard`, which is to be in the State of another process."""
-    with ExitStack() as stack:
-        events, ping = stack.enter_context(partner(**options)) if heard else (Dispatcher(new_url(), **options), int)
-        send, _ = stack.enter_context(by_hand())
+    silent = nullcontext((Dispatcher(new_url(), **options), int))
+    with partner(**options) if heard else silent as (events, ping), by_hand() as (send, _):
         for rounds in count(1):
             ours = seconds_for(lambda: (send_ours(events, n), events.flush(0), ping()))
             if heard and ping() < n * rounds:
@@ -140,8 +138,7 @@ def send_row(n, heard, **options):
 
 def receive_row(n, burst=50):
     """Events a second that wait in a socket, where so many together find room in the smallest usual buffer."""
-    url = new_url()
-    with Receiver(url) as receiver, Dispatcher(url) as events, by_hand() as (send, other):
+    with Receiver(new_url()) as receiver, Dispatcher(receiver.url) as events, by_hand() as (send, other):
         receiver.fileno()
         with eventmon.listen(eventmon.parse_url(other)) as sock:
             while True:
@@ -154,8 +151,8 @@ def receive_row(n, burst=50):
                 yield n / ours, n / naive
 
 
-def take(taking, n):
-    """Have the events of `n` tasks taken, which come from JSON a thousand at a time; return the seconds."""
+def rate(taking, n):
+    """Events a second, of `n` tasks, that come from JSON a thousand at a time."""
     who = {"hostname": "alpha@laptop", "pid": 4711, "utcoffset": 0.0, "clock": 1, "timestamp": 1.7e9}
     received = {"name": "shop.resize", "args": "('photo.jpg',)", "kwargs": "{'width': 200}", "retries": 0}
     steps = ("received", received), ("started", {}), ("succeeded", {"result": "'photo.webp'", "runtime": 0.25})
@@ -164,35 +161,26 @@ def take(taking, n):
         pairs = [(f"task-{i}", step) for i in range(start, min(n, start + 333)) for step in steps]
         dicts = ({"type": f"task-{subject}", "uuid": uuid, **who, **more} for uuid, (subject, more) in pairs)
         events = [Event(**json.loads(json.dumps(fields))) for fields in dicts]
-        seconds += seconds_for(lambda events=events: [taking(event) for event in events] and None)
-    return seconds
+        seconds += seconds_for(lambda events=events: deque(map(taking, events), maxlen=0))
+    return 3 * n / seconds
 
 
-def takers(n):
-    """Return what takes an event: a State, and a dict of dicts."""
-    tasks = {}
-    return State(max_tasks_in_memory=n).event, lambda event: tasks.setdefault(event["uuid"], {}).update(event)
-
-
-def state_row(n):
-    """Events a second."""
-    while True:
-        yield tuple(3 * n / take(taking, n) for taking in takers(n))
-
-
-def bytes_for(taking, n):
+def memory(taking, n):
+    """Bytes for each finished task of `n`."""
     tracemalloc.start()
     try:
-        take(taking, n)
+        rate(taking, n)
         return tracemalloc.get_traced_memory()[0] / n
     finally:
         tracemalloc.stop()
 
 
-def memory_row(n):
-    """Bytes for each finished task."""
+def state_row(n, figure):
+    """A figure of what takes the events of `n` tasks: a State, and a dict of dicts."""
     while True:
-        yield tuple(bytes_for(taking, n) for taking in takers(n))
+        tasks = {}
+        ours = figure(State(max_tasks_in_memory=n).event, n)
+        yield ours, figure(lambda event, tasks=tasks: tasks.setdefault(event["uuid"], {}).update(event), n)
 
 
 def query_row(n, ask, look):
@@ -200,10 +188,9 @@ def query_row(n, ask, look):
     state, now = State(max_tasks_in_memory=n), time.time()
     kinds = ["task-succeeded" if i % max(1, n // 50) else "task-started" for i in range(n)]
     tasks = [Event(kind, uuid=str(i), timestamp=now - 60 + 60 * i / n, hostname="a") for i, kind in enumerate(kinds)]
-    for task in tasks:
-        state.event(task)
+    deque(map(state.event, tasks), maxlen=0)
     while True:
-        yield 1e6 * seconds_for(lambda: ask(state), 20), 1e6 * seconds_for(lambda: look(tasks))
+        yield 1e6 * seconds_for(lambda: list(ask(state)), 20), 1e6 * seconds_for(lambda: look(tasks))
 
 
 def latency_row(n):
@@ -215,13 +202,11 @@ def latency_row(n):
             yield ours - naive, naive  # the answer to an event is a bare datagram
 
 
-def start_row(*words):
+def start_row():
     """Milliseconds of a process, and of one that imports what any such tool needs."""
-    bare = "-c", "import socket, json, threading, select"
-    options = {"cwd": MODULE.parent, "stdout": subprocess.DEVNULL, "env": {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}}
+    runs = [str(MODULE), "--version"], ["-c", "import socket, json, threading, select"]
     while True:
-        runs = ([sys.executable, *arguments] for arguments in (words, bare))
-        yield tuple(1e3 * seconds_for(lambda run=run: subprocess.run(run, check=True, **options)) for run in runs)
+        yield tuple(1e3 * seconds_for(lambda run=run: subprocess.check_output([sys.executable, *run])) for run in runs)
 
 
 def rows(scale):
@@ -231,25 +216,24 @@ def rows(scale):
         yield f"send, {how}", "/s", send_row(n, False, **options)
         yield f"send to State, {how}", "/s", send_row(n, True, **options)
     yield "receive, one event a datagram", "/s", receive_row(n)
-    yield "State.event", "/s", state_row(n)
-    yield "State, memory of a finished task", " bytes", memory_row(n)
-    asks = {
-        "tasks_by_time(50)": lambda tasks: sorted(tasks, key=lambda task: task["timestamp"])[:-51:-1],
-        "iteractive()": lambda tasks: [task for task in tasks if task["type"] == "task-started"],
-        "scale_graph()": lambda tasks: Counter(int(task["timestamp"]) for task in tasks),
-    }
-    for name, look in asks.items():
-        ask = eval(f"lambda state: list(state.{name})")
+    yield "State.event", "/s", state_row(n, rate)
+    yield "State, memory of a finished task", " bytes", state_row(n, memory)
+    for name, ask, look in (
+        ("tasks_by_time(50)", lambda state: state.tasks_by_time(50), partial(sorted, key=lambda task: task["timestamp"])),
+        ("iteractive()", State.iteractive, lambda tasks: [task for task in tasks if task["type"] == "task-started"]),
+        ("scale_graph()", State.scale_graph, lambda tasks: Counter(int(task["timestamp"]) for task in tasks)),
+    ):
         yield f"State.{name}", " us", query_row(10 * n, ask, look)
     yield "latency, send to handler", " us", latency_row(max(10, n // 50))
-    yield "python eventmon.py --version", " ms", start_row(str(MODULE), "--version")
+    yield "python eventmon.py --version", " ms", start_row()
 
 
 def machine():
     cpu = pathlib.Path("/proc/cpuinfo")
     model = re.search("model name\\s*: (.*)", cpu.read_text()) if cpu.exists() else None
     python = f"{platform.python_implementation()} {platform.python_version()} on {platform.system()}"
-    return f"eventmon {eventmon.__version__}, {python}, {os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    cores = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    return f"eventmon {eventmon.__version__}, {python}, {cores}"
 
 
 def benchmark():
@@ -268,8 +252,7 @@ def benchmark():
         with closing(row):
             while len(pairs) < 2 or time.monotonic() < end and len(pairs) < 20:
                 pairs.append(next(row))
-        best = max if unit == "/s" else min
-        ours, naive = map(best, zip(*pairs))
+        ours, naive = map(max if unit == "/s" else min, zip(*pairs))
         cells = {"eventmon": ours, "by hand": naive, "ratio": ours / naive}
         if options.json:
             print(json.dumps({"what": what, "unit": unit.strip(), **cells}), flush=True)
