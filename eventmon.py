@@ -4905,29 +4905,24 @@ def signals_passed_on(command: Any) -> Iterator[None]:
 
 
 def piped_streams() -> dict[str, Any]:
-    """Return which streams of a command come through a pipe, for its last lines: standard error, if it is no terminal.
-
-    And standard output where that is the same file, so that the two keep their order.
-    """
+    """Return which streams of a command come through a pipe, for its last lines: standard error that is no terminal."""
     from subprocess import PIPE, STDOUT
 
     try:
         if os.isatty(2) or sys.platform == "win32":
             return {}
-        return {"stdout": PIPE, "stderr": STDOUT} if os.path.sameopenfile(1, 2) else {"stderr": PIPE}
+        is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
+        return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
     except OSError:  # one is closed
         return {}
 
 
 def copy_errors(command: Any) -> str:
-    """Copy the pipe of a command to standard error until the command has ended, and return its last lines.
-
-    What its own children write later, another process copies.
-    """
+    """Copy the pipe of a command to standard error until the command has ended, and return its last lines."""
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
-    # An error: whoever reads us has gone, and the command finds a broken pipe, too.
+    # at an error whoever reads us has gone, and the command finds a broken pipe, too
     with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
         while data and not has_ended:
             has_ended = command.poll() is not None
@@ -4936,7 +4931,7 @@ def copy_errors(command: Any) -> str:
                 tail = (tail + data)[-MAX_TAIL:]
                 target.write(data)
                 target.flush()
-        if data:
+        if data:  # a child of the command still has the pipe, and may outlive us
             Popen(["cat"], stdin=pipe, stdout=2)
     return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
 
@@ -5264,11 +5259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
-            lines = [f"eventmon {__version__}"]
-            if name != "--version":
-                lines += (f"  {name:<6} {summary}" for name, (_, summary) in COMMANDS.items())
-                lines.append(f"python eventmon.py COMMAND --help says more; {EXAMPLES}")
-            print(*lines, sep="\n")
+            print(f"eventmon {__version__}")
+            for command, (_, summary) in COMMANDS.items() if name != "--version" else ():
+                print(f"  {command:<6} {summary}, see {command} --help")
             return 0
         if name not in COMMANDS:
             raise ValueError(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help")
