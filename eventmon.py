@@ -4737,193 +4737,158 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
 
 
 class Failure(Exception):
-    """Ends a command with one line on standard error, the first argument; the second is the exit status."""
-
-
-def describe(problem: BaseException | None) -> str:
-    """Return what an error of the system says, and of which file."""
-    if not isinstance(problem, OSError):
-        return str(problem)
-    reason = problem.strerror or str(problem)
-    return f"{problem.filename}: {reason}" if problem.filename else reason
+    """What a command cannot do: one line on standard error, and status 1. Wrong usage is a ValueError, and status 2."""
 
 
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {plural(noun, number)}"
 
 
 MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
 
 
 class BadLines:
-    """Takes what is wrong with lines of a file: complains of the first few, and says in the end how many more are bad."""
+    """Called with each line of a file that holds no event: counts it, and complains of the first few."""
 
-    def __init__(self, at_once: bool) -> None:
-        self.count = 0
-        self._at_once = at_once
-        self._later: list[str] = []
+    count = 0
 
     def __call__(self, problem: object) -> None:
         self.count += 1
         if self.count <= MAX_TOLD:
-            (complain if self._at_once else self._later.append)(str(problem))
+            complain(str(problem))
 
-    def end(self) -> int:
-        """Complain of the rest, and return how many bad lines there were."""
-        for problem in self._later:
-            complain(problem)
+    def end(self) -> None:
+        """Say how many more there are."""
         if self.count > MAX_TOLD:
             complain(f"and {self.count - MAX_TOLD:,} more")
-        return self.count
 
 
-def listening(options: Any) -> Receiver:
-    """Return a Receiver whose socket is open."""
-    receiver = Receiver(options.url, key=options.key)
-    try:
-        receiver.fileno()
-    except OSError as problem:
-        raise Failure(f"cannot listen on {receiver.url}: {describe(problem)}", 1) from None
-    return receiver
-
-
-def end_with_reader(receiver: Receiver) -> None:
-    """End the receiver's capture when whoever reads standard output from a pipe has gone, event or no event."""
+def has_reader() -> bool:
+    """Whether somebody reads standard output, as far as the system can tell."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # which waits for nothing but the end
+        poll.register(sys.stdout.fileno(), 0)  # which asks for nothing but the end
+        return not poll.poll(0)
     except (AttributeError, OSError):
-        return  # Windows has no poll(); a standard output that is no file has no reader
+        return True  # Windows has no poll(); a standard output that is no file has no reader
 
-    def wait() -> None:
-        poll.poll()
-        receiver.should_stop = True
 
-    threading.Thread(target=wait, daemon=True).start()
+def troubles(end: Any) -> list[str]:
+    """Return what a Receiver or a Dispatcher has lost or rejected until now."""
+    reasons, stats = {"lost": "", "rejected": f": {end.problem}"}, end.stats
+    return [f"{how_many(stats[name], 'datagram')} {name}{reasons[name]}" for name in reasons if stats.get(name)]
 
 
 def report_losses(receiver: Receiver, feed: Feed) -> Feed:
-    """Yield what is heard; complain of what is lost or rejected, at most once a second, and of all in the end."""
-    told, told_at = {"lost": 0, "rejected": 0}, -inf
-
-    def tell(words: str = "") -> None:
-        nonlocal told, told_at
-        counts = {name: receiver.stats[name] for name in told}
-        news = [f"{many:,} {plural('datagram', many)} {name}{words}" for name, many in counts.items() if many]
-        if news and (words or counts != told):
-            complain(", ".join(news) + (f": {receiver.problem}" if counts["rejected"] else ""))
-        told, told_at = counts, time.monotonic()
-
+    """Yield what is heard while it is read; complain of troubles at most once a second, and of all in the end."""
+    told, due = "", 0.0
     try:
         for event in feed:
+            if event is None and not has_reader():
+                return
             yield event
-            if time.monotonic() > told_at + 1.0:
-                tell()
+            if time.monotonic() > due:
+                before, told, due = told, ", ".join(troubles(receiver)), time.monotonic() + 1.0
+                if told != before:
+                    complain(told)
     finally:
-        tell(" in all")
+        if told := ", ".join(troubles(receiver)):
+            complain(f"in all {told}")
 
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
-    if len(files) == 2 and os.path.samefile(*files):
-        raise Failure(f"{options.file} cannot be recorded into itself", 2)
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    if options.json and options.plain:
+        raise ValueError("--json and --plain exclude each other")
+    with suppress(OSError, TypeError):  # one is not there, or not given
+        if os.path.samefile(options.file, options.record):
+            raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types = State(), options.type or ()
-    bad = BadLines(at_once=in_lines)
+    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
             state.recorded = True
             feed: Feed = recorded(options.file, bad)
         else:
-            receiver = stack.enter_context(listening(options))
+            receiver = stack.enter_context(Receiver(options.url, key=options.key))
+            try:
+                receiver.fileno()
+            except OSError as problem:
+                raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
-        if in_lines and not options.file:
-            end_with_reader(receiver)
-            feed = report_losses(receiver, feed)
+            feed = report_losses(receiver, feed) if in_lines else feed
         feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
-            empty = f"no events in {options.file}"
-            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": bad.count}).run()
+            status = {"url": options.file, "empty": f"no events in {options.file}"}
+            with redirect_stderr(unsaid):  # not into the picture
+                Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
+            print(end=unsaid.getvalue(), file=sys.stderr)
         else:
             show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
-    return 1 if bad.end() > state.event_count else 0  # hardly anything can be read
+    bad.end()
+    return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
 
-def parse_field(word: str) -> tuple[str, Any]:
-    """Return name and value of "name=text" or "name:=json"."""
-    name, equals, text = word.partition("=")
-    if not equals or not name.rstrip(":") or text.startswith("="):
-        raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
-    if not name.endswith(":"):
-        return name, text
-    try:
-        return name[:-1], parse_json(text.encode("utf-8", "surrogateescape"))
-    except WireError as problem:
-        raise Failure(f"field is {word!r}: {problem}", 2) from None
-
-
-def parse_fields(words: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of an event from a command line."""
-    fields = dict(map(parse_field, words))
-    for wrong, message in (
-        (len(fields) < len(words), "a field is given twice"),
-        (fields.keys() & {"type", "blind"}, "a field cannot be called type or blind"),
-        (isinstance(fields.get("timestamp"), str), "timestamp is a text, expected seconds as in timestamp:=1.7e9"),
-    ):
-        if wrong:
-            raise Failure(message, 2)
+def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of Dispatcher.send() for an event of a type with fields as "name=text" or "name:=json"."""
+    fields: dict[str, Any] = {"type": type, "blind": False}
+    for word in words:
+        found = re.fullmatch("([^=:][^=]*?)(:?)=(|[^=].*)", word, re.DOTALL)
+        if not found:
+            raise ValueError(f"field is {word!r}, expected name=text or name:=json")
+        name, is_json, text = found.groups()
+        if name in fields:
+            raise ValueError(f"field {name!r} is given twice, or means something else to send")
+        try:
+            fields[name] = parse_json(text.encode("utf-8", "surrogateescape")) if is_json else text
+        except WireError as problem:
+            raise ValueError(f"field is {word!r}: {problem}") from None
+    if not isinstance(fields.get("timestamp", 0), (int, float)):
+        raise ValueError("timestamp is no number, expected seconds as in timestamp:=1.7e9")  # noqa: TRY004
     return fields
 
 
-def send_lines(dispatcher: Dispatcher) -> int:
-    """Send the NDJSON on standard input; return how many lines were bad."""
-    bad = BadLines(at_once=True)
-    for event in recorded("-", bad):
-        try:
-            dispatcher.publish(event)
-        except ValueError as problem:  # too large
-            bad(problem)
-    return bad.end()
-
-
-FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
+FLUSH_ALL = 60.0  # seconds that the command `send` waits for watchers that are alive but behind
 
 
 def send(options: Any) -> int:
     """Send an event, or those on standard input, and say how many watchers have everything."""
-    fields, failures = parse_fields(options.field), 0
-    if options.type == "-" and fields:
-        raise Failure("send - takes no fields", 2)
+    fields, bad = parse_fields(options.type, options.field), BadLines()
+    if options.type == "-" and options.field:
+        raise ValueError("send - takes no fields")
     with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
-        if options.type == "-":
-            failures = send_lines(dispatcher)
-        else:
-            dispatcher.send(options.type, **fields)
+        if options.type != "-":
+            dispatcher.send(**fields)
+        for event in recorded("-", bad) if options.type == "-" else ():
+            try:
+                dispatcher.publish(event)
+            except ValueError as problem:  # too large
+                bad(problem)
+        bad.end()
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
-        raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"
+        raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
+    report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}"
-    if stats["rejected"]:
-        report += f"; {how_many(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
+        report.append(f"{how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}")
     if sys.stderr:
-        print(printable(report), file=sys.stderr, flush=True)
-    return 1 if failures or lacking else 0
+        print(printable("; ".join(report + troubles(dispatcher))), file=sys.stderr, flush=True)
+    return 1 if bad.count or lacking else 0
 
 
 # run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
 
 TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
 SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
-MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 MAX_TAIL = 65536  # bytes of standard error that are kept, and
 MAX_LINES = 20  # of these the last lines
 
@@ -4939,74 +4904,51 @@ def in_foreground() -> bool:
 
 @contextmanager
 def signals_passed_on(command: Any) -> Iterator[None]:
-    """Pass signals on to a command. One that comes when it has ended ends us."""
+    """Pass signals on to a command, but those that are ignored, as by nohup: the command ignores them, too."""
     import signal
 
     def pass_on(number: int, frame: object) -> None:
         if signal.Signals(number).name in SENT or not in_foreground():
-            if command.poll() is not None:
-                raise SystemExit(128 + number)
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
-    before = {number: signal.getsignal(number) for number in signal.Signals if number.name in TYPED + SENT}
-    ignored = signal.SIG_IGN, None  # as by nohup: the command ignores them, too
-    before = {number: handler for number, handler in before.items() if handler not in ignored}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}  # no other thread may
-    for number in before:
-        signal.signal(number, pass_on)
-    try:
+    with ExitStack() as stack:
+        for number in signal.Signals:
+            if number.name in TYPED + SENT and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                stack.callback(signal.signal, number, signal.signal(number, pass_on))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def copied_streams() -> list[str]:
-    """Return which streams of a command are copied, to know its last lines: standard error, if it is no terminal.
+def piped_streams() -> dict[str, Any]:
+    """Return which streams of a command come through a pipe, for its last lines: standard error that is no terminal."""
+    from subprocess import PIPE, STDOUT
 
-    And standard output where that is the same file, so that the two keep their order.
-    """
     try:
-        error = os.fstat(2)
         if os.isatty(2) or sys.platform == "win32":
-            return []
-        return ["stderr", "stdout"] if os.path.samestat(os.fstat(1), error) else ["stderr"]
+            return {}
+        is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
+        return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
     except OSError:  # one is closed
-        return []
+        return {}
 
 
-def start_command(words: Sequence[str], **streams: Any) -> Any:
-    """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
+def copy_errors(command: Any) -> str:
+    """Copy the pipe of a command to standard error until the command has ended, and return its last lines."""
     from subprocess import Popen
 
-    try:
-        return Popen(words, close_fds=False, **streams)
-    except OSError as problem:
-        if problem.errno != errno.ENOEXEC:
-            raise
-        return Popen(["/bin/sh", *words], close_fds=False, **streams)
-
-
-def copy_errors(command: Any, pipe: int) -> str:
-    """Copy a pipe to standard error until the command has ended, and return its last lines.
-
-    What its own children write later, another process copies.
-    """
     tail, data, has_ended = b"", b"-", False
-    # An error: whoever reads us has gone, and the command finds a broken pipe, too.
-    with open(pipe, "rb", buffering=0) as source, suppress(OSError):
+    # at an error whoever reads us has gone, and the command finds a broken pipe, too
+    with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
         while data and not has_ended:
             has_ended = command.poll() is not None
-            if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
-                data = rest = source.read(MAX_PIPE)
+            if select.select([pipe], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+                data = pipe.read(MAX_TAIL)
                 tail = (tail + data)[-MAX_TAIL:]
-                while rest:
-                    rest = rest[os.write(2, rest) :]
-        if data:
-            start_command(["cat"], stdin=source, stdout=2)
-    return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
+                target.write(data)
+                target.flush()
+        if data:  # a child of the command still has the pipe, and may outlive us
+            Popen(["cat"], stdin=pipe, stdout=2)
+    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
 
 
 def describe_end(code: int, errors: str) -> dict[str, Any]:
@@ -5028,20 +4970,21 @@ def describe_end(code: int, errors: str) -> dict[str, Any]:
 
 def run_command(words: Sequence[str]) -> dict[str, Any]:
     """Run a command; return fields that tell how it has ended, or why it cannot be run."""
-    streams, errors = copied_streams(), ""
-    pipe, inlet = os.pipe() if streams else (-1, -1)
+    from subprocess import Popen
+
+    streams = piped_streams()
     try:
-        command = start_command(words, **dict.fromkeys(streams, inlet))
+        command = Popen(words, bufsize=0, close_fds=False, **streams)
     except OSError as problem:
+        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
+            return run_command(["/bin/sh", *words])
         is_missing = isinstance(problem, FileNotFoundError)
         reason = "not found" if is_missing else str(problem.strerror)
         hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
         complain(f"{words[0]}: {reason}{hint}")
         return {"exit_status": 127 if is_missing else 126, "exception": reason}
     with signals_passed_on(command):
-        if streams:
-            os.close(inlet)
-            errors = copy_errors(command, pipe)
+        errors = copy_errors(command) if streams else ""
         return describe_end(command.wait(), errors)
 
 
@@ -5052,16 +4995,14 @@ def run(options: Any) -> int:
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
-        raise Failure("no command to run, expected run -- COMMAND", 2)
+        raise ValueError("no command to run, expected run -- COMMAND")
     name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
     uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-        with suppress(Exception):  # whatever of ours fails is nothing to the command
-            dispatcher.begin_task(uuid, {"name": name, "args": args, "kwargs": "{}", "retries": 0})
+        dispatcher.begin_task(uuid, {"name": name, "args": args})
         outcome = run_command(words)
         kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        with suppress(Exception):
-            dispatcher.end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
+        dispatcher.end_task(kind, uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
 
 
@@ -5071,14 +5012,11 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
-    "EADDRNOTAVAIL": "{where} is no address of this machine",
+    "EADDRNOTAVAIL": "{where} is no address of this machine, as 127.0.0.1 while lo is down: sudo ip link set lo up",
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
     "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it, or the port is below 1024",
-    "EMSGSIZE": "too large for this system, or for this interface",
-    "ENOBUFS": "the system has no buffer for it",
-    "EAFNOSUPPORT": "this machine has no IPv4",
 }
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
 LISTEN_TIME = 0.6  # two beats of every sender
@@ -5090,156 +5028,124 @@ def in_words(problem: BaseException | None, url: Url) -> str:
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
     name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
-    if name == "EADDRNOTAVAIL" and on_loopback(url):
-        return "the loopback interface is down, or has no such address: sudo ip link set lo up"
-    where = url.interface if is_group(url.host) else url.host
-    return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
+    where = url.interface or url.host
+    return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
 
 class Trial:
-    """A URL that is tried: what sends to it, what listens there, and what others say, once it listens."""
+    """A URL that is tried. A step is a method that returns what it has found, or raises OSError or Failure."""
+
+    STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
 
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
-        self.is_group = is_group(self.url.host)
-        self.leaves = self.is_group and not on_loopback(self.url)  # to hear it here then proves nothing about there
         self.dispatcher = Dispatcher(url, key=key)
-        self.receiver = Receiver(url, key=key)
-        self.listens = False
-        self.others: set[str] = set()
+        self.receiver = Receiver(url, {"*": self.hear}, key=key)
+        self.listens, self.confirmed = False, 0
+        self.heard: dict[str, str] = {}  # hostname -> how its clock is wrong
 
-    def listen(self, longest: float, fill: Any = None) -> bool:
-        """Listen for so many seconds, or until our event with this field has come."""
-        end = time.monotonic() + longest
-        for event in self.receiver.itercapture(timeout=longest, wakeup=False):
-            ahead = event.timestamp - event["local_received"]
-            if event.get("hostname") != self.dispatcher.hostname:
-                clock = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
-                self.others.add(f"{printable(event.get('hostname'))}{clock}")
-            elif event.get("fill") == fill:
-                return True
-            if time.monotonic() > end:
-                break
-        return False
+    def hear(self, event: Event) -> None:
+        """Note who sends, and whether the clocks differ."""
+        name, ahead = event.get("hostname"), event.timestamp - event["local_received"]
+        if name != self.dispatcher.hostname:
+            self.heard[printable(name)] = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
 
-    def arrives(self, fill: str) -> bool:
-        """Send an event with this field; return whether we hear it or, if we cannot listen, a watcher confirms it."""
+    def try_event(self, fill: str = "") -> int:
+        """Send an event with this field; return how many watchers confirm it: we are one, if we can listen."""
         self.dispatcher.send("eventmon-check", fill=fill)
-        return self.listen(HEAR_TIME, fill) if self.listens else self.dispatcher.flush(HEAR_TIME) > 0
+        return max(self.dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
+
+    def open(self) -> str:
+        """Open a socket that sends."""
+        Link(self.url).close()
+        return f"a socket that sends to {self.url.host}, ttl={self.url.ttl} (0: this machine, 1: this network)"
+
+    def join(self) -> str:
+        """Listen, unless another watcher has the port of a unicast URL."""
+        try:
+            self.receiver.fileno()
+        except OSError as problem:
+            if is_group(self.url.host):
+                raise
+            return f"{in_words(problem, self.url)}; whoever watches there is to confirm"
+        threading.Thread(target=self.receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
+        self.listens = True
+        return f"{self.url.host}, port {self.url.port}"
+
+    def send(self) -> str:
+        """Send an event."""
+        self.confirmed = self.try_event()
+        if not self.dispatcher.stats["datagrams"]:
+            raise Failure(in_words(self.dispatcher.problem, self.url))
+        return "the system took a datagram"
+
+    def receive(self) -> str:
+        """Be told that the event has arrived."""
+        if self.confirmed:
+            return "it has come back on this machine" if self.listens else "a watcher has confirmed it"
+        there = f"start python eventmon.py watch --url udp://0.0.0.0:{self.url.port} there"
+        if not self.listens:
+            raise Failure(f"nobody confirms it: {there}, with the same key, and let UDP through its firewall")
+        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
+        raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {there}")
+
+    def sizes(self) -> str:
+        """Send an event that takes about the largest datagram that is sent to this URL; it is to arrive everywhere."""
+        size = MAX_LOOPBACK if on_loopback(self.url) else MAX_DATAGRAM
+        if self.try_event("x" * (size - 4 * MAX_HEADER)) < self.confirmed:
+            raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+        return f"up to {size:,} bytes in a datagram"
+
+    def buffer(self) -> str:
+        """Compare a receive buffer with what is asked for."""
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            got = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
+        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+        return f"{got:,} bytes" + (more if got < BUFFER else "")
+
+    def others(self) -> str:
+        """Listen for a moment, and say who else is there."""
+        time.sleep(LISTEN_TIME)
+        hosts = [host for host, _ in self.dispatcher.watchers()]
+        senders, watchers = self.receiver.stats["streams"] - self.listens, len(hosts) - self.listens
+        texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
+        texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
+        if self.heard:
+            texts.append("events come from " + ", ".join(sorted(map("".join, self.heard.items()))[:MAX_TOLD]))
+        return "; ".join(texts + troubles(self.receiver) + troubles(self.dispatcher))
 
 
-def try_open(trial: Trial) -> str:
-    """Open a socket that sends."""
-    Link(trial.url).close()
-    where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
-    return f"a socket that sends {where}" + (", but no further: ttl=0" if trial.leaves and not trial.url.ttl else "")
-
-
-def try_join(trial: Trial) -> str:
-    """Open a socket that listens, unless another watcher has the port of a unicast URL."""
-    try:
-        trial.receiver.fileno()
-    except OSError as problem:
-        if trial.is_group:
-            raise
-        return f"{in_words(problem, trial.url)}; whoever watches there is to confirm"
-    trial.listens = True
-    return f"{'group' if trial.is_group else 'address'} {trial.url.host}, port {trial.url.port}"
-
-
-def try_send(trial: Trial) -> str:
-    """Send an event."""
-    trial.dispatcher.send("eventmon-check")
-    trial.dispatcher.flush(HEAR_TIME)
-    if not trial.dispatcher.stats["datagrams"]:
-        raise Failure(in_words(trial.dispatcher.problem, trial.url))
-    return "the system took a datagram"
-
-
-def try_receive(trial: Trial) -> str:
-    """Receive an event."""
-    port = trial.url.port
-    if trial.arrives("-"):
-        here = "it has come back on this machine" if trial.leaves else "it has arrived"
-        return here if trial.listens else "a watcher has confirmed it"
-    if not trial.listens:
-        there = f"start python eventmon.py watch --url udp://0.0.0.0:{port} there"
-        raise Failure(f"nobody confirms it: {there}, with the same key if any, and let UDP through its firewall")
-    causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-    ways = f"watch udp://0.0.0.0:{port}, send to udp://ADDRESS-OF-THE-WATCHER:{port}"
-    raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {ways}")
-
-
-def try_sizes(trial: Trial) -> str:
-    """Receive an event that takes about the largest datagram that is sent to this URL."""
-    size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
-    arrives = trial.arrives("x" * (size - 4 * MAX_HEADER))
-    trial.dispatcher.flush(HEAR_TIME)  # so that watchers on other machines can confirm it
-    if not arrives or trial.dispatcher.stats["behind"] and trial.leaves:
-        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
-    return f"up to {size:,} bytes in a datagram"
-
-
-def try_buffer(trial: Trial) -> str:
-    """Compare the receive buffer with what was asked for."""
-    got = trial.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) if trial.listens else BUFFER
-    got //= 2 if sys.platform == "linux" else 1  # which counts twice what it grants
-    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-    return f"{got:,} bytes" + (more if got < BUFFER else "")
-
-
-def try_others(trial: Trial) -> str:
-    """Listen for a moment, and say who else is there."""
-    if trial.listens:
-        trial.listen(LISTEN_TIME)
-    watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
-    others = how_many(len(watchers) - trial.listens, "watcher")
-    texts = [f"{how_many(senders, 'Dispatcher')} and {others} beside this one"]
-    if trial.leaves:
-        texts.append("only a watcher on another machine proves that anything gets there")
-        texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
-    if trial.others:
-        texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
-    for end in (trial.receiver, trial.dispatcher):
-        if end.stats["rejected"]:
-            texts.append(f"{how_many(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
-    return "; ".join(texts)
-
-
-def check_steps(url: str, key: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
+def check_steps(url: str, key: bytes) -> Iterator[str]:
+    """Yield "ok" or "wrong", the name of a step and what came of it, as a line, up to the first one that is wrong."""
     trial = Trial(url, key)
     with trial.dispatcher, trial.receiver:
-        for step in (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others):
-            name = step.__name__[4:]
+        for name in trial.STEPS:
             try:
-                yield "ok", name, step(trial)
-            except (OSError, UnicodeError, Failure) as problem:
-                yield "wrong", name, in_words(problem, trial.url)
+                yield f"ok    {name:<7} {getattr(trial, name)()}"
+            except (OSError, Failure) as problem:
+                yield f"wrong {name:<7} {in_words(problem, trial.url)}"
                 return
 
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
     take_any_text()
-    url, key, verdict = url_from(options.url), key_from(options.key), ""
+    url, key, line = url_from(options.url), key_from(options.key), ""
     parts = parse_url(url)
-    origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
-    print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
-    for verdict, name, text in check_steps(url, key):
-        print(f"{verdict:<5} {name:<7} {text}", flush=True)
+    print(f"{url}{'  (with a key)' if key else ''}", flush=True)
+    for line in check_steps(url, key):
+        print(line, flush=True)
     group = parts.host if is_group(parts.host) else parse_url(DEFAULT_URL).host
     names = [name for _, name in socket.if_nameindex()]
     if sys.platform == "win32":  # where only addresses will do
         names = socket.gethostbyname_ex(socket.gethostname())[2]
-    print("interfaces" + ("" if options.all_interfaces else ", of which --all-interfaces tries each") + ":")
-    for name in filter(is_host, names):
-        other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
-        if options.all_interfaces:
-            *_, (_, step, text) = islice(check_steps(other, key), 4)
-            outcome = f"  {step}: {text}"
-        print(f"  {name:<10} '{other}'{outcome}", flush=True)
-    return 0 if verdict == "ok" else 1
+    print("interfaces, of which --all-interfaces tries each:")
+    for name in filter(is_host, names):  # the others have no place in a URL
+        other = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}"
+        outcome = [*islice(check_steps(other, key), 4)][-1] if options.all_interfaces else ""
+        print(f"  {name:<10} '{other}'  {outcome}".rstrip(), flush=True)
+    return 0 if line.startswith("ok") else 1
 
 
 # demo
@@ -5250,7 +5156,7 @@ def serve(events: Dispatcher) -> NoReturn:
     import logging
     from random import random
 
-    log = logging.Logger("shop", logging.INFO)  # noqa: LOG001 - of our own
+    log = logging.Logger("shop")  # noqa: LOG001 - of our own
     log.addHandler(log_handler()(events))
 
     @events.task("shop.charge")
@@ -5260,123 +5166,84 @@ def serve(events: Dispatcher) -> NoReturn:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    def mail(to: str, uuid: str | None = None) -> None:
-        for retries in range(3):
-            with events.task("mail.send", uuid, args=repr((to,)), retries=retries) as task:
-                time.sleep(random())
-                if random() < 0.6:
-                    return
-                log.warning("no answer from %s, attempt %d", to, retries + 1)
-                task.retried(TimeoutError("mail.example.com"))
-            uuid = task.uuid
-
     while True:
         number = int(1000 + 9000 * random())
-        events.send("order-placed", order=number)
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
             for step in range(1, 10):
                 time.sleep(random() / 2)
                 order.progress(step / 10)
-            mail(f"customer-{number}@example.com")
-
-
-def demo_worker(options: Any) -> int:
-    """Work in three threads until standard input ends, or until it is time to die."""
-    with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
-        for _ in range(3):
-            threading.Thread(target=serve, args=(events,), daemon=True).start()
-        if options.worker == "gamma":
-            threading.Timer(15, os._exit, (1,)).start()
-        sys.stdin.read()
-    os._exit(0)
+            for retries in range(3):
+                with events.task("mail.send", f"{order.uuid}-mail", retries=retries) as mail:
+                    time.sleep(random())
+                    if random() < 0.6:
+                        break
+                    log.warning("no answer from mail.example.com, attempt %d", retries + 1)
+                    mail.retried(TimeoutError("mail.example.com"))
 
 
 def demo(options: Any) -> int:
     """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
-    from random import randrange
     from subprocess import DEVNULL, PIPE, Popen
 
     if options.worker:
-        return demo_worker(options)
-    options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
-    parse_url(options.url)
-    in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
-    program = [__file__] if os.path.isfile(__file__) else ["-c", in_zip]
-    words = [sys.executable, *program, "demo", "--url", options.url]
+        with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
+            for _ in range(3):
+                threading.Thread(target=serve, args=(events,), daemon=True).start()
+            if options.worker == "gamma":
+                threading.Timer(15, os._exit, (1,)).start()  # it dies
+            sys.stdin.read()  # until the monitor ends
+        return 0
+    options.url = options.url or "udp://239.255.69.87:6987"
+    program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
+    words = [sys.executable, program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
-            worker = Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL)
-            stack.callback(worker.communicate)
-            stack.callback(worker.kill)
+            stack.enter_context(Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
         return watch(options)
 
 
-def whole_number(word: str) -> int:
-    """Return a whole number from the command line, not negative."""
-    if not word.isdecimal():
-        raise ValueError
-    return int(word)
-
-
-def time_span(word: str) -> float:
-    """Return a number from the command line, not negative."""
-    if not word.replace(".", "", 1).isdecimal():
-        raise ValueError
-    return float(word)
-
-
-Command = namedtuple("Command", ["work", "summary", "examples", "arguments"])
-
-FLAG: dict[str, Any] = {"action": "store_true"}
-WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("--json", "print each event as a line of JSON", FLAG),
-    ("--plain", "print each event as a line of text", FLAG),
-    ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
-    ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
-    ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
-    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": time_span}),
-    ("--no-history", "begin with what is sent from now on", FLAG),
-)
 COMMANDS = {
-    "watch": Command(
-        watch,
-        "show what is heard, or what FILE holds, until the user or a limit ends it",
-        ("watch", "watch --json --type 'task-*' | jq .uuid", "watch recorded.jsonl"),
-        (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
-    ),
-    "send": Command(
-        send,
-        "send an event, or those on standard input, and say how many watchers have everything",
-        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
-        (
-            ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
-            ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
-        ),
-    ),
-    "run": Command(
-        run,
-        "run COMMAND as if it were run alone, with its exit status, and send the events of a task for it",
-        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
-        (
-            ("--name", "of the task (default: the command's)", {}),
-            ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
-        ),
-    ),
-    "check": Command(
-        check,
-        "try the URL in force step by step, and say what is wrong and what to do",
-        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
-        (("--all-interfaces", "try each interface, too", FLAG),),
-    ),
-    "demo": Command(
-        demo,
-        "show a shop at work: three worker processes, on a URL of their own, and the monitor",
-        ("demo", "demo --plain --limit 20"),
-        (*WATCHING, ("--worker", "==SUPPRESS==", {})),
-    ),
+    "watch": (watch, "show what is heard, or what a file holds, until the user or a limit ends it"),
+    "send": (send, "send an event, or those on standard input, and say how many watchers have everything"),
+    "run": (run, "run a command as if it were run alone, with its exit status, and send the events of a task for it"),
+    "check": (check, "try the URL in force step by step, and say what is wrong and what to do"),
+    "demo": (demo, "show a shop at work: three worker processes, on a URL of their own, and the monitor"),
 }
+EVERY = " ".join(COMMANDS)
+FLAG: dict[str, Any] = {"action": "store_true"}
+TEXT: dict[str, Any] = {}
+ARGUMENTS = (  # the commands that take it, its name, what it is, and what argparse is to do with it
+    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", TEXT),
+    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", TEXT),
+    (EVERY, "--version", "print the version", {"action": "version", "version": f"eventmon {__version__}"}),
+    ("watch", "file", "recorded NDJSON, - for standard input", {"nargs": "?"}),
+    ("watch demo", "--json", "print each event as a line of JSON", FLAG),
+    ("watch demo", "--plain", "print each event as a line of text", FLAG),
+    ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
+    ("watch demo", "--limit", "stop after so many events", {"type": int}),
+    ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
+    ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
+    ("send", "type", "the event's type, or - for NDJSON on standard input", TEXT),
+    ("send", "field", "name=text, or name:=json", {"nargs": "*"}),
+    ("run", "--name", "of the task (default: the command's)", TEXT),
+    ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
+    ("check", "--all-interfaces", "try each interface, too", FLAG),
+    ("demo", "--worker", "==SUPPRESS==", TEXT),
+)
+EXAMPLES = """examples:
+  python eventmon.py watch
+  python eventmon.py watch --json --type 'task-*' | jq .uuid
+  python eventmon.py watch recorded.jsonl
+  python eventmon.py send deploy-done version=1.2 seconds:=8.5
+  python eventmon.py send - < recorded.jsonl
+  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
+  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
+  python eventmon.py demo
+
+exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
 def parse_words(name: str, words: Sequence[str]) -> Any:
@@ -5385,32 +5252,21 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise Failure(message, 2)
+            raise ValueError(message)
 
-    command = COMMANDS[name]
-    examples = "\n  python eventmon.py ".join(("examples:", *command.examples))
-    more = f"{examples}\n\nexit status: 0, 1 for a failure, 2 for wrong usage"
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"eventmon {name}", description=command.summary, epilog=more, formatter_class=form)
-    parser.set_defaults(file=None, json=False)
-    parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
-    parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
-    parser.add_argument("--key-file", metavar="FILE", help="holds the key that authenticates ($EVENTMON_KEY is one)")
-    for argument, text, settings in command.arguments:
-        parser.add_argument(argument, help=text, **settings)
+    form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
+    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
+    parser.set_defaults(file=None, key=None)
+    for commands, argument, text, settings in ARGUMENTS:
+        if name in commands:
+            parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
-    if options.json and options.plain:
-        raise Failure("--json and --plain exclude each other", 2)
+    if options.key_file:
+        with open(options.key_file, "rb") as file:
+            options.key = file.read().strip()
+        if not options.key:
+            raise Failure(f"key file {options.key_file} is empty")
     return options
-
-
-def read_key_file(path: str) -> bytes:
-    """Return the key in a file, without white space around it."""
-    with open(path, "rb") as file:
-        key = file.read().removeprefix(b"\xef\xbb\xbf").strip()
-    if not key:
-        raise Failure(f"key file {path} is empty", 1)
-    return key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5418,32 +5274,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
-            lines = [f"eventmon {__version__}"]
-            if name != "--version":
-                lines += (f"  {name:<6} {command.summary}" for name, command in COMMANDS.items())
-                lines.append("python eventmon.py COMMAND --help says more")
-            print(*lines, sep="\n")
+            print(f"eventmon {__version__}")
+            for command, (_, summary) in COMMANDS.items() if name != "--version" else ():
+                print(f"  {command:<6} {summary}, see {command} --help")
             return 0
         if name not in COMMANDS:
-            raise Failure(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help", 2)
-        options = parse_words(name, words)
-        options.key = read_key_file(options.key_file) if options.key_file else None
-        return int(COMMANDS[name].work(options))
+            raise ValueError(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help")
+        return COMMANDS[name][0](parse_words(name, words))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except Failure as failure:
-        complain(failure.args[0])
-        return int(failure.args[1])
     except KeyboardInterrupt:
         return 0 if name in ("watch", "demo") else 1
-    except BrokenPipeError as problem:  # whoever read us has gone; let the interpreter's last flush find no pipe
-        if problem.filename:
-            complain(describe(problem))
-            return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, ValueError) as problem:
-        complain(describe(problem))
+    except OSError as problem:
+        if isinstance(problem, BrokenPipeError) and not problem.filename:  # whoever read us has gone,
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which the last flush is not to find
+            return 0
+        complain(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
+        return 1
+    except (ValueError, Failure) as problem:
+        complain(str(problem))
         return 2 if isinstance(problem, ValueError) else 1
 
 
