@@ -1921,6 +1921,7 @@ class Receiver:
         self._history = True
         self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
         self._ack_due = inf  # when the first stream is to be confirmed
+        self._is_more_aside = False  # whether beats sent to this watcher alone may be unread
         self._mend_due = inf  # when the first one is to be mended, by the windows' clock
         self._roll_due = 0.0  # when to look who has fallen silent, by the windows' clock
         self._announced: dict[Stream, Frame] = {}  # beats for us alone
@@ -2052,7 +2053,7 @@ class Receiver:
 
     def pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        if self._ready or self._queue:
+        if self._ready or self._queue or self._is_more_aside:
             return 0.0
         return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
@@ -2134,8 +2135,8 @@ class Receiver:
 
     def _keep_up(self, now: float) -> None:
         """Confirm and mend what is due."""
-        if now >= self._ack_due:
-            self._read_aside(now)
+        if now >= self._ack_due or self._is_more_aside:
+            self._is_more_aside = self._read_aside(now)
             self._confirm(now)
         if self._clock >= self._roll_due:
             self._call_roll()
@@ -2182,14 +2183,19 @@ class Receiver:
         while self._announced:
             self._on_beat(*self._announced.popitem())
 
-    def _read_aside(self, now: float) -> None:
-        """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
-        for _ in range(0 if self._answers in (None, self._channel) else 16):
+    def _read_aside(self, now: float) -> bool:
+        """Take beats sent to this watcher alone; return whether there may be more.
+
+        They count once all that had arrived before them has been read.
+        """
+        if self._answers is None or self._answers is self._channel:
+            return False
+        for _ in range(16):
             try:
-                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                data, source = self._answers.recvfrom(65536)
                 frame = parse_frame(unseal(data, self._key)[0])
             except OSError:
-                break
+                return False
             except WireError as problem:
                 self._count(problem)
                 continue
@@ -2200,6 +2206,7 @@ class Receiver:
                 self._plan_ack(stream, now)
                 stream.window.forget(min(trail, lead + 1))
                 self._deliver(stream, stream.window.overdue(self._clock))
+        return True
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
