@@ -2003,7 +2003,7 @@ class Receiver:
         patience = inf if timeout is None else timeout
         last = time.monotonic()
         self.fileno()
-        self._read_aside(last)
+        self._is_more_aside = True  # since the last capture
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
