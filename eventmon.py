@@ -5197,8 +5197,10 @@ def demo(options: Any) -> int:
         with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
             for _ in range(3):
                 threading.Thread(target=serve, args=(events,), daemon=True).start()
-            if options.worker == "gamma":
-                threading.Timer(15, os._exit, (1,)).start()  # it dies
+            if options.worker == "gamma":  # which dies
+                death = threading.Timer(15, os._exit, (1,))
+                death.daemon = True
+                death.start()
             sys.stdin.read()  # until the monitor ends
         return 0
     options.url = options.url or "udp://239.255.69.87:6987"
