@@ -560,7 +560,7 @@ class ReceiveWindow:
     was first heard is not lost.
     """
 
-    MAX_HELD = 16 << 20  # bytes that all windows hold back while something before them is missing
+    MAX_HELD = 8 << 20  # bytes that all windows hold back while something before them is missing
     GIVE_UP = 0.9  # a gap is given up after this long: 1 s, less what it takes to notice
     NAK_DELAY = 0.001, 0.004  # before the first NAK: the datagram may only be out of order, or repaired for another
     NAK_RETRY = 0.005, 0.025  # before the second one, doubling up to the longest
@@ -1386,19 +1386,15 @@ class Dispatcher:
 
     def _wait_for_room(self, deadline: float) -> None:
         """Wait until every watcher that advances has room again, or until the deadline."""
-        window = self._window
+        window, pause = self._window, 0.001
         now = time.monotonic()
         while window.cost > window.horizon and now < deadline:
-            time.sleep(min(self._pause(now), deadline - now))
-            since, now = now, time.monotonic()
+            time.sleep(min(pause, deadline - now))
+            since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
             with self._lock:
                 self._listen(now)
                 window.waited(since, now)
                 self._ask(now)
-
-    def _pause(self, now: float, longest: float = 0.01) -> float:
-        """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(longest, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
@@ -1412,7 +1408,7 @@ class Dispatcher:
         Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
         """
         start = now = time.monotonic()
-        window = self._window
+        window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
@@ -1425,8 +1421,8 @@ class Dispatcher:
                 if now >= end:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(min(self._pause(now, 0.04), end - now))  # meanwhile the thread listens
-            now = time.monotonic()
+            time.sleep(min(pause, end - now))  # meanwhile the thread listens
+            now, pause = time.monotonic(), min(2 * pause, 0.02)
 
     def _close(self, timeout: float) -> None:
         if not _fork_mark[0]:
@@ -1853,8 +1849,8 @@ class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
     __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "is_worker", "name", "process"),
-        *("serial", "source", "window"),
+        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "name", "process", "serial"),
+        *("source", "window", "worker"),
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
@@ -1864,7 +1860,7 @@ class Stream:
         self.window = window
         self.heard = now  # by the windows' clock
         self.process = b""  # PID HOSTNAME, once a beat has told
-        self.is_worker = False  # an event of a task or a worker has come from that process
+        self.worker = b""  # the same, once an event of a task or a worker has come from it
         self.is_offline = False  # its last event was worker-offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
@@ -1925,6 +1921,7 @@ class Receiver:
         self._history = True
         self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
         self._ack_due = inf  # when the first stream is to be confirmed
+        self._is_more_aside = False  # whether beats sent to this watcher alone may be unread
         self._mend_due = inf  # when the first one is to be mended, by the windows' clock
         self._roll_due = 0.0  # when to look who has fallen silent, by the windows' clock
         self._announced: dict[Stream, Frame] = {}  # beats for us alone
@@ -2006,6 +2003,7 @@ class Receiver:
         patience = inf if timeout is None else timeout
         last = time.monotonic()
         self.fileno()
+        self._is_more_aside = True  # since the last capture
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
@@ -2055,7 +2053,7 @@ class Receiver:
 
     def pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        if self._ready or self._queue:
+        if self._ready or self._queue or self._is_more_aside:
             return 0.0
         return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
 
@@ -2076,7 +2074,7 @@ class Receiver:
             events += parsed
             if stream and parsed:
                 stream.is_offline = parsed[-1]["type"] == "worker-offline"
-                if not stream.is_worker:
+                if not stream.worker or stream.process not in (b"", stream.worker):
                     self._look_for_worker(stream, parsed)
         self._queued -= size
         now, clock = time.time(), 0
@@ -2091,16 +2089,16 @@ class Receiver:
     def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
         """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
         for event in events:
-            if event["type"].startswith(("task-", "worker-")):
-                process = f"{event.get('pid')} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
+            if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
+                process = f"{event['pid']} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
                 if process == (stream.process or process):
-                    stream.is_worker = True
+                    stream.worker = process
 
     def _say_of(self, stream: Stream, kind: str) -> list[Event]:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
-        if not stream.is_worker or stream.is_offline or not stream.process:
+        if not stream.worker or stream.is_offline or stream.process not in (b"", stream.worker):
             return []
-        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        pid, _, hostname = stream.worker.decode("utf-8", "replace").partition(" ")
         return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
 
     def _count(self, problem: WireError) -> None:
@@ -2137,8 +2135,8 @@ class Receiver:
 
     def _keep_up(self, now: float) -> None:
         """Confirm and mend what is due."""
-        if now >= self._ack_due:
-            self._read_aside(now)
+        if now >= self._ack_due or self._is_more_aside:
+            self._is_more_aside = self._read_aside(now)
             self._confirm(now)
         if self._clock >= self._roll_due:
             self._call_roll()
@@ -2185,14 +2183,19 @@ class Receiver:
         while self._announced:
             self._on_beat(*self._announced.popitem())
 
-    def _read_aside(self, now: float) -> None:
-        """Take beats sent to this watcher alone. They count once all that had arrived before them has been read."""
-        for _ in range(0 if self._answers in (None, self._channel) else 16):
+    def _read_aside(self, now: float) -> bool:
+        """Take beats sent to this watcher alone; return whether there may be more.
+
+        They count once all that had arrived before them has been read.
+        """
+        if self._answers is None or self._answers is self._channel:
+            return False
+        for _ in range(16):
             try:
-                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                data, source = self._answers.recvfrom(65536)
                 frame = parse_frame(unseal(data, self._key)[0])
             except OSError:
-                break
+                return False
             except WireError as problem:
                 self._count(problem)
                 continue
@@ -2203,6 +2206,7 @@ class Receiver:
                 self._plan_ack(stream, now)
                 stream.window.forget(min(trail, lead + 1))
                 self._deliver(stream, stream.window.overdue(self._clock))
+        return True
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
@@ -2425,15 +2429,15 @@ NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
-    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
-    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+    + ("root_id", "retries", "started", "succeeded", "result", "runtime", "parent_id", "sent", "client", "progress")
+    + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid or hostname
 NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("state", "timestamp", "clock"))  # stands for every key of a task of which nothing but task-sent is known
+ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
 
 
 def number(value: Any, default: float) -> float:
@@ -2454,8 +2458,10 @@ def attempt_of(event: Mapping[str, Any]) -> float:
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    pid = event.get("pid")
-    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+    hostname, pid = event.get("hostname"), event.get("pid")
+    if type(hostname) is not str or len(hostname) > MAX_NAME:
+        hostname = ""
+    return hostname, pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
@@ -2463,7 +2469,7 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events: what they make of a task; its key of their time
+Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events; `time` is the key of their time in a task
 Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
 
 
@@ -2480,8 +2486,8 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
     if shape is None or event.keys() != shape.keys:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
+        follows = usual and kind.time not in ("sent", "received") and keys.isdisjoint(("retries", "parent_id"))
         shape = Shape(keys, fields, usual, follows)
         if usual:
             kind.shapes[len(event)] = shape
@@ -2507,7 +2513,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
             record[key] = value
 
 
-# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
+# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery.
 # The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
@@ -2524,7 +2530,9 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+def take_event(
+    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str] = ()
+) -> None:
     """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
     undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
     if undone:
@@ -2576,10 +2584,10 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
-    hosts = {hostname for hostname, _ in receivers}
-    joins = ["sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered]
-    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
-    for told in (told for told, joining in zip(ordered, joins) if joining):
+    hosts = {hostname for hostname, _ in receivers if hostname}
+    joining = [told for told in ordered if told.get("worker") in hosts and process_in(told) not in receivers]
+    groups = [[told] for told in ordered if not any(told is other for other in joining)]
+    for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
         (begun[-1] if begun else there[0]).append(told)
@@ -2589,18 +2597,18 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    closed = NO_KEYS  # what older ones have no say in
-    for group in reversed(groups):
-        for told in reversed(group):
-            for key, value in told.items():
-                if key in TIMES:
-                    shown[key] = max(value, shown.get(key, value))
-                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
-                    shown[key] = value
-            if not ERROR.isdisjoint(told):
-                closed |= ERROR
-        closed |= OWN
-    return shown
+    for group in groups:
+        if group is groups[-1]:
+            for key in OWN:
+                shown.pop(key, None)
+        for told in group:
+            if "exception" in told or "traceback" in told:
+                shown.pop("exception", None)
+                shown.pop("traceback", None)
+            shown.update(told)
+    for key in TIMES.intersection(shown):
+        shown[key] = max(told[key] for group in groups for told in group if key in told)
+    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
@@ -2673,7 +2681,7 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
 
 
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
-MAX_SMALL = 200  # characters of the fields of an event that is not weighed
+MAX_SMALL = 150  # characters of the fields of an event that is not weighed
 LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FORGOTTEN = "(forgotten: State was full)"
 FLAT = frozenset((int, float, bool, type(None)))
@@ -2728,18 +2736,19 @@ def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
-    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
-    their order, and it does not matter how those of several processes come in between each other.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries,
+    the latest time of each transition (sent, received, started, succeeded, ...), client of the newest task-sent, and
+    timestamp, clock, worker, pid and began of its newest delivery. A delivery is one process getting the task. Each
+    process's events count in their order; it does not matter how those of several come in between each other.
     A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
     clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
-    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
-    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
-    `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
-    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
+
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state. `event_count`
+    events were seen, `task_count` tasks received, `evicted` tasks and large values forgotten for want of room.
+    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is heard of
+    first or again, `on_node_leave(worker)` when it ends or is lost. A pickled State has none. Any thread may use it.
+    With `recorded` true, time is when the newest event was received, as it also is when that was long ago.
     """
 
     FINISHED = FINISHED  # the states in which a task ends
@@ -2799,10 +2808,7 @@ class State:
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock(), _began=time.time() - time.monotonic())
 
     def now(self) -> float:
-        """Return the seconds since the epoch by the clock of this State, which nobody sets.
-
-        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
-        """
+        """Return the seconds since the epoch by the clock of this State, which nobody sets, or of recorded events."""
         return self._heard if self._past else self._began + time.monotonic()
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -2925,7 +2931,7 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have been running;
         last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
@@ -2984,9 +2990,7 @@ class State:
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def counts(
-        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
-    ) -> list[int]:
+    def counts(self, width: int, span: float, now: float | None = None, types: Any = None) -> list[int]:
         """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
@@ -3071,7 +3075,7 @@ class State:
     def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Give a process of a worker a status and fields.
 
-        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
+        A worker shows the status and fields of its processes: of one that is alive, and told something last.
         """
         hostname, pid = process_of(event)
         if not hostname:
@@ -3083,14 +3087,17 @@ class State:
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
-        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+        for_all = status != "alive" and pid == NO_PID
+        for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
+        for one in processes.values() if for_all else (process,):
             one["status"] = status
         take_fields(process, fields, NOT_WORKERS, fields)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
             take_fields(worker, one, NO_KEYS, one)
-        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
+        joins = before != "alive" or event.get("type") == "worker-online"
+        if self.on_node_join and worker["status"] == "alive" and joins:
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
@@ -3134,6 +3141,17 @@ class State:
         elif task is None and usual:  # the first
             before, task = None, self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
+        elif (  # its only delivery begins, after task-sent
+            usual
+            and task is not None
+            and key_of_time == "received"
+            and "state" in self._sent.get(uuid, ())
+            and attempt_of(event) == attempt_of(task)
+            and event.get("parent_id") in (None, task.get("parent_id"))
+        ):
+            before = "PENDING"
+            self._begin(task, event, kind, timestamp)
+            self._sent[uuid] = untold(task, event)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
             return
@@ -3155,7 +3173,7 @@ class State:
                     size = LARGE
         if size <= MAX_SMALL:
             self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before is None or state in self._classes:
+        if before != "STARTED" or state in self._classes:
             self._enter(task["uuid"], task, before)
             if before is None and "parent_id" in task:
                 self._adopt(uuid, task["parent_id"])
@@ -3203,9 +3221,7 @@ class State:
         if "clock" in told and event.get("clock") is None:
             del told["clock"]  # which is that of the task-sent
 
-    def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
-    ) -> dict[str, Any]:
+    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
         """Return a new dict for a task that is not simple, after its event."""
         uuid = task["uuid"]
         deliveries = self._deliveries.setdefault(uuid, [])
@@ -3216,16 +3232,15 @@ class State:
             process = process_of(event)
             mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
-        if told is None:
-            told = {}
-            deliveries.append(told)
-            if kind.time != "sent":
-                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
-                self._begin(told, event, kind, began)
+        new: dict[str, Any] = {} if told is None else told
         if kind.time == "sent":
-            take_sent(told, event, timestamp)
+            take_sent(new, event, timestamp)
         else:
-            take_event(told, event, kind, timestamp, NO_KEYS)
+            if told is None:  # the times when its deliveries began are in the order of its process, too
+                self._begin(new, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            take_event(new, event, kind, timestamp)
+        if told is None:
+            deliveries.append(new)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
@@ -3245,11 +3260,12 @@ class State:
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        here, there = self._classes.get(state if before is None else before, self._active), self._classes.get(state, self._active)
+        there = self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
             self.tasks.move_to_end(uuid)  # now the newest
+            here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
@@ -3295,15 +3311,19 @@ class State:
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
+        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
+        if chars <= MAX_NAME + 2 * MAX_SMALL:
+            return
+        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
+        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
         self._weight += size
-        if size > LARGE:
-            fields = list(event.items())[: 2 * MAX_FIELDS]
-            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+        if size > LARGE or len(fields) < len(event):
+            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))
             copy = new_event(Event)
-            copy.update({**dict(fields), **texts})
+            copy.update({**fields, **texts})
             for events in (self.recent, self.notes):
                 if events and events[-1] is event:
                     events[-1] = copy
@@ -3322,7 +3342,7 @@ class State:
             yield from (self.workers[hostname], *self._processes[hostname].values())
 
     def _slim(self) -> None:
-        """Weigh all that is kept. Forget large values, the oldest first, and then tasks and workers, until it is half."""
+        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
         records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
         records += [record for hostname in self.workers for record in self._records("", hostname)]
         records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
@@ -3596,8 +3616,10 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker = worker_of(task, stage)
-    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    worker, until = worker_of(task, stage), stage.now
+    if worker and stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
+        lost_at = number(worker.get("timestamp"), inf) if worker["status"] == "lost" else inf
+        until = lost_at - SILENCE if lost_at < inf else worker["heard"]
     seconds = seconds_taken(task, until + clock_error(worker))
     return -1.0 if seconds is None else seconds
 
@@ -3647,7 +3669,7 @@ def reason_of(event: Facts, now: float) -> str:
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def name_of(event: Facts, tasks: Facts) -> str:
+def task_name(event: Facts, tasks: Facts) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
     name = event.get("name") or known(tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
@@ -3656,7 +3678,7 @@ def name_of(event: Facts, tasks: Facts) -> str:
 def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
     """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
     now = time.time()
-    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), task_name(event, tasks)
     line = together(*first, printable(event.get("hostname")), reason_of(event, now))
     return line if len(line) <= 200 else line[:199] + "…"
 
@@ -3718,7 +3740,7 @@ WORKER_COLUMNS = (
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
     Column("TYPE", 16, "type", style=None, share=0.05),
-    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("NAME", 20, lambda event, stage: task_name(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
