@@ -4911,7 +4911,7 @@ def in_foreground() -> bool:
 
 @contextmanager
 def signals_passed_on(command: Any) -> Iterator[None]:
-    """Pass signals on to a command, but those that are ignored, as by nohup: the command ignores them, too."""
+    """Pass signals on to a command, which goes on ignoring those that it has inherited as ignored, as by nohup."""
     import signal
 
     def pass_on(number: int, frame: object) -> None:
@@ -4921,7 +4921,7 @@ def signals_passed_on(command: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for number in signal.Signals:
-            if number.name in TYPED + SENT and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            if number.name in TYPED + SENT and signal.getsignal(number) is not None:  # which Python could not set again
                 stack.callback(signal.signal, number, signal.signal(number, pass_on))
         yield
 
@@ -5203,7 +5203,7 @@ def demo(options: Any) -> int:
                 death.start()
             sys.stdin.read()  # until the monitor ends
         return 0
-    options.url = options.url or "udp://239.255.69.87:6987"
+    options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
     program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
     words = [sys.executable, program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
