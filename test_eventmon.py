@@ -820,7 +820,7 @@ def simulate(seed, monkeypatch):
     for sender in senders if hard else ():
         sender.events.flush()  # whoever is there hears of the stream, and knows from then on what it has missed
     network.loss = loss
-    for step in range(dice.randint(2, 12)):
+    for step in range(dice.randint(2, 9)):
         sender = dice.choice(senders)
         for _ in range(0 if sender.is_over else dice.choice((1, 1, 3, 25))):
             sender.send("x" * (100_000 if dice.random() < 0.01 else dice.choice((0, 300))))
@@ -830,7 +830,7 @@ def simulate(seed, monkeypatch):
             network.asleep ^= {dice.choice(early)}
         if hard and dice.random() < 0.05:
             network.cut_off = {dice.randint(1, 5)} if dice.random() < 0.5 else set()
-        if hard and step == 7 and not sender.is_over:
+        if hard and step == 5 and not sender.is_over:
             sender.kill()
         if dice.random() < 0.07 and not sender.is_over:  # a program ends
             network.cut_off, network.asleep = set(), network.asleep if hard else set()
@@ -986,13 +986,14 @@ def test_what_is_sent_or_published_is_what_arrives_and_says_who_sent_it_and_when
         assert "odd" in event or arrived == event
 
 
+@posix
 @pytest.mark.parametrize("zone", ["UTC0", "EST5EDT", "IST-1GMT0,M10.5.0,M3.5.0/1"])  # the last is Dublin's
 def test_the_utcoffset_is_what_the_clock_on_the_wall_says(zone, monkeypatch):
     monkeypatch.setenv("TZ", zone)
-    python(
-        "import calendar, eventmon, time\nnow = int(time.time())\nahead = now - calendar.timegm(time.localtime(now))\n"
-        "assert eventmon.Dispatcher().send('hello')['utcoffset'] == ahead / 3600"
-    )
+    time.tzset()
+    now = int(time.time())
+    with Dispatcher() as dispatcher:
+        assert dispatcher.send("hello")["utcoffset"] == (now - calendar.timegm(time.localtime(now))) / 3600
 
 
 def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
@@ -1171,7 +1172,7 @@ def test_threads_share_a_dispatcher_of_events_of_any_size_and_only_one_waits_on_
         mine = [(event["n"], event["x"]) for event in events if event["name"] == name]
         assert mine == [(n, name * 100_000 * (n % 50 == 0)) for n in range(100)]
     assert len(events[0]["x"]) == 15 << 20
-    assert len(waiting) == len({files for _, files in waiting}) == 2  # a watcher and a Dispatcher: eventlet demands it
+    assert len(waiting) == len({files for _, files in waiting}) >= 2  # one thread for a socket: eventlet demands it
 
 
 def interrupted(work, handler, line):
@@ -1205,7 +1206,7 @@ def interruptions(options, fields, handler):
     Yield for each line whether there was one, the names of what send() returned, and a function for what has arrived.
     """
     with watching() as (receiver, events):
-        for line in count(random.randint(1, 8), 8):
+        for line in count(random.randint(1, 16), 16):
             dispatcher = Dispatcher(hostname=str(line), **options)
             sent = [dispatcher.send("task-x", name="first")]
             type = random.choice(("task-x", "task-y"))  # the second is not known yet
@@ -1422,24 +1423,21 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a descriptor is no number of a file here")
 @pytest.mark.parametrize("reused", [False, True])
-@pytest.mark.parametrize("whose", ["Receiver", "Dispatcher"])
-def test_a_descriptor_that_the_program_has_closed_is_replaced_and_left_to_whoever_has_it(
-    whose, reused, sockets, monkeypatch
-):
+def test_descriptors_that_the_program_has_closed_are_replaced_and_left_to_whoever_has_them(reused, sockets, monkeypatch):
     turns, wait_for = [], eventmon.wait_for
     monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
     with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
         turns.clear()
-        opened = len(sockets)
-        number = (receiver.channel if whose == "Receiver" else sockets[-1]).fileno()
-        os.dup2(file.fileno(), number) if reused else os.close(number)
+        opened, closed = len(sockets), (receiver.channel.fileno(), sockets[-1].fileno())  # of each one
+        for number in closed:
+            os.dup2(file.fileno(), number) if reused else os.close(number)
         for n in range(1, 10):
             dispatcher.send("step", n=n)
-        wait_until(lambda: len(events) == 10 and len(sockets) > opened)
-        assert len(turns) < 1000  # it does not turn in a circle
-        if reused:
+        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + 2)
+        assert len(turns) < 1000  # nobody turns in a circle
+        for number in closed if reused else ():
             assert os.path.sameopenfile(number, file.fileno())
             os.close(number)
     assert [event["n"] for event in events] == list(range(10))
@@ -2046,10 +2044,11 @@ def test_with_a_key_events_arrive_and_nothing_else_does():
             wrong.send("wrong")
             dispatcher.send("right")
             assert dispatcher.flush(20) == 1
-            assert (open_one.flush(0.3), wrong.flush(0.3)) == (0, 0)
+            wait_until(lambda: receiver.stats["rejected"] > 3)
+            assert (open_one.flush(0), wrong.flush(0)) == (0, 0)
         assert receiver.handle_message(b'{"type":"bare"}', SOURCE) == []
         wait_until(lambda: events)
-    assert [event.type for event in events] == ["right"] and receiver.stats["rejected"] >= 3
+    assert [event.type for event in events] == ["right"]
     assert "secret" not in repr(receiver) + repr(dispatcher) + dispatcher.url
     receiver = Receiver()
     assert delivered(receiver, eventmon.seal(data_frame(1), b"secret")) == [] and receiver.stats["rejected"] == 1
