@@ -1959,10 +1959,6 @@ class Receiver:
         self._channel, self._answers = channel, answers
         return channel
 
-    def sources(self) -> list[tuple[str, Source]]:
-        """Return the name of each stream, and where it comes from."""
-        return [(name.decode(), stream.source) for name, stream in self._streams.items()]
-
     def fileno(self) -> int:
         """The channel's file descriptor, for a select() of your own."""
         return self.channel.fileno()
@@ -5255,6 +5251,19 @@ EXAMPLES = """examples:
 exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
+def read_key(path: str) -> bytes:
+    """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
+    with open(path, "rb") as file:
+        key = file.read()
+    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if key.startswith(mark):
+            with suppress(UnicodeError):
+                key = key.decode(encoding).encode()
+    if not key.strip():
+        raise Failure(f"key file {path} is empty")
+    return key.strip()
+
+
 def parse_words(name: str, words: Sequence[str]) -> Any:
     """Return the options in the words behind the name of a command."""
     import argparse
@@ -5271,10 +5280,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
             parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.key_file:
-        with open(options.key_file, "rb") as file:
-            options.key = file.read().strip()
-        if not options.key:
-            raise Failure(f"key file {options.key_file} is empty")
+        options.key = read_key(options.key_file)
     return options
 
 
@@ -5284,8 +5290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
             print(f"eventmon {__version__}")
-            for command, (_, summary) in COMMANDS.items() if name != "--version" else ():
-                print(f"  {command:<6} {summary}, see {command} --help")
+            if name != "--version":
+                print(*(f"  {command:<6} {summary}" for command, (_, summary) in COMMANDS.items()), EXAMPLES, sep="\n")
             return 0
         if name not in COMMANDS:
             raise ValueError(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help")

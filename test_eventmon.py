@@ -3832,6 +3832,15 @@ URLS = [  # a URL, the step that is wrong, what check says of it
 ]
 
 
+@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_key_file_means_its_text_however_an_editor_marks_its_encoding(mark, tmp_path):
+    (tmp_path / "key").write_bytes(" geheim ä\n".encode(mark))
+    with watching(key="geheim ä") as (receiver, events):
+        assert run("send", "hello", "--key-file", str(tmp_path / "key"))[0] == 0
+        wait_until(lambda: [event.type for event in events] == ["hello"])
+        assert receiver.stats["rejected"] == 0
+
+
 @pytest.mark.parametrize("url, step, words", URLS)
 def test_check_says_what_is_wrong_with_a_url(url, step, words, capsys, monkeypatch):
     monkeypatch.setattr(eventmon, "HEAR_TIME", 0.3)
