@@ -341,12 +341,16 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
     sealed, _, mac = head.rpartition(b" ")
     if not hmac.compare_digest(mac, mac_of(sealed, body, key)):
         raise Rejected("not sealed with this key")
-    head, sent, serial = sealed.rsplit(b" ", 2)
-    ahead = int(sent) - time.time()
+    try:
+        head, *numbers = sealed.rsplit(b" ", 2)
+        sent, serial = map(int, numbers)
+        ahead = sent - time.time()
+    except (ValueError, OverflowError):
+        raise WireError(f"sealed header is {sealed[:40]!r}, expected a time and a serial number at its end") from None
     if abs(ahead) > 30:
         way = "ahead" if ahead > 0 else "behind"
         raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
-    return b"%b\n%b" % (head, body), int(serial)
+    return b"%b\n%b" % (head, body), serial
 
 
 def seal(frame: bytes, key: bytes) -> bytes:
@@ -887,11 +891,25 @@ class Link:
         self.socket = udp_socket(url)
         self.broken = False  # an error says that another socket may do better
         self._inode = inode(self.socket)
+        self._checked_at = -inf  # when it was ours
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
+    def is_ours(self) -> bool:
+        """Whether the socket is open, and no file of the program has got its descriptor."""
+        return inode(self.socket) == self._inode
+
     def is_intact(self) -> bool:
-        """Whether the socket is open, no file of the program has its descriptor, and it takes datagrams."""
-        return not self.broken and inode(self.socket) == self._inode
+        """Whether the socket is ours, and takes datagrams."""
+        return not self.broken and self.is_ours()
+
+    def send(self, data: bytes, to: Source | None = None) -> None:
+        """Send a datagram, to all if `to` is None; OSError if the kernel refuses it, or the socket is not ours."""
+        now = time.monotonic()
+        if now > self._checked_at + 0.001:  # looked at each time, it would cost a third of the send
+            if not self.is_ours():
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._checked_at = now
+        self.socket.sendto(data, to or self.target)
 
     def close(self) -> None:
         """Close the socket."""
@@ -1249,7 +1267,7 @@ class Dispatcher:
         window, link = self._window, self._link
         window.add(frame)
         try:
-            link.socket.sendto(seal(frame, self._key) if self._key else frame, link.target)  # type: ignore[union-attr]
+            link.send(seal(frame, self._key) if self._key else frame)  # type: ignore[union-attr]
         except (OSError, AttributeError) as problem:
             self._counts["datagrams"] -= 1
             self._on_failure(problem)
@@ -1270,7 +1288,7 @@ class Dispatcher:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
         link = self._link
         try:
-            link.socket.sendto(seal(frame, self._key), to or link.target)  # type: ignore[union-attr]
+            link.send(seal(frame, self._key), to)  # type: ignore[union-attr]
         except (OSError, AttributeError) as problem:
             return self._on_failure(problem)
         self._counts["datagrams"] += 1
@@ -1335,19 +1353,23 @@ class Dispatcher:
             self._beat(b"beat", now)
 
     def _beat(self, kind: bytes, now: float) -> None:
-        """Say what has been sent: to all, and to each watcher that is behind, whose buffer for all may be full."""
+        """Say what has been sent: to all, and to each watcher that is behind, whose buffer for all may be full.
+
+        That goes on for a minute after a watcher was heard: a stopped one that goes on is to know what it has lost.
+        """
         self._beaten_at = now
         process = f"{self.pid} {self.hostname}".encode("utf-8", "backslashreplace")[:1000]
         frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail), process)
-        behind = [watcher.address for watcher in self._window.live(now) if watcher.position < self._window.next - 1]
-        for address in (None, *behind):
+        known = [watcher for watcher in list(self._window.watchers.values()) if now - watcher.heard < 60]
+        behind = [watcher.address for watcher in known if watcher.position < self._window.next - 1]
+        for address in (None, *filter(None, behind)):
             self._transmit(frame, address)
 
     # Listening to watchers.
 
     def _listen(self, now: float) -> None:
         """Take the answers that have arrived."""
-        for _ in range(16 if self._link else 0):
+        for _ in range(16 if self._link and self._link.is_ours() else 0):
             try:
                 data, source = self._link.socket.recvfrom(65536)  # type: ignore[union-attr]
             except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
@@ -1437,7 +1459,7 @@ class Dispatcher:
                 first, self._closed = not self._closed, True
             if first:
                 self._send_outbox()
-                self._settle(0.04, 0.2, timeout, -inf)
+                self._settle(0.03, 0.2, timeout, -inf)
                 self._say_goodbye()
                 with self._lock:
                     if self._link:
@@ -2019,6 +2041,8 @@ class Receiver:
                             break
                 else:
                     found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
+                    if self._queue:  # what came while this process stood still is not too late
+                        self._parse()
                 # whoever does not want to wait reads what is no event for 20 ms at most
                 if not self._ready and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
                     return
@@ -2109,7 +2133,7 @@ class Receiver:
         channel, now, taken = self._channel, time.monotonic(), self._taken
         self._empty = False
         try:
-            for _ in range(most if channel else 0):
+            for _ in range(most if channel and self._is_ours() else 0):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
@@ -2156,11 +2180,15 @@ class Receiver:
             wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
         self._taken_before = self._taken
 
+    def _is_ours(self) -> bool:
+        """Whether the sockets are open, and no file of the program has got the descriptor of one."""
+        return all(inode(sock) == number for sock, number in self._sockets.items())
+
     def _check(self, now: float) -> None:
         """Once a second: open what somebody else has closed, or whose interface has gone and come again."""
         channel, self._checked_at = self._channel, now
         with suppress(OSError):  # no network now; or all is as it should be
-            if channel and inode(channel) == self._sockets.get(channel):
+            if channel and self._is_ours():
                 if not is_group(self._url.host) or now < self._heard_at + 1.0:
                     return
                 channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
