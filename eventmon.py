@@ -2412,13 +2412,14 @@ METHODS = {
 
 # Where the values of a task's keys come from:
 TIMES = frozenset(type[5:] for type in TASK_STATES)  # the latest transition of that name
-OWN = frozenset(  # the newest delivery alone
-    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
+OWN = frozenset(  # the newest delivery alone, or the task itself
+    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime", "uuid", "children")
 )
 ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
-USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
-NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
-NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
+NOT_FIELDS = TIMES | {  # no event's field of that name
+    *("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"),
+    *("state", "worker", "client", "children", "began"),
+}
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2431,6 +2432,9 @@ NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
 ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
+MAX_SMALL = 200  # characters of an event of a task that is not weighed
+LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
+FLAT = frozenset((int, float, bool, type(None)))
 
 
 def number(value: Any, default: float) -> float:
@@ -2462,29 +2466,16 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events; `time` is the key of their time in a task
-Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
+Kind = namedtuple("Kind", "state rank time others fields")  # key of the time; keys that are no fields; usual fields
 
 
 @lru_cache(1000)
 def kind_of(type: str) -> Kind:
-    """Return the Kind of events of this type, task-..., with room for the shapes that they have."""
+    """Return the Kind of events of this type, task-...."""
     state = TASK_STATES.get(type) or type[5:].upper()
-    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", {})
-
-
-def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
-    """Return the Shape of an event: the known one of that size, or a new one in its place."""
-    shape: Shape | None = kind.shapes.get(len(event))
-    if shape is None or event.keys() != shape.keys:
-        keys = frozenset(event)
-        fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and keys.isdisjoint(("retries", "parent_id"))
-        shape = Shape(keys, fields, usual, follows)
-        if usual:
-            kind.shapes[len(event)] = shape
-    return shape
+    others = NOT_FIELDS | OWN | ERROR if type == "task-sent" else NOT_FIELDS
+    fields = frozenset(TASK_FIELDS) - others
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", others, fields)
 
 
 class Record:
@@ -2496,13 +2487,10 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Container[str]) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
-
-    They replace what is in `over`, and else only fill in what is missing.
-    """
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str]) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS."""
     for key, value in event.items():
-        if value is not None and key not in others and (key in over if key in record else len(record) < MAX_FIELDS):
+        if value is not None and key not in others and (key in record or len(record) < MAX_FIELDS):
             record[key] = value
 
 
@@ -2523,27 +2511,31 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(
-    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str] = ()
-) -> None:
-    """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
-    undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
-    if undone:
-        told["state"] = kind.state
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
+    """Let an event change what is told of its delivery. Return how many characters it has, LARGE if it is unusual."""
+    state, rank, time, others, fields = kind
+    if told.get("state") not in FINISHED or rank >= RANKS[told["state"]]:
+        told["state"] = state
     told["timestamp"] = timestamp
-    if event.get("clock") is not None:
-        told["clock"] = event["clock"]
-    if kind.time:
-        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
-    take_fields(told, event, NOT_FIELDS, event if undone else sent)
-
-
-def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
-    """Let a task-sent fill in what nothing else has told."""
-    new = {"state": "PENDING", "timestamp": timestamp, "began": timestamp, "clock": event.get("clock")}
-    stamps = {} if "state" in told else new
-    take_fields(told, {**stamps, "sent": timestamp, "client": process_of(event)[0] or None}, NO_KEYS, NO_KEYS)
-    take_fields(told, event, NOT_SENT, NO_KEYS)
+    if time:
+        told[time] = max(timestamp, told[time]) if time in told else timestamp
+    chars = 0
+    for key, value in event.items():
+        if type(value) is str:
+            chars += len(value)
+        elif value is None:
+            continue
+        elif type(value) not in FLAT:
+            chars += LARGE
+        if key in fields:
+            told[key] = value
+        elif key not in others:
+            chars += LARGE
+            if key in told or len(told) < MAX_FIELDS:
+                told[key] = value
+        elif key == "clock":
+            told[key] = value
+    return chars
 
 
 @lru_cache(1000)
@@ -2554,20 +2546,23 @@ def shared(keys: frozenset[str]) -> frozenset[str]:
 
 def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
-    told = {key for key, value in event.items() if value is not None and key not in NOT_FIELDS}
-    return shared(frozenset(sent).difference(told, OWN, ("uuid", "children")))
+    return shared(frozenset([key for key in sent if event.get(key) is None or key in NOT_FIELDS]) - OWN)
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
+    if kind.time == "received" or not mine:
+        return None
     if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
         mine = [told for told in mine if attempt_of(told) == attempt_of(event)] or unknown
-    still = [told for told in mine if told["state"] not in ENDED]
-    waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
-    running = [told for told in still if told["state"] != "RECEIVED"][-1:]
-    choices = waiting + running if kind.time == "started" else running + waiting
-    return None if kind.time == "received" else next(iter(choices or mine[-1:]), None)
+    waiting = running = None
+    for told in mine:
+        if told["state"] == "RECEIVED":
+            waiting = waiting or told
+        elif told["state"] not in ENDED:
+            running = told
+    return (waiting or running if kind.time == "started" else running or waiting) or (mine[-1] if mine else None)
 
 
 def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -2590,6 +2585,7 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
+    times: dict[str, float] = {}
     for group in groups:
         if group is groups[-1]:
             for key in OWN:
@@ -2599,18 +2595,17 @@ def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
                 shown.pop("exception", None)
                 shown.pop("traceback", None)
             shown.update(told)
-    for key in TIMES.intersection(shown):
-        shown[key] = max(told[key] for group in groups for told in group if key in told)
+            times.update({key: max(told[key], times.get(key, -inf)) for key in TIMES & told.keys()})
+    shown.update(times)
     return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
     """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
-    same_attempt = attempt_of(event) == attempt_of(task)
     if kind.time == "sent":
-        return "state" not in task or "sent" not in task and same_attempt
-    if "state" not in task or "state" in sent:
-        return not sent or same_attempt
+        return "sent" not in task and attempt_of(event) == attempt_of(task)
+    if "state" in sent:
+        return attempt_of(event) == attempt_of(task)
     same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
     return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
 
@@ -2674,10 +2669,7 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
 
 
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
-MAX_SMALL = 150  # characters of the fields of an event that is not weighed
-LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FORGOTTEN = "(forgotten: State was full)"
-FLAT = frozenset((int, float, bool, type(None)))
 
 
 def bytes_of(value: Any) -> int:
@@ -2693,7 +2685,9 @@ def bytes_of(value: Any) -> int:
 
 def weight_of(record: Mapping[str, Any]) -> int:
     """Return about how many bytes a task, a worker or an event takes."""
-    return sum(map(bytes_of, record.values())) + sys.getsizeof(record, 0) + 60 * len(record)
+    values = record.values()
+    flat = sum(map(sys.getsizeof, (record, *record, *values), repeat(LARGE)))
+    return flat + sum([bytes_of(value) for value in values if isinstance(value, (dict, list, tuple))])
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2774,6 +2768,7 @@ class State:
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
         self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
+        self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest of these, if no process joined any
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._weight = 0  # bytes that all of it takes at most, but for what is small
@@ -3084,11 +3079,11 @@ class State:
         for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
         for one in processes.values() if for_all else (process,):
             one["status"] = status
-        take_fields(process, fields, NOT_WORKERS, fields)
+        take_fields(process, fields, NOT_WORKERS)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
-            take_fields(worker, one, NO_KEYS, one)
+            take_fields(worker, one, NO_KEYS)
         joins = before != "alive" or event.get("type") == "worker-online"
         if self.on_node_join and worker["status"] == "alive" and joins:
             self.on_node_join(worker)
@@ -3106,91 +3101,40 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task; here it is the usual one of a usual task."""
+        """Let an event change its task."""
         uuid = event.get("uuid")
         if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
-        state, _, key_of_time, shapes = kind
-        shape = shapes.get(len(event))
-        if shape is None or event.keys() != shape.keys:
-            shape = shape_of(event, kind)
-        _, fields, usual, follows = shape
         task = self.tasks.get(uuid)
-        before: str | None = "STARTED"  # or any other of an active task
-        if (  # the next of its only delivery
-            follows
-            and uuid in self._active
-            and uuid not in self._deliveries
-            and task is not None
-            and event["pid"] == task.get("pid")
-            and event["hostname"] == task.get("worker")
-            and len(task) < MAX_FIELDS // 2
-            and (uuid not in self._sent or self._sent[uuid].isdisjoint(fields))
-        ):
-            pass
-        elif task is None and usual:  # the first
-            before, task = None, self._new_task(uuid)
+        sent = NO_KEYS
+        if task is None:
+            before = parent = None
+            task = self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
-        elif (  # its only delivery begins, after task-sent
-            usual
-            and task is not None
-            and key_of_time == "received"
-            and "state" in self._sent.get(uuid, ())
-            and attempt_of(event) == attempt_of(task)
-            and event.get("parent_id") in (None, task.get("parent_id"))
-        ):
-            before = "PENDING"
-            self._begin(task, event, kind, timestamp)
-            self._sent[uuid] = untold(task, event)
+            chars = take_event(task, event, kind, timestamp)
         else:
-            self._take_unusual(uuid, event, kind, timestamp)
-            return
-        task["timestamp"] = timestamp
-        task["state"] = state
-        clock = event["clock"]
-        if clock is not None:
-            task["clock"] = clock
-        if key_of_time:
-            task[key_of_time] = max(timestamp, task[key_of_time]) if key_of_time in task else timestamp
-        size = 0
-        for key in fields:
-            value = event[key]
-            if value is not None:
-                task[key] = value
-                if type(value) is str:
-                    size += len(value)
-                elif type(value) not in FLAT:
-                    size = LARGE
-        if size <= MAX_SMALL:
-            self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before != "STARTED" or state in self._classes:
-            self._enter(task["uuid"], task, before)
-            if before is None and "parent_id" in task:
-                self._adopt(uuid, task["parent_id"])
-        else:
-            self.tasks.move_to_end(uuid)  # now the newest
-
-    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Let any event change its task."""
-        task = self.tasks.get(uuid) or self._new_task(uuid)
-        uuid = task["uuid"]  # the same str everywhere
-        before, parent = task.get("state"), task.get("parent_id")
-        sent = self._sent.get(uuid, NO_KEYS)
-        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-            task = self._merge(task, event, kind, timestamp)
-        elif kind.time == "sent":
-            told = set(task)
-            take_sent(task, event, timestamp)
-            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
-        else:
-            if before is None or "state" in sent:
-                self._begin(task, event, kind, timestamp)
-            if sent:
-                self._sent[uuid] = untold(task if "state" in sent else sent, event)
-            take_event(task, event, kind, timestamp, sent)
+            uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
+            sent = self._sent.get(uuid, NO_KEYS)
+            if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+                task, chars = self._merge(task, event, kind, timestamp)
+            elif kind.time == "sent":
+                told: dict[str, Any] = {}
+                self._begin(told, event, kind, timestamp)
+                chars = take_event(told, event, kind, timestamp)
+                new = {key: told[key] for key in told.keys() - task.keys() - OWN}
+                self._sent[uuid] = untold(new, NO_FIELDS)
+                take_fields(task, new, NO_KEYS)
+            else:
+                if "state" in sent:
+                    self._begin(task, event, kind, timestamp)
+                    self._sent[uuid] = untold(task, event)
+                elif sent and not sent.isdisjoint(event):
+                    self._sent[uuid] = untold(sent, event)
+                chars = take_event(task, event, kind, timestamp)
+        self._is_small = chars <= MAX_SMALL
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
@@ -3201,7 +3145,8 @@ class State:
         hostname, pid = process_of(event)
         told["began"] = timestamp
         if kind.time == "sent":
-            self._sent[told["uuid"]] = ALONE
+            if "uuid" in told:
+                self._sent[told["uuid"]] = ALONE
             if hostname:
                 told["client"] = hostname
             return
@@ -3211,35 +3156,43 @@ class State:
             told["worker"] = self.workers[hostname]["hostname"]
         if pid != NO_PID:
             told["pid"] = pid
-        if "clock" in told and event.get("clock") is None:
-            del told["clock"]  # which is that of the task-sent
+        told.pop("clock", None)  # which is that of the task-sent
 
-    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
-        """Return a new dict for a task that is not simple, after its event."""
+    def _merge(
+        self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
+    ) -> tuple[dict[str, Any], int]:
+        """Return the dict of a task that is not simple, after its event, and what take_event() returned."""
         uuid = task["uuid"]
-        deliveries = self._deliveries.setdefault(uuid, [])
-        if not deliveries:
-            deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
+        deliveries = self._deliveries.get(uuid)
+        if deliveries is None:
+            deliveries = self._deliveries[uuid] = split(task, self._sent.pop(uuid, NO_KEYS))
         told: dict[str, Any] | None = None
+        mine: list[dict[str, Any]] = []
         if kind.time != "sent":
-            process = process_of(event)
-            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
+            hostname, pid = process_of(event)
+            mine = [one for one in deliveries if one.get("worker", "") == hostname and one.get("pid", NO_PID) == pid]
+            mine = [one for one in mine if "sent" not in one]
             told = delivery_for(event, kind, mine)
-        new: dict[str, Any] = {} if told is None else told
-        if kind.time == "sent":
-            take_sent(new, event, timestamp)
-        else:
-            if told is None:  # the times when its deliveries began are in the order of its process, too
-                self._begin(new, event, kind, max([timestamp, *(before["began"] for before in mine)]))
-            take_event(new, event, kind, timestamp)
-        if told is None:
-            deliveries.append(new)
+        if told is not None and told is self._newest.get(uuid) and event.get("retries") is None:
+            if not ERROR.isdisjoint(event) and ERROR.isdisjoint(told):
+                for key in ERROR:
+                    if event.get("exception", event.get("traceback")) is not None:
+                        task.pop(key, None)
+            take_event(told, event, kind, timestamp)
+            return task, take_event(task, event, kind, timestamp)
+        if told is None:  # the times when its deliveries began are in the order of its process, too
+            told = {}
+            self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            deliveries.append(told)
+        chars = take_event(told, event, kind, timestamp)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
+        groups = grouped(deliveries)
+        self._newest[uuid] = groups[-1][0] if len(groups) == len(deliveries) else NO_FIELDS
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        record.update(merged(grouped(deliveries)))
-        return record
+        record.update(merged(groups))
+        return record, chars
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
         """Make room for a task, and return it; _enter() enters it."""
@@ -3301,17 +3254,15 @@ class State:
         self._disown(uuid, task.get("parent_id"))
         self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
+        self._newest.pop(uuid, None)
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
-        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
-        if chars <= MAX_NAME + 2 * MAX_SMALL:
-            return
-        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
-        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
+        size = weight_of(event)
         self._weight += size
-        if size > LARGE or len(fields) < len(event):
+        if size > LARGE or len(event) > 2 * MAX_FIELDS:
+            kept = NOT_FIELDS & event.keys()
+            fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in kept}}
             large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))

@@ -2302,14 +2302,14 @@ def test_each_delivery_of_a_task_is_an_attempt():
     assert state.attempts("unknown") == state_of(task_event("sent")).attempts("t") == []
 
 
-def test_a_newer_event_overwrites_fields_but_never_with_null_and_a_late_one_fills_in():
+def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_undoes_the_end():
     state = state_of(
         task_event("received", name="job", args="(1,)", eta=None),
         task_event("succeeded", result="2", args=None),
         task_event("started", args="late", queue="q"),
     )
     task = state.tasks["t"]
-    assert (task["args"], task["result"], task["queue"], task["state"]) == ("(1,)", "2", "q", "SUCCESS")
+    assert (task["args"], task["result"], task["queue"], task["state"]) == ("late", "2", "q", "SUCCESS")
     assert "eta" not in task
 
 
