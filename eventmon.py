@@ -2416,10 +2416,11 @@ OWN = frozenset(  # the newest delivery alone, or the task itself
     ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime", "uuid", "children")
 )
 ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
-NOT_FIELDS = TIMES | {  # no event's field of that name
-    *("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"),
-    *("state", "worker", "client", "children", "began"),
-}
+USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
+NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
+NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
+SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # keys of events -> those that are fields, see fields_of()
+SENT_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # of task-sent
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2432,7 +2433,7 @@ NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
 ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
-MAX_SMALL = 200  # characters of an event of a task that is not weighed
+MAX_SMALL = 150  # characters of the fields of an event of a task that is not weighed
 LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FLAT = frozenset((int, float, bool, type(None)))
 
@@ -2466,16 +2467,25 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", "state rank time others fields")  # key of the time; keys that are no fields; usual fields
+Kind = namedtuple("Kind", "state rank time others shapes")  # others: keys that are no fields; shapes: see fields_of()
 
 
 @lru_cache(1000)
 def kind_of(type: str) -> Kind:
     """Return the Kind of events of this type, task-...."""
     state = TASK_STATES.get(type) or type[5:].upper()
-    others = NOT_FIELDS | OWN | ERROR if type == "task-sent" else NOT_FIELDS
-    fields = frozenset(TASK_FIELDS) - others
-    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", others, fields)
+    others, shapes = (NOT_SENT, SENT_SHAPES) if type == "task-sent" else (NOT_FIELDS, SHAPES)
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", others, shapes)
+
+
+def fields_of(event: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
+    """Return the keys of an event that are fields, and remember it for events with the same few short keys."""
+    fields = tuple(key for key in event if key not in kind.others)
+    if USUAL.issuperset(event.keys() - set(fields)) and len("".join(map(str, event))) <= 2 * MAX_NAME:
+        if len(kind.shapes) >= 1000:
+            kind.shapes.clear()
+        kind.shapes[tuple(event)] = fields
+    return fields
 
 
 class Record:
@@ -2511,31 +2521,38 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
-    """Let an event change what is told of its delivery. Return how many characters it has, LARGE if it is unusual."""
-    state, rank, time, others, fields = kind
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> bool:
+    """Let an event change what is told of its delivery. Return whether it is small, so that it need not be weighed."""
+    state, rank, time, _, shapes = kind
     if told.get("state") not in FINISHED or rank >= RANKS[told["state"]]:
         told["state"] = state
     told["timestamp"] = timestamp
+    clock = event.get("clock")
+    if clock is not None:
+        told["clock"] = clock
     if time:
         told[time] = max(timestamp, told[time]) if time in told else timestamp
+    fields = shapes.get(tuple(event))
+    if fields is None or len(told) + len(fields) > MAX_FIELDS:
+        take_fields(told, {key: event[key] for key in fields_of(event, kind)}, NO_KEYS)
+        return False
     chars = 0
-    for key, value in event.items():
+    for key in fields:
+        value = event[key]
         if type(value) is str:
             chars += len(value)
         elif value is None:
             continue
         elif type(value) not in FLAT:
-            chars += LARGE
-        if key in fields:
-            told[key] = value
-        elif key not in others:
-            chars += LARGE
-            if key in told or len(told) < MAX_FIELDS:
-                told[key] = value
-        elif key == "clock":
-            told[key] = value
-    return chars
+            chars = LARGE
+        told[key] = value
+    return (
+        chars <= MAX_SMALL
+        and type(clock) in FLAT
+        and type(event.get("pid")) in FLAT
+        and type(event.get("utcoffset")) in FLAT
+        and type(event.get("timestamp")) in FLAT
+    )
 
 
 @lru_cache(1000)
@@ -2571,9 +2588,10 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
     ordered = sorted(deliveries, key=age_of)
-    receivers = {process_in(told) for told in ordered if "received" in told}
-    hosts = {hostname for hostname, _ in receivers if hostname}
-    joining = [told for told in ordered if told.get("worker") in hosts and process_in(told) not in receivers]
+    received = [process_in(told) for told in ordered if "received" in told]
+    hosts = {hostname for hostname, _ in received if hostname}
+    joining = [told for told in ordered if "received" not in told and told.get("worker") in hosts]
+    joining = [told for told in joining if process_in(told) not in received]
     groups = [[told] for told in ordered if not any(told is other for other in joining)]
     for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
@@ -2595,19 +2613,21 @@ def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
                 shown.pop("exception", None)
                 shown.pop("traceback", None)
             shown.update(told)
-            times.update({key: max(told[key], times.get(key, -inf)) for key in TIMES & told.keys()})
+            for key in TIMES & told.keys():
+                times[key] = max(told[key], times.get(key, -inf))
     shown.update(times)
     return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
     """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
-    if kind.time == "sent":
-        return "sent" not in task and attempt_of(event) == attempt_of(task)
-    if "state" in sent:
-        return attempt_of(event) == attempt_of(task)
-    same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
-    return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
+    retries = event.get("retries")
+    if kind.time == "sent" or "state" in sent:
+        same_attempt = retries is task.get("retries") or attempt_of(event) == attempt_of(task)
+        return same_attempt and (kind.time != "sent" or "sent" not in task)
+    if kind.time == "received" or retries is not None and retries is not task.get("retries"):
+        return False
+    return event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
 
 
 def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
@@ -2818,7 +2838,8 @@ class State:
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
+            is_named = type(hostname) is str and 0 < len(hostname) <= MAX_NAME
+            if is_named:
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
@@ -2834,7 +2855,7 @@ class State:
                 self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
             else:
                 self.notes.append(event)
-            if not self._is_small:
+            if not (self._is_small and is_named and type(received) in FLAT and len(kind) <= MAX_NAME):
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -3114,27 +3135,28 @@ class State:
             before = parent = None
             task = self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
-            chars = take_event(task, event, kind, timestamp)
+            self._is_small = take_event(task, event, kind, timestamp)
+            if kind.time == "sent":
+                self._sent[uuid] = ALONE
         else:
             uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
             sent = self._sent.get(uuid, NO_KEYS)
             if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-                task, chars = self._merge(task, event, kind, timestamp)
-            elif kind.time == "sent":
-                told: dict[str, Any] = {}
-                self._begin(told, event, kind, timestamp)
-                chars = take_event(told, event, kind, timestamp)
-                new = {key: told[key] for key in told.keys() - task.keys() - OWN}
-                self._sent[uuid] = untold(new, NO_FIELDS)
-                take_fields(task, new, NO_KEYS)
+                task = self._merge(task, event, kind, timestamp)
+            elif kind.time == "sent" or "state" in sent:  # now there are its only task-sent and its only delivery
+                new: dict[str, Any] = {}
+                self._begin(new, event, kind, timestamp)
+                self._is_small = take_event(new, event, kind, timestamp)
+                by_sent, told = (new, task) if kind.time == "sent" else (task, new)
+                only = shared(frozenset(by_sent.keys() - told.keys() - OWN))
+                self._sent[uuid] = only
+                if told is new:
+                    task.pop("clock", None)
+                task.update(new if told is new else {key: new[key] for key in only})
             else:
-                if "state" in sent:
-                    self._begin(task, event, kind, timestamp)
-                    self._sent[uuid] = untold(task, event)
-                elif sent and not sent.isdisjoint(event):
+                if sent and not sent.isdisjoint(event):
                     self._sent[uuid] = untold(sent, event)
-                chars = take_event(task, event, kind, timestamp)
-        self._is_small = chars <= MAX_SMALL
+                self._is_small = take_event(task, event, kind, timestamp)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
@@ -3145,8 +3167,6 @@ class State:
         hostname, pid = process_of(event)
         told["began"] = timestamp
         if kind.time == "sent":
-            if "uuid" in told:
-                self._sent[told["uuid"]] = ALONE
             if hostname:
                 told["client"] = hostname
             return
@@ -3156,12 +3176,9 @@ class State:
             told["worker"] = self.workers[hostname]["hostname"]
         if pid != NO_PID:
             told["pid"] = pid
-        told.pop("clock", None)  # which is that of the task-sent
 
-    def _merge(
-        self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
-    ) -> tuple[dict[str, Any], int]:
-        """Return the dict of a task that is not simple, after its event, and what take_event() returned."""
+    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
+        """Return the dict of a task that is not simple, after its event."""
         uuid = task["uuid"]
         deliveries = self._deliveries.get(uuid)
         if deliveries is None:
@@ -3169,22 +3186,22 @@ class State:
         told: dict[str, Any] | None = None
         mine: list[dict[str, Any]] = []
         if kind.time != "sent":
-            hostname, pid = process_of(event)
-            mine = [one for one in deliveries if one.get("worker", "") == hostname and one.get("pid", NO_PID) == pid]
-            mine = [one for one in mine if "sent" not in one]
+            process = process_of(event)
+            mine = [one for one in deliveries if "sent" not in one and process_in(one) == process]
             told = delivery_for(event, kind, mine)
         if told is not None and told is self._newest.get(uuid) and event.get("retries") is None:
             if not ERROR.isdisjoint(event) and ERROR.isdisjoint(told):
                 for key in ERROR:
                     if event.get("exception", event.get("traceback")) is not None:
                         task.pop(key, None)
-            take_event(told, event, kind, timestamp)
-            return task, take_event(task, event, kind, timestamp)
+            self._is_small = take_event(told, event, kind, timestamp)
+            take_event(task, event, kind, timestamp)
+            return task
         if told is None:  # the times when its deliveries began are in the order of its process, too
             told = {}
             self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
             deliveries.append(told)
-        chars = take_event(told, event, kind, timestamp)
+        self._is_small = take_event(told, event, kind, timestamp)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         groups = grouped(deliveries)
@@ -3192,7 +3209,7 @@ class State:
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
         record.update(merged(groups))
-        return record, chars
+        return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
         """Make room for a task, and return it; _enter() enters it."""
