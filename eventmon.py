@@ -2524,14 +2524,15 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
 def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> bool:
     """Let an event change what is told of its delivery. Return whether it is small, so that it need not be weighed."""
     state, rank, time, _, shapes = kind
-    if told.get("state") not in FINISHED or rank >= RANKS[told["state"]]:
+    before = told.get("state")
+    if before not in FINISHED or rank >= RANKS[before]:
         told["state"] = state
     told["timestamp"] = timestamp
     clock = event.get("clock")
     if clock is not None:
         told["clock"] = clock
-    if time:
-        told[time] = max(timestamp, told[time]) if time in told else timestamp
+    if time and told.get(time, -inf) < timestamp:
+        told[time] = timestamp
     fields = shapes.get(tuple(event))
     if fields is None or len(told) + len(fields) > MAX_FIELDS:
         take_fields(told, {key: event[key] for key in fields_of(event, kind)}, NO_KEYS)
@@ -2539,31 +2540,19 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     chars = 0
     for key in fields:
         value = event[key]
-        if type(value) is str:
-            chars += len(value)
-        elif value is None:
-            continue
-        elif type(value) not in FLAT:
-            chars = LARGE
-        told[key] = value
-    return (
-        chars <= MAX_SMALL
-        and type(clock) in FLAT
-        and type(event.get("pid")) in FLAT
-        and type(event.get("utcoffset")) in FLAT
-        and type(event.get("timestamp")) in FLAT
-    )
+        if value is not None:
+            told[key] = value
+            if type(value) is str:
+                chars += len(value)
+            elif type(value) not in FLAT:
+                chars = LARGE
+    return chars <= MAX_SMALL and type(clock) in FLAT and type(event.get("pid")) in FLAT
 
 
 @lru_cache(1000)
-def shared(keys: frozenset[str]) -> frozenset[str]:
-    """Return the same object for equal ones."""
-    return keys
-
-
-def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
-    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
-    return shared(frozenset([key for key in sent if event.get(key) is None or key in NOT_FIELDS]) - OWN)
+def untold(sent: tuple[str, ...], told: tuple[str, ...]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, where a delivery told others."""
+    return frozenset(sent).difference(told, OWN)
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -2592,7 +2581,7 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     hosts = {hostname for hostname, _ in received if hostname}
     joining = [told for told in ordered if "received" not in told and told.get("worker") in hosts]
     joining = [told for told in joining if process_in(told) not in received]
-    groups = [[told] for told in ordered if not any(told is other for other in joining)]
+    groups = [[told] for told in ordered if not (joining and any(told is other for other in joining))]
     for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
@@ -2855,7 +2844,8 @@ class State:
                 self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
             else:
                 self.notes.append(event)
-            if not (self._is_small and is_named and type(received) in FLAT and len(kind) <= MAX_NAME):
+            flat = type(received) in FLAT and type(event.get("utcoffset")) in FLAT and type(event.get("timestamp")) in FLAT
+            if not (self._is_small and flat and is_named and len(kind) <= MAX_NAME):
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -3130,7 +3120,6 @@ class State:
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
         task = self.tasks.get(uuid)
-        sent = NO_KEYS
         if task is None:
             before = parent = None
             task = self._new_task(uuid)
@@ -3148,14 +3137,14 @@ class State:
                 self._begin(new, event, kind, timestamp)
                 self._is_small = take_event(new, event, kind, timestamp)
                 by_sent, told = (new, task) if kind.time == "sent" else (task, new)
-                only = shared(frozenset(by_sent.keys() - told.keys() - OWN))
-                self._sent[uuid] = only
+                only = self._sent[uuid] = untold(tuple(by_sent), tuple(told))
                 if told is new:
                     task.pop("clock", None)
                 task.update(new if told is new else {key: new[key] for key in only})
             else:
                 if sent and not sent.isdisjoint(event):
-                    self._sent[uuid] = untold(sent, event)
+                    fields = [key for key in fields_of(event, kind) if event[key] is not None]
+                    self._sent[uuid] = untold(tuple(sent), tuple(fields))
                 self._is_small = take_event(task, event, kind, timestamp)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
