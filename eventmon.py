@@ -2428,11 +2428,12 @@ TASK_FIELDS = (  # that most tasks have
     + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
+MAX_SHAPES = 1000  # sets of keys of events that are remembered
 MAX_NAME = 255  # characters of a uuid or hostname
 NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
+ALONE = frozenset(("uuid", "state"))  # stands for all keys of a task of which only task-sent is known
 MAX_SMALL = 150  # characters of the fields of an event of a task that is not weighed
 LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FLAT = frozenset((int, float, bool, type(None)))
@@ -2479,12 +2480,14 @@ def kind_of(type: str) -> Kind:
 
 
 def fields_of(event: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
-    """Return the keys of an event that are fields, and remember it for events with the same few short keys."""
-    fields = tuple(key for key in event if key not in kind.others)
-    if USUAL.issuperset(event.keys() - set(fields)) and len("".join(map(str, event))) <= 2 * MAX_NAME:
-        if len(kind.shapes) >= 1000:
-            kind.shapes.clear()
-        kind.shapes[tuple(event)] = fields
+    """Return the keys of an event that are fields, and remember them for events with the same few short keys."""
+    fields: tuple[str, ...] | None = kind.shapes.get(tuple(event))
+    if fields is None:
+        fields = tuple(key for key in event if key not in kind.others)
+        if USUAL.issuperset(event.keys() - set(fields)) and len("".join(map(str, event))) <= 2 * MAX_NAME:
+            if len(kind.shapes) >= MAX_SHAPES:
+                kind.shapes.clear()
+            kind.shapes[tuple(event)] = fields
     return fields
 
 
@@ -2827,8 +2830,9 @@ class State:
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            is_named = type(hostname) is str and 0 < len(hostname) <= MAX_NAME
-            if is_named:
+            is_named = False
+            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
+                is_named = True
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
@@ -3132,19 +3136,19 @@ class State:
             sent = self._sent.get(uuid, NO_KEYS)
             if uuid in self._deliveries or not is_simple(task, event, kind, sent):
                 task = self._merge(task, event, kind, timestamp)
-            elif kind.time == "sent" or "state" in sent:  # now there are its only task-sent and its only delivery
+            elif kind.time == "sent":
                 new: dict[str, Any] = {}
                 self._begin(new, event, kind, timestamp)
                 self._is_small = take_event(new, event, kind, timestamp)
-                by_sent, told = (new, task) if kind.time == "sent" else (task, new)
-                only = self._sent[uuid] = untold(tuple(by_sent), tuple(told))
-                if told is new:
-                    task.pop("clock", None)
-                task.update(new if told is new else {key: new[key] for key in only})
+                self._sent[uuid] = untold(tuple(new), tuple(task))
+                task.update({key: new[key] for key in self._sent[uuid]})
             else:
-                if sent and not sent.isdisjoint(event):
-                    fields = [key for key in fields_of(event, kind) if event[key] is not None]
-                    self._sent[uuid] = untold(tuple(sent), tuple(fields))
+                if not sent.isdisjoint(event):
+                    told = tuple([key for key in fields_of(event, kind) if event[key] is not None])
+                    self._sent[uuid] = untold(tuple(task if "state" in sent else sent), told)
+                    if "state" in sent:
+                        task.pop("clock", None)
+                        self._begin(task, event, kind, timestamp)
                 self._is_small = take_event(task, event, kind, timestamp)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:

@@ -2564,6 +2564,7 @@ def test_a_state_can_be_pickled_and_used_again():
     assert (again.tasks, again.attempts("t")) == (state.tasks, state.attempts("t"))
     for event in (task_event("received", uuid="s", queue="q"), task_event("succeeded", "w1", pid=1)):
         again.event(event)
+    assert ("began" in again.tasks["s"], again.attempts("s")[0]["worker"]) == (True, "w1")
     assert (again.tasks["s"]["client"], again.tasks["s"]["state"], again.tasks["t"]["succeeded"] > 5) == ("c", "RECEIVED", True)
 
 
