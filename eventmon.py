@@ -2674,12 +2674,6 @@ def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
     return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
 
 
-def is_heard(worker: Mapping[str, Any], now: float) -> bool:
-    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
-    freq = number(worker.get("freq"), 0.0)
-    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
-
-
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
 FORGOTTEN = "(forgotten: State was full)"
 
@@ -2961,7 +2955,9 @@ class State:
 
     def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
-        return is_heard(worker, self.now() if now is None else now)
+        freq = number(worker.get("freq"), 0.0)
+        silent = (self.now() if now is None else now) - worker["heard"]
+        return worker["status"] == "alive" and (freq <= 0 or silent <= 2 * freq)
 
     def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
@@ -3147,7 +3143,8 @@ class State:
                     told = tuple([key for key in fields_of(event, kind) if event[key] is not None])
                     self._sent[uuid] = untold(tuple(task if "state" in sent else sent), told)
                     if "state" in sent:
-                        task.pop("clock", None)
+                        if event.get("clock") is None:
+                            task.pop("clock", None)  # only then: a Record that a key is deleted from takes twice as much
                         self._begin(task, event, kind, timestamp)
                 self._is_small = take_event(task, event, kind, timestamp)
         self._enter(uuid, task, before)
