@@ -2549,7 +2549,8 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
                 chars += len(value)
             elif type(value) not in FLAT:
                 chars = LARGE
-    return chars <= MAX_SMALL and type(clock) in FLAT and type(event.get("pid")) in FLAT
+    flat = type(clock) in FLAT and type(event.get("pid")) in FLAT and type(event.get("utcoffset")) in FLAT
+    return flat and chars <= MAX_SMALL
 
 
 @lru_cache(1000)
@@ -2811,12 +2812,14 @@ class State:
             self.event_count += 1
             self.recent.append(event)
             self._is_small = False  # until _task() has looked
+            is_odd = type(event.get("timestamp")) not in FLAT
             kind = event.get("type")
             if type(kind) is not str:
                 kind = ""
             received = event.get("local_received")
             if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
+                is_odd = is_odd or type(received) not in FLAT
             try:
                 self._counts[kind] += 1
             except KeyError:
@@ -2824,9 +2827,9 @@ class State:
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            is_named = False
-            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
-                is_named = True
+            if type(hostname) is not str or not 0 < len(hostname) <= MAX_NAME:
+                is_odd = True
+            else:
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
@@ -2842,8 +2845,7 @@ class State:
                 self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
             else:
                 self.notes.append(event)
-            flat = type(received) in FLAT and type(event.get("utcoffset")) in FLAT and type(event.get("timestamp")) in FLAT
-            if not (self._is_small and flat and is_named and len(kind) <= MAX_NAME):
+            if is_odd or not self._is_small or len(kind) > MAX_NAME:
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
