@@ -2443,13 +2443,15 @@ METHODS = {
 
 # Where the values of a task's keys come from:
 TIMES = frozenset(type[5:] for type in TASK_STATES)  # the latest transition of that name
-OWN = frozenset(  # the newest delivery alone
-    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime")
+OWN = frozenset(  # the newest delivery alone, or the task itself
+    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime", "uuid", "children")
 )
 ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
 USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
 NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
 NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
+SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # keys of events -> those that are fields, see fields_of()
+SENT_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # of task-sent
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2457,11 +2459,15 @@ TASK_FIELDS = (  # that most tasks have
     + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
+MAX_SHAPES = 1000  # sets of keys of events that are remembered
 MAX_NAME = 255  # characters of a uuid or hostname
 NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
+ALONE = frozenset(("uuid", "state"))  # stands for all keys of a task of which only task-sent is known
+MAX_SMALL = 150  # characters of the fields of an event of a task that is not weighed
+LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
+FLAT = frozenset((int, float, bool, type(None)))
 
 
 def number(value: Any, default: float) -> float:
@@ -2493,29 +2499,27 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events; `time` is the key of their time in a task
-Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
+Kind = namedtuple("Kind", "state rank time others shapes")  # others: keys that are no fields; shapes: see fields_of()
 
 
 @lru_cache(1000)
 def kind_of(type: str) -> Kind:
-    """Return the Kind of events of this type, task-..., with room for the shapes that they have."""
+    """Return the Kind of events of this type, task-...."""
     state = TASK_STATES.get(type) or type[5:].upper()
-    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", {})
+    others, shapes = (NOT_SENT, SENT_SHAPES) if type == "task-sent" else (NOT_FIELDS, SHAPES)
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", others, shapes)
 
 
-def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
-    """Return the Shape of an event: the known one of that size, or a new one in its place."""
-    shape: Shape | None = kind.shapes.get(len(event))
-    if shape is None or event.keys() != shape.keys:
-        keys = frozenset(event)
-        fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and keys.isdisjoint(("retries", "parent_id"))
-        shape = Shape(keys, fields, usual, follows)
-        if usual:
-            kind.shapes[len(event)] = shape
-    return shape
+def fields_of(event: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
+    """Return the keys of an event that are fields, and remember them for events with the same few short keys."""
+    fields: tuple[str, ...] | None = kind.shapes.get(tuple(event))
+    if fields is None:
+        fields = tuple(key for key in event if key not in kind.others)
+        if USUAL.issuperset(event.keys() - set(fields)) and len("".join(map(str, event))) <= 2 * MAX_NAME:
+            if len(kind.shapes) >= MAX_SHAPES:
+                kind.shapes.clear()
+            kind.shapes[tuple(event)] = fields
+    return fields
 
 
 class Record:
@@ -2527,13 +2531,10 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str], over: Container[str]) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS.
-
-    They replace what is in `over`, and else only fill in what is missing.
-    """
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str]) -> None:
+    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS."""
     for key, value in event.items():
-        if value is not None and key not in others and (key in over if key in record else len(record) < MAX_FIELDS):
+        if value is not None and key not in others and (key in record or len(record) < MAX_FIELDS):
             record[key] = value
 
 
@@ -2554,51 +2555,55 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(
-    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str] = ()
-) -> None:
-    """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
-    undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
-    if undone:
-        told["state"] = kind.state
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> bool:
+    """Let an event change what is told of its delivery. Return whether it is small, so that it need not be weighed."""
+    state, rank, time, _, shapes = kind
+    before = told.get("state")
+    if before not in FINISHED or rank >= RANKS[before]:
+        told["state"] = state
     told["timestamp"] = timestamp
-    if event.get("clock") is not None:
-        told["clock"] = event["clock"]
-    if kind.time:
-        told[kind.time] = max(timestamp, told.get(kind.time, timestamp))
-    take_fields(told, event, NOT_FIELDS, event if undone else sent)
-
-
-def take_sent(told: dict[str, Any], event: Mapping[str, Any], timestamp: float) -> None:
-    """Let a task-sent fill in what nothing else has told."""
-    new = {"state": "PENDING", "timestamp": timestamp, "began": timestamp, "clock": event.get("clock")}
-    stamps = {} if "state" in told else new
-    take_fields(told, {**stamps, "sent": timestamp, "client": process_of(event)[0] or None}, NO_KEYS, NO_KEYS)
-    take_fields(told, event, NOT_SENT, NO_KEYS)
+    clock = event.get("clock")
+    if clock is not None:
+        told["clock"] = clock
+    if time and told.get(time, -inf) < timestamp:
+        told[time] = timestamp
+    fields = shapes.get(tuple(event))
+    if fields is None or len(told) + len(fields) > MAX_FIELDS:
+        take_fields(told, {key: event[key] for key in fields_of(event, kind)}, NO_KEYS)
+        return False
+    chars = 0
+    for key in fields:
+        value = event[key]
+        if value is not None:
+            told[key] = value
+            if type(value) is str:
+                chars += len(value)
+            elif type(value) not in FLAT:
+                chars = LARGE
+    flat = type(clock) in FLAT and type(event.get("pid")) in FLAT and type(event.get("utcoffset")) in FLAT
+    return flat and chars <= MAX_SMALL
 
 
 @lru_cache(1000)
-def shared(keys: frozenset[str]) -> frozenset[str]:
-    """Return the same object for equal ones."""
-    return keys
-
-
-def untold(sent: Iterable[str], event: Mapping[str, Any]) -> frozenset[str]:
-    """Return the keys in `sent` that only task-sent has told, after this event of a delivery."""
-    told = {key for key, value in event.items() if value is not None and key not in NOT_FIELDS}
-    return shared(frozenset(sent).difference(told, OWN, ("uuid", "children")))
+def untold(sent: tuple[str, ...], told: tuple[str, ...]) -> frozenset[str]:
+    """Return the keys in `sent` that only task-sent has told, where a delivery told others."""
+    return frozenset(sent).difference(told, OWN)
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
+    if kind.time == "received" or not mine:
+        return None
     if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
         mine = [told for told in mine if attempt_of(told) == attempt_of(event)] or unknown
-    still = [told for told in mine if told["state"] not in ENDED]
-    waiting = [told for told in still if told["state"] == "RECEIVED"][:1]
-    running = [told for told in still if told["state"] != "RECEIVED"][-1:]
-    choices = waiting + running if kind.time == "started" else running + waiting
-    return None if kind.time == "received" else next(iter(choices or mine[-1:]), None)
+    waiting = running = None
+    for told in mine:
+        if told["state"] == "RECEIVED":
+            waiting = waiting or told
+        elif told["state"] not in ENDED:
+            running = told
+    return (waiting or running if kind.time == "started" else running or waiting) or (mine[-1] if mine else None)
 
 
 def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -2607,10 +2612,11 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
     ordered = sorted(deliveries, key=age_of)
-    receivers = {process_in(told) for told in ordered if "received" in told}
-    hosts = {hostname for hostname, _ in receivers if hostname}
-    joining = [told for told in ordered if told.get("worker") in hosts and process_in(told) not in receivers]
-    groups = [[told] for told in ordered if not any(told is other for other in joining)]
+    received = [process_in(told) for told in ordered if "received" in told]
+    hosts = {hostname for hostname, _ in received if hostname}
+    joining = [told for told in ordered if "received" not in told and told.get("worker") in hosts]
+    joining = [told for told in joining if process_in(told) not in received]
+    groups = [[told] for told in ordered if not (joining and any(told is other for other in joining))]
     for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
@@ -2621,6 +2627,7 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
+    times: dict[str, float] = {}
     for group in groups:
         if group is groups[-1]:
             for key in OWN:
@@ -2630,20 +2637,21 @@ def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
                 shown.pop("exception", None)
                 shown.pop("traceback", None)
             shown.update(told)
-    for key in TIMES.intersection(shown):
-        shown[key] = max(told[key] for group in groups for told in group if key in told)
+            for key in TIMES & told.keys():
+                times[key] = max(told[key], times.get(key, -inf))
+    shown.update(times)
     return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
     """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
-    same_attempt = attempt_of(event) == attempt_of(task)
-    if kind.time == "sent":
-        return "state" not in task or "sent" not in task and same_attempt
-    if "state" not in task or "state" in sent:
-        return not sent or same_attempt
-    same_process = event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
-    return same_process and kind.time != "received" and event.get("retries") in (None, task.get("retries"))
+    retries = event.get("retries")
+    if kind.time == "sent" or "state" in sent:
+        same_attempt = retries is task.get("retries") or attempt_of(event) == attempt_of(task)
+        return same_attempt and (kind.time != "sent" or "sent" not in task)
+    if kind.time == "received" or retries is not None and retries is not task.get("retries"):
+        return False
+    return event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
 
 
 def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
@@ -2698,17 +2706,8 @@ def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
     return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
 
 
-def is_heard(worker: Mapping[str, Any], now: float) -> bool:
-    """Whether a worker is alive and, if it has heartbeats, something was heard of it since one is overdue."""
-    freq = number(worker.get("freq"), 0.0)
-    return worker["status"] == "alive" and (freq <= 0 or now - worker["heard"] <= 2 * freq)
-
-
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
-MAX_SMALL = 150  # characters of the fields of an event that is not weighed
-LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FORGOTTEN = "(forgotten: State was full)"
-FLAT = frozenset((int, float, bool, type(None)))
 
 
 def bytes_of(value: Any) -> int:
@@ -2724,7 +2723,9 @@ def bytes_of(value: Any) -> int:
 
 def weight_of(record: Mapping[str, Any]) -> int:
     """Return about how many bytes a task, a worker or an event takes."""
-    return sum(map(bytes_of, record.values())) + sys.getsizeof(record, 0) + 60 * len(record)
+    values = record.values()
+    flat = sum(map(sys.getsizeof, (record, *record, *values), repeat(LARGE)))
+    return flat + sum([bytes_of(value) for value in values if isinstance(value, (dict, list, tuple))])
 
 
 class Table(OrderedDict["str", "Any"]):
@@ -2805,6 +2806,7 @@ class State:
         self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
         self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
+        self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest of these, if no process joined any
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._weight = 0  # bytes that all of it takes at most, but for what is small
@@ -2841,12 +2843,14 @@ class State:
             self.event_count += 1
             self.recent.append(event)
             self._is_small = False  # until _task() has looked
+            is_odd = type(event.get("timestamp")) not in FLAT
             kind = event.get("type")
             if type(kind) is not str:
                 kind = ""
             received = event.get("local_received")
             if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
+                is_odd = is_odd or type(received) not in FLAT
             try:
                 self._counts[kind] += 1
             except KeyError:
@@ -2854,7 +2858,9 @@ class State:
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
+            if type(hostname) is not str or not 0 < len(hostname) <= MAX_NAME:
+                is_odd = True
+            else:
                 self._last[hostname] = event
                 if len(self._last) > 2 * self.max_workers_in_memory:
                     self._forget_last()
@@ -2870,7 +2876,7 @@ class State:
                 self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
             else:
                 self.notes.append(event)
-            if not self._is_small:
+            if is_odd or not self._is_small or len(kind) > MAX_NAME:
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -2982,7 +2988,9 @@ class State:
 
     def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
-        return is_heard(worker, self.now() if now is None else now)
+        freq = number(worker.get("freq"), 0.0)
+        silent = (self.now() if now is None else now) - worker["heard"]
+        return worker["status"] == "alive" and (freq <= 0 or silent <= 2 * freq)
 
     def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
@@ -3115,11 +3123,11 @@ class State:
         for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
         for one in processes.values() if for_all else (process,):
             one["status"] = status
-        take_fields(process, fields, NOT_WORKERS, fields)
+        take_fields(process, fields, NOT_WORKERS)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
-            take_fields(worker, one, NO_KEYS, one)
+            take_fields(worker, one, NO_KEYS)
         joins = before != "alive" or event.get("type") == "worker-online"
         if self.on_node_join and worker["status"] == "alive" and joins:
             self.on_node_join(worker)
@@ -3137,91 +3145,41 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task; here it is the usual one of a usual task."""
+        """Let an event change its task."""
         uuid = event.get("uuid")
         if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
-        state, _, key_of_time, shapes = kind
-        shape = shapes.get(len(event))
-        if shape is None or event.keys() != shape.keys:
-            shape = shape_of(event, kind)
-        _, fields, usual, follows = shape
         task = self.tasks.get(uuid)
-        before: str | None = "STARTED"  # or any other of an active task
-        if (  # the next of its only delivery
-            follows
-            and uuid in self._active
-            and uuid not in self._deliveries
-            and task is not None
-            and event["pid"] == task.get("pid")
-            and event["hostname"] == task.get("worker")
-            and len(task) < MAX_FIELDS // 2
-            and (uuid not in self._sent or self._sent[uuid].isdisjoint(fields))
-        ):
-            pass
-        elif task is None and usual:  # the first
-            before, task = None, self._new_task(uuid)
+        if task is None:
+            before = parent = None
+            task = self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
-        elif (  # its only delivery begins, after task-sent
-            usual
-            and task is not None
-            and key_of_time == "received"
-            and "state" in self._sent.get(uuid, ())
-            and attempt_of(event) == attempt_of(task)
-            and event.get("parent_id") in (None, task.get("parent_id"))
-        ):
-            before = "PENDING"
-            self._begin(task, event, kind, timestamp)
-            self._sent[uuid] = untold(task, event)
+            self._is_small = take_event(task, event, kind, timestamp)
+            if kind.time == "sent":
+                self._sent[uuid] = ALONE
         else:
-            self._take_unusual(uuid, event, kind, timestamp)
-            return
-        task["timestamp"] = timestamp
-        task["state"] = state
-        clock = event["clock"]
-        if clock is not None:
-            task["clock"] = clock
-        if key_of_time:
-            task[key_of_time] = max(timestamp, task[key_of_time]) if key_of_time in task else timestamp
-        size = 0
-        for key in fields:
-            value = event[key]
-            if value is not None:
-                task[key] = value
-                if type(value) is str:
-                    size += len(value)
-                elif type(value) not in FLAT:
-                    size = LARGE
-        if size <= MAX_SMALL:
-            self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before != "STARTED" or state in self._classes:
-            self._enter(task["uuid"], task, before)
-            if before is None and "parent_id" in task:
-                self._adopt(uuid, task["parent_id"])
-        else:
-            self.tasks.move_to_end(uuid)  # now the newest
-
-    def _take_unusual(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Let any event change its task."""
-        task = self.tasks.get(uuid) or self._new_task(uuid)
-        uuid = task["uuid"]  # the same str everywhere
-        before, parent = task.get("state"), task.get("parent_id")
-        sent = self._sent.get(uuid, NO_KEYS)
-        if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-            task = self._merge(task, event, kind, timestamp)
-        elif kind.time == "sent":
-            told = set(task)
-            take_sent(task, event, timestamp)
-            self._sent[uuid] = ALONE if before is None else shared(frozenset(task.keys() - told))
-        else:
-            if before is None or "state" in sent:
-                self._begin(task, event, kind, timestamp)
-            if sent:
-                self._sent[uuid] = untold(task if "state" in sent else sent, event)
-            take_event(task, event, kind, timestamp, sent)
+            uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
+            sent = self._sent.get(uuid, NO_KEYS)
+            if uuid in self._deliveries or not is_simple(task, event, kind, sent):
+                task = self._merge(task, event, kind, timestamp)
+            elif kind.time == "sent":
+                new: dict[str, Any] = {}
+                self._begin(new, event, kind, timestamp)
+                self._is_small = take_event(new, event, kind, timestamp)
+                self._sent[uuid] = untold(tuple(new), tuple(task))
+                task.update({key: new[key] for key in self._sent[uuid]})
+            else:
+                if not sent.isdisjoint(event):
+                    told = tuple([key for key in fields_of(event, kind) if event[key] is not None])
+                    self._sent[uuid] = untold(tuple(task if "state" in sent else sent), told)
+                    if "state" in sent:
+                        if event.get("clock") is None:
+                            task.pop("clock", None)  # only then: a Record that a key is deleted from takes twice as much
+                        self._begin(task, event, kind, timestamp)
+                self._is_small = take_event(task, event, kind, timestamp)
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
@@ -3232,7 +3190,6 @@ class State:
         hostname, pid = process_of(event)
         told["began"] = timestamp
         if kind.time == "sent":
-            self._sent[told["uuid"]] = ALONE
             if hostname:
                 told["client"] = hostname
             return
@@ -3242,34 +3199,39 @@ class State:
             told["worker"] = self.workers[hostname]["hostname"]
         if pid != NO_PID:
             told["pid"] = pid
-        if "clock" in told and event.get("clock") is None:
-            del told["clock"]  # which is that of the task-sent
 
     def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
-        """Return a new dict for a task that is not simple, after its event."""
+        """Return the dict of a task that is not simple, after its event."""
         uuid = task["uuid"]
-        deliveries = self._deliveries.setdefault(uuid, [])
-        if not deliveries:
-            deliveries += split(task, self._sent.pop(uuid, NO_KEYS))
+        deliveries = self._deliveries.get(uuid)
+        if deliveries is None:
+            deliveries = self._deliveries[uuid] = split(task, self._sent.pop(uuid, NO_KEYS))
         told: dict[str, Any] | None = None
+        mine: list[dict[str, Any]] = []
         if kind.time != "sent":
             process = process_of(event)
-            mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
+            mine = [one for one in deliveries if "sent" not in one and process_in(one) == process]
             told = delivery_for(event, kind, mine)
-        new: dict[str, Any] = {} if told is None else told
-        if kind.time == "sent":
-            take_sent(new, event, timestamp)
-        else:
-            if told is None:  # the times when its deliveries began are in the order of its process, too
-                self._begin(new, event, kind, max([timestamp, *(before["began"] for before in mine)]))
-            take_event(new, event, kind, timestamp)
-        if told is None:
-            deliveries.append(new)
+        if told is not None and told is self._newest.get(uuid) and event.get("retries") is None:
+            if not ERROR.isdisjoint(event) and ERROR.isdisjoint(told):
+                for key in ERROR:
+                    if event.get("exception", event.get("traceback")) is not None:
+                        task.pop(key, None)
+            self._is_small = take_event(told, event, kind, timestamp)
+            take_event(task, event, kind, timestamp)
+            return task
+        if told is None:  # the times when its deliveries began are in the order of its process, too
+            told = {}
+            self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            deliveries.append(told)
+        self._is_small = take_event(told, event, kind, timestamp)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
+        groups = grouped(deliveries)
+        self._newest[uuid] = groups[-1][0] if len(groups) == len(deliveries) else NO_FIELDS
         record = self.tasks[uuid] = vars(Record())
         record["uuid"], record["children"] = uuid, task["children"]
-        record.update(merged(grouped(deliveries)))
+        record.update(merged(groups))
         return record
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
@@ -3332,17 +3294,15 @@ class State:
         self._disown(uuid, task.get("parent_id"))
         self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
+        self._newest.pop(uuid, None)
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
-        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
-        if chars <= MAX_NAME + 2 * MAX_SMALL:
-            return
-        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
-        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
+        size = weight_of(event)
         self._weight += size
-        if size > LARGE or len(fields) < len(event):
+        if size > LARGE or len(event) > 2 * MAX_FIELDS:
+            kept = NOT_FIELDS & event.keys()
+            fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in kept}}
             large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))

@@ -2285,14 +2285,14 @@ def test_each_delivery_of_a_task_is_an_attempt():
     assert state.attempts("unknown") == state_of(task_event("sent")).attempts("t") == []
 
 
-def test_a_newer_event_overwrites_fields_but_never_with_null_and_a_late_one_fills_in():
+def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_undoes_the_end():
     state = state_of(
         task_event("received", name="job", args="(1,)", eta=None),
         task_event("succeeded", result="2", args=None),
         task_event("started", args="late", queue="q"),
     )
     task = state.tasks["t"]
-    assert (task["args"], task["result"], task["queue"], task["state"]) == ("(1,)", "2", "q", "SUCCESS")
+    assert (task["args"], task["result"], task["queue"], task["state"]) == ("late", "2", "q", "SUCCESS")
     assert "eta" not in task
 
 
@@ -2547,6 +2547,7 @@ def test_a_state_can_be_pickled_and_used_again():
     assert (again.tasks, again.attempts("t")) == (state.tasks, state.attempts("t"))
     for event in (task_event("received", uuid="s", queue="q"), task_event("succeeded", "w1", pid=1)):
         again.event(event)
+    assert ("began" in again.tasks["s"], again.attempts("s")[0]["worker"]) == (True, "w1")
     assert (again.tasks["s"]["client"], again.tasks["s"]["state"], again.tasks["t"]["succeeded"] > 5) == ("c", "RECEIVED", True)
 
 
