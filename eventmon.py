@@ -2545,7 +2545,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts deliveries, the newest last."""
     if "sent" in told:
-        return False, attempt_of(told), told["sent"], told.get("client", ""), str(told.get("clock"))
+        return False, attempt_of(told), told["sent"], told.get("client", "")
     return True, attempt_of(told), told["began"], process_in(told)
 
 
@@ -2741,8 +2741,8 @@ GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_TYPE = 100  # characters of an event type that is counted apart
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
-MAX_DELIVERIES = 100  # of a task
-MAX_PROCESSES = 100  # of a worker
+MAX_DELIVERIES = 32  # of a task
+MAX_PROCESSES = 32  # of a worker
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
@@ -3119,13 +3119,14 @@ class State:
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
-        for_all = status != "alive" and pid == NO_PID
-        for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
-        for one in processes.values() if for_all else (process,):
+        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
         take_fields(process, fields, NOT_WORKERS)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
+        has_pool = any(one.get("sw_ident", "eventmon") != "eventmon" for one in processes.values())
+        if has_pool:  # a worker of Celery's speaks for the processes of its pool, which never say goodbye
+            processes = {pid: one for pid, one in processes.items() if "sw_ident" in one}
         for one in sorted(processes.values(), key=last_word):
             take_fields(worker, one, NO_KEYS)
         joins = before != "alive" or event.get("type") == "worker-online"
@@ -3196,7 +3197,7 @@ class State:
         if hostname:
             if pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
-            told["worker"] = self.workers[hostname]["hostname"]
+            told["worker"] = self.workers.get(hostname, event)["hostname"]  # a callback may have cleared all
         if pid != NO_PID:
             told["pid"] = pid
 
