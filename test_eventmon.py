@@ -1299,6 +1299,7 @@ def behind(**options):
         (0.01, "gone", 1, Dispatcher.close, 0, 0.05),
         (0.01, "stopped", 1, Dispatcher.close, 0.15, 0.26),
         (60, "stopped", 1, Dispatcher.close, 0.15, 0.26),
+        (0.01, "stopped beside another", 1, Dispatcher.close, 0.15, 0.26),
         (60, "stopped", 1, partial(Dispatcher.flush, timeout=0), 0, 0),
         (0.01, "advancing", 1000, Dispatcher.close, 2.5, 3.1),
     ],
@@ -1314,6 +1315,8 @@ def test_a_watcher_that_is_behind_is_waited_for_as_long_as_is_promised(
         flood(dispatcher, sent)
         if watcher == "advancing":
             virtual.during_nap = lambda: next(naps) % 4 or ear.answer(b"ack", next(position), 7, 0, 0)
+        if watcher == "stopped beside another":
+            virtual.during_nap = lambda: ear.answer(b"ack", 2, 8, 0, 0)  # which has everything
         virtual.napped = 0.0
         work(dispatcher)
         assert least <= virtual.napped <= most
