@@ -1387,19 +1387,15 @@ class Dispatcher:
 
     def _wait_for_room(self, deadline: float) -> None:
         """Wait until every watcher that advances has room again, or until the deadline."""
-        window = self._window
+        window, pause = self._window, 0.001
         now = time.monotonic()
         while window.cost > window.horizon and now < deadline:
-            time.sleep(min(self._pause(now), deadline - now))
-            since, now = now, time.monotonic()
+            time.sleep(min(pause, deadline - now))
+            since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
             with self._lock:
                 self._listen(now)
                 window.waited(since, now)
                 self._ask(now)
-
-    def _pause(self, now: float, longest: float = 0.01) -> float:
-        """Return for how long to wait for answers: the longer nobody has advanced, the longer."""
-        return min(longest, max(0.001, (now - self._window.advanced_at) / 2))
 
     def _ask(self, now: float, pause: float = 0.01) -> None:
         """Ask watchers where they are: the longer they do not advance, the less often."""
@@ -1413,7 +1409,7 @@ class Dispatcher:
         Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
         """
         start = now = time.monotonic()
-        window = self._window
+        window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
@@ -1426,8 +1422,8 @@ class Dispatcher:
                 if now >= end:
                     return
                 self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
-            time.sleep(min(self._pause(now, 0.04), end - now))  # meanwhile the thread listens
-            now = time.monotonic()
+            time.sleep(min(pause, end - now))  # meanwhile the thread listens
+            now, pause = time.monotonic(), min(2 * pause, 0.02)
 
     def _close(self, timeout: float) -> None:
         if not _fork_mark[0]:
@@ -1854,8 +1850,8 @@ class Stream:
     """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
 
     __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "is_worker", "name", "process"),
-        *("serial", "source", "window"),
+        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "name", "process", "serial"),
+        *("source", "window", "worker"),
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
@@ -1865,7 +1861,7 @@ class Stream:
         self.window = window
         self.heard = now  # by the windows' clock
         self.process = b""  # PID HOSTNAME, once a beat has told
-        self.is_worker = False  # an event of a task or a worker has come from that process
+        self.worker = b""  # the same, once an event of a task or a worker has come from it
         self.is_offline = False  # its last event was worker-offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
@@ -2008,6 +2004,7 @@ class Receiver:
         patience = inf if timeout is None else timeout
         last = time.monotonic()
         self.fileno()
+        self._is_more_aside = True  # since the last capture
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
@@ -2078,7 +2075,7 @@ class Receiver:
             events += parsed
             if stream and parsed:
                 stream.is_offline = parsed[-1]["type"] == "worker-offline"
-                if not stream.is_worker:
+                if not stream.worker or stream.process not in (b"", stream.worker):
                     self._look_for_worker(stream, parsed)
         self._queued -= size
         now, clock = time.time(), 0
@@ -2093,16 +2090,16 @@ class Receiver:
     def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
         """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
         for event in events:
-            if event["type"].startswith(("task-", "worker-")):
-                process = f"{event.get('pid')} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
+            if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
+                process = f"{event['pid']} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
                 if process == (stream.process or process):
-                    stream.is_worker = True
+                    stream.worker = process
 
     def _say_of(self, stream: Stream, kind: str) -> list[Event]:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
-        if not stream.is_worker or stream.is_offline or not stream.process:
+        if not stream.worker or stream.is_offline or stream.process not in (b"", stream.worker):
             return []
-        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        pid, _, hostname = stream.worker.decode("utf-8", "replace").partition(" ")
         return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
 
     def _count(self, problem: WireError) -> None:
@@ -2433,15 +2430,15 @@ NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
-    + ("root_id", "retries", "started", "result", "runtime", "succeeded", "parent_id", "sent", "client", "progress")
-    + ("queue", "exception", "traceback", "failed", "retried", "expires", "eta", "exchange")
+    + ("root_id", "retries", "started", "succeeded", "result", "runtime", "parent_id", "sent", "client", "progress")
+    + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid or hostname
 NO_PID = -1
 NO_KEYS: frozenset[str] = frozenset()
 NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("state", "timestamp", "clock"))  # stands for every key of a task of which nothing but task-sent is known
+ALONE = frozenset(("state", "timestamp", "clock"))  # stands for all keys of a task of which only task-sent is known
 
 
 def number(value: Any, default: float) -> float:
@@ -2462,8 +2459,10 @@ def attempt_of(event: Mapping[str, Any]) -> float:
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
     """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    pid = event.get("pid")
-    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+    hostname, pid = event.get("hostname"), event.get("pid")
+    if type(hostname) is not str or len(hostname) > MAX_NAME:
+        hostname = ""
+    return hostname, pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
@@ -2471,7 +2470,7 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
     return told.get("worker", ""), told.get("pid", NO_PID)
 
 
-Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events: what they make of a task; its key of their time
+Kind = namedtuple("Kind", ["state", "rank", "time", "shapes"])  # of events; `time` is the key of their time in a task
 Shape = namedtuple("Shape", ["keys", "fields", "usual", "follows"])  # of events of a kind: their keys; those of fields
 
 
@@ -2488,8 +2487,8 @@ def shape_of(event: Mapping[str, Any], kind: Kind) -> Shape:
     if shape is None or event.keys() != shape.keys:
         keys = frozenset(event)
         fields = tuple(key for key in event if key not in (NOT_SENT if kind.time == "sent" else NOT_FIELDS))
-        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and sum(map(len, keys)) <= MAX_NAME
-        follows = usual and kind.time not in ("sent", "received") and not keys & {"retries", "parent_id"}
+        usual = keys & NOT_FIELDS == USUAL and len(keys) <= MAX_FIELDS // 2 and len("".join(map(str, keys))) <= MAX_NAME
+        follows = usual and kind.time not in ("sent", "received") and keys.isdisjoint(("retries", "parent_id"))
         shape = Shape(keys, fields, usual, follows)
         if usual:
             kind.shapes[len(event)] = shape
@@ -2515,7 +2514,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Contai
             record[key] = value
 
 
-# What is told of a delivery is a dict like a task's, and so is what a task-sent tells, which is older than any delivery.
+# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery.
 # The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
 
 
@@ -2532,7 +2531,9 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str]) -> None:
+def take_event(
+    told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float, sent: Container[str] = ()
+) -> None:
     """Let an event change what is told of its delivery; it fills in what is in `sent`, too."""
     undone = told.get("state") not in FINISHED or kind.rank >= RANKS[told["state"]]
     if undone:
@@ -2584,10 +2585,10 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """
     ordered = sorted(deliveries, key=age_of)
     receivers = {process_in(told) for told in ordered if "received" in told}
-    hosts = {hostname for hostname, _ in receivers}
-    joins = ["sent" not in told and told.get("worker", "") in hosts and process_in(told) not in receivers for told in ordered]
-    groups = [[told] for told, joining in zip(ordered, joins) if not joining]
-    for told in (told for told, joining in zip(ordered, joins) if joining):
+    hosts = {hostname for hostname, _ in receivers if hostname}
+    joining = [told for told in ordered if told.get("worker") in hosts and process_in(told) not in receivers]
+    groups = [[told] for told in ordered if not any(told is other for other in joining)]
+    for told in joining:
         there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
         (begun[-1] if begun else there[0]).append(told)
@@ -2597,18 +2598,18 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    closed = NO_KEYS  # what older ones have no say in
-    for group in reversed(groups):
-        for told in reversed(group):
-            for key, value in told.items():
-                if key in TIMES:
-                    shown[key] = max(value, shown.get(key, value))
-                elif key not in shown and key not in closed and len(shown) < MAX_FIELDS:
-                    shown[key] = value
-            if not ERROR.isdisjoint(told):
-                closed |= ERROR
-        closed |= OWN
-    return shown
+    for group in groups:
+        if group is groups[-1]:
+            for key in OWN:
+                shown.pop(key, None)
+        for told in group:
+            if "exception" in told or "traceback" in told:
+                shown.pop("exception", None)
+                shown.pop("traceback", None)
+            shown.update(told)
+    for key in TIMES.intersection(shown):
+        shown[key] = max(told[key] for group in groups for told in group if key in told)
+    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
@@ -2681,7 +2682,7 @@ def is_heard(worker: Mapping[str, Any], now: float) -> bool:
 
 
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
-MAX_SMALL = 200  # characters of the fields of an event that is not weighed
+MAX_SMALL = 150  # characters of the fields of an event that is not weighed
 LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FORGOTTEN = "(forgotten: State was full)"
 FLAT = frozenset((int, float, bool, type(None)))
@@ -2736,18 +2737,19 @@ def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
 class State:
     """What events say of tasks and workers: `tasks` (uuid -> dict) and `workers` (hostname -> dict).
 
-    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries, the time
-    of each transition (sent, received, started, succeeded, ...: the latest), client of the newest task-sent, and timestamp,
-    clock, worker and pid of its newest delivery. A delivery is one process getting the task; each process's events count in
-    their order, and it does not matter how those of several processes come in between each other.
+    A task has uuid, state, children (uuids, sorted) and whatever its events told: name, args, kwargs, result, retries,
+    the latest time of each transition (sent, received, started, succeeded, ...), client of the newest task-sent, and
+    timestamp, clock, worker, pid and began of its newest delivery. A delivery is one process getting the task. Each
+    process's events count in their order; it does not matter how those of several come in between each other.
     A worker has hostname, status ("alive", "lost" or "ended"), heard (by now(), when any event of it was last heard),
     clock_offset (seconds that its clock is ahead of this machine's, 0.0 if unknown) and the fields of its events.
-    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state.
-    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is first
-    heard of, `on_node_leave(worker)` when it goes offline or is lost. Any thread may use it. A pickled State has no callbacks.
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
-    `event_count` events were seen, `task_count` tasks received, `evicted` tasks forgotten for want of room.
-    With `recorded` true, time goes by when the events were received, as it also does when that was long ago.
+
+    `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state. `event_count`
+    events were seen, `task_count` tasks received, `evicted` tasks and large values forgotten for want of room.
+    `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is heard of
+    first or again, `on_node_leave(worker)` when it ends or is lost. A pickled State has none. Any thread may use it.
+    With `recorded` true, time is when the newest event was received, as it also is when that was long ago.
     """
 
     FINISHED = FINISHED  # the states in which a task ends
@@ -2807,10 +2809,7 @@ class State:
         self.__dict__.update(pickle.loads(state), _lock=threading.RLock(), _began=time.time() - time.monotonic())
 
     def now(self) -> float:
-        """Return the seconds since the epoch by the clock of this State, which nobody sets.
-
-        It is the time when the State was made and what has passed since; for recorded events, when the newest was received.
-        """
+        """Return the seconds since the epoch by the clock of this State, which nobody sets, or of recorded events."""
         return self._heard if self._past else self._began + time.monotonic()
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -2933,7 +2932,7 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: how long they took, or have been running, in seconds;
+        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have been running;
         last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
@@ -2992,9 +2991,7 @@ class State:
         top = max(columns, default=0)
         return [-(-count * height // top) if count else 0 for count in columns]
 
-    def counts(
-        self, width: int, span: float, now: float | None = None, types: Iterable[str] | None = None
-    ) -> list[int]:
+    def counts(self, width: int, span: float, now: float | None = None, types: Any = None) -> list[int]:
         """Return the numbers of events that scale_graph() scales."""
         wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
@@ -3079,7 +3076,7 @@ class State:
     def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Give a process of a worker a status and fields.
 
-        A worker shows the status and fields of its processes; the one that is alive and told something last has the last word.
+        A worker shows the status and fields of its processes: of one that is alive, and told something last.
         """
         hostname, pid = process_of(event)
         if not hostname:
@@ -3091,14 +3088,17 @@ class State:
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
-        for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
+        for_all = status != "alive" and pid == NO_PID
+        for_all |= status == "ended" and not event.get("local")  # a worker speaks for the processes of its pool
+        for one in processes.values() if for_all else (process,):
             one["status"] = status
         take_fields(process, fields, NOT_WORKERS, fields)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         for one in sorted(processes.values(), key=last_word):
             take_fields(worker, one, NO_KEYS, one)
-        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or event.get("type") == "worker-online"):
+        joins = before != "alive" or event.get("type") == "worker-online"
+        if self.on_node_join and worker["status"] == "alive" and joins:
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
@@ -3142,6 +3142,17 @@ class State:
         elif task is None and usual:  # the first
             before, task = None, self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
+        elif (  # its only delivery begins, after task-sent
+            usual
+            and task is not None
+            and key_of_time == "received"
+            and "state" in self._sent.get(uuid, ())
+            and attempt_of(event) == attempt_of(task)
+            and event.get("parent_id") in (None, task.get("parent_id"))
+        ):
+            before = "PENDING"
+            self._begin(task, event, kind, timestamp)
+            self._sent[uuid] = untold(task, event)
         else:
             self._take_unusual(uuid, event, kind, timestamp)
             return
@@ -3163,7 +3174,7 @@ class State:
                     size = LARGE
         if size <= MAX_SMALL:
             self._is_small = type(clock) in FLAT and type(event["utcoffset"]) in FLAT and type(event["pid"]) in FLAT
-        if before is None or state in self._classes:
+        if before != "STARTED" or state in self._classes:
             self._enter(task["uuid"], task, before)
             if before is None and "parent_id" in task:
                 self._adopt(uuid, task["parent_id"])
@@ -3211,9 +3222,7 @@ class State:
         if "clock" in told and event.get("clock") is None:
             del told["clock"]  # which is that of the task-sent
 
-    def _merge(
-        self, task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float
-    ) -> dict[str, Any]:
+    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
         """Return a new dict for a task that is not simple, after its event."""
         uuid = task["uuid"]
         deliveries = self._deliveries.setdefault(uuid, [])
@@ -3224,16 +3233,15 @@ class State:
             process = process_of(event)
             mine = [told for told in deliveries if "sent" not in told and process_in(told) == process]
             told = delivery_for(event, kind, mine)
-        if told is None:
-            told = {}
-            deliveries.append(told)
-            if kind.time != "sent":
-                began = max([timestamp, *(before["began"] for before in mine)])  # in the order of its process
-                self._begin(told, event, kind, began)
+        new: dict[str, Any] = {} if told is None else told
         if kind.time == "sent":
-            take_sent(told, event, timestamp)
+            take_sent(new, event, timestamp)
         else:
-            take_event(told, event, kind, timestamp, NO_KEYS)
+            if told is None:  # the times when its deliveries began are in the order of its process, too
+                self._begin(new, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            take_event(new, event, kind, timestamp)
+        if told is None:
+            deliveries.append(new)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         record = self.tasks[uuid] = vars(Record())
@@ -3253,11 +3261,12 @@ class State:
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        here, there = self._classes.get(state if before is None else before, self._active), self._classes.get(state, self._active)
+        there = self._classes.get(state, self._active)
         if before is None:
             self.tasks[uuid] = task
         else:
             self.tasks.move_to_end(uuid)  # now the newest
+            here = self._classes.get(before, self._active)
             if here is there:
                 return
             del here[uuid]
@@ -3303,15 +3312,19 @@ class State:
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+        values = [value for value in (*event, *event.values()) if type(value) not in FLAT]
+        chars = sum(map(len, values)) if all(type(value) is str and value.isascii() for value in values) else LARGE
+        if chars <= MAX_NAME + 2 * MAX_SMALL:
+            return
+        fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in USUAL & event.keys()}}
+        size = 4 * chars if chars < LARGE // 4 else weight_of(fields)
         self._weight += size
-        if size > LARGE:
-            fields = list(event.items())[: 2 * MAX_FIELDS]
-            large = {key: value for key, value in fields if type(value) is not str and bytes_of(value) > LARGE}
+        if size > LARGE or len(fields) < len(event):
+            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
             texts = {key: format_json(value).decode() for key, value in large.items()}
             self._weight += sum(map(len, texts.values()))
             copy = new_event(Event)
-            copy.update({**dict(fields), **texts})
+            copy.update({**fields, **texts})
             for events in (self.recent, self.notes):
                 if events and events[-1] is event:
                     events[-1] = copy
@@ -3330,7 +3343,7 @@ class State:
             yield from (self.workers[hostname], *self._processes[hostname].values())
 
     def _slim(self) -> None:
-        """Weigh all that is kept. Forget large values, the oldest first, and then tasks and workers, until it is half."""
+        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
         records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
         records += [record for hostname in self.workers for record in self._records("", hostname)]
         records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
@@ -3604,8 +3617,10 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker = worker_of(task, stage)
-    until = worker["heard"] if worker and stage.state.is_lost(task, stage.now) else stage.now
+    worker, until = worker_of(task, stage), stage.now
+    if worker and stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
+        lost_at = number(worker.get("timestamp"), inf) if worker["status"] == "lost" else inf
+        until = lost_at - SILENCE if lost_at < inf else worker["heard"]
     seconds = seconds_taken(task, until + clock_error(worker))
     return -1.0 if seconds is None else seconds
 
@@ -3655,7 +3670,7 @@ def reason_of(event: Facts, now: float) -> str:
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def name_of(event: Facts, tasks: Facts) -> str:
+def task_name(event: Facts, tasks: Facts) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
     name = event.get("name") or known(tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
@@ -3664,7 +3679,7 @@ def name_of(event: Facts, tasks: Facts) -> str:
 def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
     """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
     now = time.time()
-    first = clock(event.get("timestamp"), now), printable(event.get("type")), name_of(event, tasks)
+    first = clock(event.get("timestamp"), now), printable(event.get("type")), task_name(event, tasks)
     line = together(*first, printable(event.get("hostname")), reason_of(event, now))
     return line if len(line) <= 200 else line[:199] + "…"
 
@@ -3726,7 +3741,7 @@ WORKER_COLUMNS = (
 EVENT_COLUMNS = (
     Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
     Column("TYPE", 16, "type", style=None, share=0.05),
-    Column("NAME", 20, lambda event, stage: name_of(event, stage.state.tasks), share=0.1),
+    Column("NAME", 20, lambda event, stage: task_name(event, stage.state.tasks), share=0.1),
     Column("WORKER", 12, "hostname", share=0.1, least=90),
     Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
 )
@@ -4730,193 +4745,158 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
 
 
 class Failure(Exception):
-    """Ends a command with one line on standard error, the first argument; the second is the exit status."""
-
-
-def describe(problem: BaseException | None) -> str:
-    """Return what an error of the system says, and of which file."""
-    if not isinstance(problem, OSError):
-        return str(problem)
-    reason = problem.strerror or str(problem)
-    return f"{problem.filename}: {reason}" if problem.filename else reason
+    """What a command cannot do: one line on standard error, and status 1. Wrong usage is a ValueError, and status 2."""
 
 
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {plural(noun, number)}"
 
 
 MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
 
 
 class BadLines:
-    """Takes what is wrong with lines of a file: complains of the first few, and says in the end how many more are bad."""
+    """Called with each line of a file that holds no event: counts it, and complains of the first few."""
 
-    def __init__(self, at_once: bool) -> None:
-        self.count = 0
-        self._at_once = at_once
-        self._later: list[str] = []
+    count = 0
 
     def __call__(self, problem: object) -> None:
         self.count += 1
         if self.count <= MAX_TOLD:
-            (complain if self._at_once else self._later.append)(str(problem))
+            complain(str(problem))
 
-    def end(self) -> int:
-        """Complain of the rest, and return how many bad lines there were."""
-        for problem in self._later:
-            complain(problem)
+    def end(self) -> None:
+        """Say how many more there are."""
         if self.count > MAX_TOLD:
             complain(f"and {self.count - MAX_TOLD:,} more")
-        return self.count
 
 
-def listening(options: Any) -> Receiver:
-    """Return a Receiver whose socket is open."""
-    receiver = Receiver(options.url, key=options.key)
-    try:
-        receiver.fileno()
-    except OSError as problem:
-        raise Failure(f"cannot listen on {receiver.url}: {describe(problem)}", 1) from None
-    return receiver
-
-
-def end_with_reader(receiver: Receiver) -> None:
-    """End the receiver's capture when whoever reads standard output from a pipe has gone, event or no event."""
+def has_reader() -> bool:
+    """Whether somebody reads standard output, as far as the system can tell."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # which waits for nothing but the end
+        poll.register(sys.stdout.fileno(), 0)  # which asks for nothing but the end
+        return not poll.poll(0)
     except (AttributeError, OSError):
-        return  # Windows has no poll(); a standard output that is no file has no reader
+        return True  # Windows has no poll(); a standard output that is no file has no reader
 
-    def wait() -> None:
-        poll.poll()
-        receiver.should_stop = True
 
-    threading.Thread(target=wait, daemon=True).start()
+def troubles(end: Any) -> list[str]:
+    """Return what a Receiver or a Dispatcher has lost or rejected until now."""
+    reasons, stats = {"lost": "", "rejected": f": {end.problem}"}, end.stats
+    return [f"{how_many(stats[name], 'datagram')} {name}{reasons[name]}" for name in reasons if stats.get(name)]
 
 
 def report_losses(receiver: Receiver, feed: Feed) -> Feed:
-    """Yield what is heard; complain of what is lost or rejected, at most once a second, and of all in the end."""
-    told, told_at = {"lost": 0, "rejected": 0}, -inf
-
-    def tell(words: str = "") -> None:
-        nonlocal told, told_at
-        counts = {name: receiver.stats[name] for name in told}
-        news = [f"{many:,} {plural('datagram', many)} {name}{words}" for name, many in counts.items() if many]
-        if news and (words or counts != told):
-            complain(", ".join(news) + (f": {receiver.problem}" if counts["rejected"] else ""))
-        told, told_at = counts, time.monotonic()
-
+    """Yield what is heard while it is read; complain of troubles at most once a second, and of all in the end."""
+    told, due = "", 0.0
     try:
         for event in feed:
+            if event is None and not has_reader():
+                return
             yield event
-            if time.monotonic() > told_at + 1.0:
-                tell()
+            if time.monotonic() > due:
+                before, told, due = told, ", ".join(troubles(receiver)), time.monotonic() + 1.0
+                if told != before:
+                    complain(told)
     finally:
-        tell(" in all")
+        if told := ", ".join(troubles(receiver)):
+            complain(f"in all {told}")
 
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    files = [path for path in (options.record, options.file) if path and os.path.isfile(path)]
-    if len(files) == 2 and os.path.samefile(*files):
-        raise Failure(f"{options.file} cannot be recorded into itself", 2)
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    if options.json and options.plain:
+        raise ValueError("--json and --plain exclude each other")
+    with suppress(OSError, TypeError):  # one is not there, or not given
+        if os.path.samefile(options.file, options.record):
+            raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types = State(), options.type or ()
-    bad = BadLines(at_once=in_lines)
+    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
             state.recorded = True
             feed: Feed = recorded(options.file, bad)
         else:
-            receiver = stack.enter_context(listening(options))
+            receiver = stack.enter_context(Receiver(options.url, key=options.key))
+            try:
+                receiver.fileno()
+            except OSError as problem:
+                raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
-        if in_lines and not options.file:
-            end_with_reader(receiver)
-            feed = report_losses(receiver, feed)
+            feed = report_losses(receiver, feed) if in_lines else feed
         feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
-            empty = f"no events in {options.file}"
-            Monitor(feed, state, lambda: {"url": options.file, "empty": empty, "malformed": bad.count}).run()
+            status = {"url": options.file, "empty": f"no events in {options.file}"}
+            with redirect_stderr(unsaid):  # not into the picture
+                Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
+            print(end=unsaid.getvalue(), file=sys.stderr)
         else:
             show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
-    return 1 if bad.end() > state.event_count else 0  # hardly anything can be read
+    bad.end()
+    return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
 
-def parse_field(word: str) -> tuple[str, Any]:
-    """Return name and value of "name=text" or "name:=json"."""
-    name, equals, text = word.partition("=")
-    if not equals or not name.rstrip(":") or text.startswith("="):
-        raise Failure(f"field is {word!r}, expected name=text or name:=json", 2)
-    if not name.endswith(":"):
-        return name, text
-    try:
-        return name[:-1], parse_json(text.encode("utf-8", "surrogateescape"))
-    except WireError as problem:
-        raise Failure(f"field is {word!r}: {problem}", 2) from None
-
-
-def parse_fields(words: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of an event from a command line."""
-    fields = dict(map(parse_field, words))
-    for wrong, message in (
-        (len(fields) < len(words), "a field is given twice"),
-        (fields.keys() & {"type", "blind"}, "a field cannot be called type or blind"),
-        (isinstance(fields.get("timestamp"), str), "timestamp is a text, expected seconds as in timestamp:=1.7e9"),
-    ):
-        if wrong:
-            raise Failure(message, 2)
+def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of Dispatcher.send() for an event of a type with fields as "name=text" or "name:=json"."""
+    fields: dict[str, Any] = {"type": type, "blind": False}
+    for word in words:
+        found = re.fullmatch("([^=:][^=]*?)(:?)=(|[^=].*)", word, re.DOTALL)
+        if not found:
+            raise ValueError(f"field is {word!r}, expected name=text or name:=json")
+        name, is_json, text = found.groups()
+        if name in fields:
+            raise ValueError(f"field {name!r} is given twice, or means something else to send")
+        try:
+            fields[name] = parse_json(text.encode("utf-8", "surrogateescape")) if is_json else text
+        except WireError as problem:
+            raise ValueError(f"field is {word!r}: {problem}") from None
+    if not isinstance(fields.get("timestamp", 0), (int, float)):
+        raise ValueError("timestamp is no number, expected seconds as in timestamp:=1.7e9")  # noqa: TRY004
     return fields
 
 
-def send_lines(dispatcher: Dispatcher) -> int:
-    """Send the NDJSON on standard input; return how many lines were bad."""
-    bad = BadLines(at_once=True)
-    for event in recorded("-", bad):
-        try:
-            dispatcher.publish(event)
-        except ValueError as problem:  # too large
-            bad(problem)
-    return bad.end()
-
-
-FLUSH_ALL = 60.0  # how long the command `send` waits for watchers that are alive but behind
+FLUSH_ALL = 60.0  # seconds that the command `send` waits for watchers that are alive but behind
 
 
 def send(options: Any) -> int:
     """Send an event, or those on standard input, and say how many watchers have everything."""
-    fields, failures = parse_fields(options.field), 0
-    if options.type == "-" and fields:
-        raise Failure("send - takes no fields", 2)
+    fields, bad = parse_fields(options.type, options.field), BadLines()
+    if options.type == "-" and options.field:
+        raise ValueError("send - takes no fields")
     with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
-        if options.type == "-":
-            failures = send_lines(dispatcher)
-        else:
-            dispatcher.send(options.type, **fields)
+        if options.type != "-":
+            dispatcher.send(**fields)
+        for event in recorded("-", bad) if options.type == "-" else ():
+            try:
+                dispatcher.publish(event)
+            except ValueError as problem:  # too large
+                bad(problem)
+        bad.end()
         watchers = dispatcher.flush(FLUSH_ALL)
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
-        raise Failure(f"cannot send to {dispatcher.url}: {describe(dispatcher.problem)}", 1)
-    report = f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"
+        raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
+    report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report += f"; {how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}"
-    if stats["rejected"]:
-        report += f"; {how_many(stats['rejected'], 'answer')} rejected: {dispatcher.problem}"
+        report.append(f"{how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}")
     if sys.stderr:
-        print(printable(report), file=sys.stderr, flush=True)
-    return 1 if failures or lacking else 0
+        print(printable("; ".join(report + troubles(dispatcher))), file=sys.stderr, flush=True)
+    return 1 if bad.count or lacking else 0
 
 
 # run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
 
 TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
 SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
-MAX_PIPE = 1 << 20  # bytes that a pipe may hold
 MAX_TAIL = 65536  # bytes of standard error that are kept, and
 MAX_LINES = 20  # of these the last lines
 
@@ -4932,74 +4912,51 @@ def in_foreground() -> bool:
 
 @contextmanager
 def signals_passed_on(command: Any) -> Iterator[None]:
-    """Pass signals on to a command. One that comes when it has ended ends us."""
+    """Pass signals on to a command, but those that are ignored, as by nohup: the command ignores them, too."""
     import signal
 
     def pass_on(number: int, frame: object) -> None:
         if signal.Signals(number).name in SENT or not in_foreground():
-            if command.poll() is not None:
-                raise SystemExit(128 + number)
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
-    before = {number: signal.getsignal(number) for number in signal.Signals if number.name in TYPED + SENT}
-    ignored = signal.SIG_IGN, None  # as by nohup: the command ignores them, too
-    before = {number: handler for number, handler in before.items() if handler not in ignored}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}  # no other thread may
-    for number in before:
-        signal.signal(number, pass_on)
-    try:
+    with ExitStack() as stack:
+        for number in signal.Signals:
+            if number.name in TYPED + SENT and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                stack.callback(signal.signal, number, signal.signal(number, pass_on))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def copied_streams() -> list[str]:
-    """Return which streams of a command are copied, to know its last lines: standard error, if it is no terminal.
+def piped_streams() -> dict[str, Any]:
+    """Return which streams of a command come through a pipe, for its last lines: standard error that is no terminal."""
+    from subprocess import PIPE, STDOUT
 
-    And standard output where that is the same file, so that the two keep their order.
-    """
     try:
-        error = os.fstat(2)
         if os.isatty(2) or sys.platform == "win32":
-            return []
-        return ["stderr", "stdout"] if os.path.samestat(os.fstat(1), error) else ["stderr"]
+            return {}
+        is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
+        return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
     except OSError:  # one is closed
-        return []
+        return {}
 
 
-def start_command(words: Sequence[str], **streams: Any) -> Any:
-    """Return the process of a command. A script that names no interpreter is for the shell, as it is everywhere."""
+def copy_errors(command: Any) -> str:
+    """Copy the pipe of a command to standard error until the command has ended, and return its last lines."""
     from subprocess import Popen
 
-    try:
-        return Popen(words, close_fds=False, **streams)
-    except OSError as problem:
-        if problem.errno != errno.ENOEXEC:
-            raise
-        return Popen(["/bin/sh", *words], close_fds=False, **streams)
-
-
-def copy_errors(command: Any, pipe: int) -> str:
-    """Copy a pipe to standard error until the command has ended, and return its last lines.
-
-    What its own children write later, another process copies.
-    """
     tail, data, has_ended = b"", b"-", False
-    # An error: whoever reads us has gone, and the command finds a broken pipe, too.
-    with open(pipe, "rb", buffering=0) as source, suppress(OSError):
+    # at an error whoever reads us has gone, and the command finds a broken pipe, too
+    with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
         while data and not has_ended:
             has_ended = command.poll() is not None
-            if select.select([source], [], [], 0 if has_ended else MAX_SLEEP)[0]:
-                data = rest = source.read(MAX_PIPE)
+            if select.select([pipe], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+                data = pipe.read(MAX_TAIL)
                 tail = (tail + data)[-MAX_TAIL:]
-                while rest:
-                    rest = rest[os.write(2, rest) :]
-        if data:
-            start_command(["cat"], stdin=source, stdout=2)
-    return b"\n".join(tail.rstrip(b"\n").split(b"\n")[-MAX_LINES:]).decode(errors="backslashreplace")
+                target.write(data)
+                target.flush()
+        if data:  # a child of the command still has the pipe, and may outlive us
+            Popen(["cat"], stdin=pipe, stdout=2)
+    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
 
 
 def describe_end(code: int, errors: str) -> dict[str, Any]:
@@ -5021,20 +4978,21 @@ def describe_end(code: int, errors: str) -> dict[str, Any]:
 
 def run_command(words: Sequence[str]) -> dict[str, Any]:
     """Run a command; return fields that tell how it has ended, or why it cannot be run."""
-    streams, errors = copied_streams(), ""
-    pipe, inlet = os.pipe() if streams else (-1, -1)
+    from subprocess import Popen
+
+    streams = piped_streams()
     try:
-        command = start_command(words, **dict.fromkeys(streams, inlet))
+        command = Popen(words, bufsize=0, close_fds=False, **streams)
     except OSError as problem:
+        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
+            return run_command(["/bin/sh", *words])
         is_missing = isinstance(problem, FileNotFoundError)
         reason = "not found" if is_missing else str(problem.strerror)
         hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
         complain(f"{words[0]}: {reason}{hint}")
         return {"exit_status": 127 if is_missing else 126, "exception": reason}
     with signals_passed_on(command):
-        if streams:
-            os.close(inlet)
-            errors = copy_errors(command, pipe)
+        errors = copy_errors(command) if streams else ""
         return describe_end(command.wait(), errors)
 
 
@@ -5045,16 +5003,14 @@ def run(options: Any) -> int:
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
-        raise Failure("no command to run, expected run -- COMMAND", 2)
+        raise ValueError("no command to run, expected run -- COMMAND")
     name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
     uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-        with suppress(Exception):  # whatever of ours fails is nothing to the command
-            dispatcher.begin_task(uuid, {"name": name, "args": args, "kwargs": "{}", "retries": 0})
+        dispatcher.begin_task(uuid, {"name": name, "args": args})
         outcome = run_command(words)
         kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        with suppress(Exception):
-            dispatcher.end_task(kind, uuid, {**outcome, "runtime": time.monotonic() - began})
+        dispatcher.end_task(kind, uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
 
 
@@ -5064,14 +5020,11 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
-    "EADDRNOTAVAIL": "{where} is no address of this machine",
+    "EADDRNOTAVAIL": "{where} is no address of this machine, as 127.0.0.1 while lo is down: sudo ip link set lo up",
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
     "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it, or the port is below 1024",
-    "EMSGSIZE": "too large for this system, or for this interface",
-    "ENOBUFS": "the system has no buffer for it",
-    "EAFNOSUPPORT": "this machine has no IPv4",
 }
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
 LISTEN_TIME = 0.6  # two beats of every sender
@@ -5083,156 +5036,124 @@ def in_words(problem: BaseException | None, url: Url) -> str:
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
     name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
-    if name == "EADDRNOTAVAIL" and on_loopback(url):
-        return "the loopback interface is down, or has no such address: sudo ip link set lo up"
-    where = url.interface if is_group(url.host) else url.host
-    return REASONS.get(name, "{problem}").format(problem=describe(problem), where=where, **url._asdict())
+    where = url.interface or url.host
+    return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
 
 class Trial:
-    """A URL that is tried: what sends to it, what listens there, and what others say, once it listens."""
+    """A URL that is tried. A step is a method that returns what it has found, or raises OSError or Failure."""
+
+    STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
 
     def __init__(self, url: str, key: bytes) -> None:
         self.url = parse_url(url)
-        self.is_group = is_group(self.url.host)
-        self.leaves = self.is_group and not on_loopback(self.url)  # to hear it here then proves nothing about there
         self.dispatcher = Dispatcher(url, key=key)
-        self.receiver = Receiver(url, key=key)
-        self.listens = False
-        self.others: set[str] = set()
+        self.receiver = Receiver(url, {"*": self.hear}, key=key)
+        self.listens, self.confirmed = False, 0
+        self.heard: dict[str, str] = {}  # hostname -> how its clock is wrong
 
-    def listen(self, longest: float, fill: Any = None) -> bool:
-        """Listen for so many seconds, or until our event with this field has come."""
-        end = time.monotonic() + longest
-        for event in self.receiver.itercapture(timeout=longest, wakeup=False):
-            ahead = event.timestamp - event["local_received"]
-            if event.get("hostname") != self.dispatcher.hostname:
-                clock = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
-                self.others.add(f"{printable(event.get('hostname'))}{clock}")
-            elif event.get("fill") == fill:
-                return True
-            if time.monotonic() > end:
-                break
-        return False
+    def hear(self, event: Event) -> None:
+        """Note who sends, and whether the clocks differ."""
+        name, ahead = event.get("hostname"), event.timestamp - event["local_received"]
+        if name != self.dispatcher.hostname:
+            self.heard[printable(name)] = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
 
-    def arrives(self, fill: str) -> bool:
-        """Send an event with this field; return whether we hear it or, if we cannot listen, a watcher confirms it."""
+    def try_event(self, fill: str = "") -> int:
+        """Send an event with this field; return how many watchers confirm it: we are one, if we can listen."""
         self.dispatcher.send("eventmon-check", fill=fill)
-        return self.listen(HEAR_TIME, fill) if self.listens else self.dispatcher.flush(HEAR_TIME) > 0
+        return max(self.dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
+
+    def open(self) -> str:
+        """Open a socket that sends."""
+        Link(self.url).close()
+        return f"a socket that sends to {self.url.host}, ttl={self.url.ttl} (0: this machine, 1: this network)"
+
+    def join(self) -> str:
+        """Listen, unless another watcher has the port of a unicast URL."""
+        try:
+            self.receiver.fileno()
+        except OSError as problem:
+            if is_group(self.url.host):
+                raise
+            return f"{in_words(problem, self.url)}; whoever watches there is to confirm"
+        threading.Thread(target=self.receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
+        self.listens = True
+        return f"{self.url.host}, port {self.url.port}"
+
+    def send(self) -> str:
+        """Send an event."""
+        self.confirmed = self.try_event()
+        if not self.dispatcher.stats["datagrams"]:
+            raise Failure(in_words(self.dispatcher.problem, self.url))
+        return "the system took a datagram"
+
+    def receive(self) -> str:
+        """Be told that the event has arrived."""
+        if self.confirmed:
+            return "it has come back on this machine" if self.listens else "a watcher has confirmed it"
+        there = f"start python eventmon.py watch --url udp://0.0.0.0:{self.url.port} there"
+        if not self.listens:
+            raise Failure(f"nobody confirms it: {there}, with the same key, and let UDP through its firewall")
+        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
+        raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {there}")
+
+    def sizes(self) -> str:
+        """Send an event that takes about the largest datagram that is sent to this URL; it is to arrive everywhere."""
+        size = MAX_LOOPBACK if on_loopback(self.url) else MAX_DATAGRAM
+        if self.try_event("x" * (size - 4 * MAX_HEADER)) < self.confirmed:
+            raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+        return f"up to {size:,} bytes in a datagram"
+
+    def buffer(self) -> str:
+        """Compare a receive buffer with what is asked for."""
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            got = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
+        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+        return f"{got:,} bytes" + (more if got < BUFFER else "")
+
+    def others(self) -> str:
+        """Listen for a moment, and say who else is there."""
+        time.sleep(LISTEN_TIME)
+        hosts = [host for host, _ in self.dispatcher.watchers()]
+        senders, watchers = self.receiver.stats["streams"] - self.listens, len(hosts) - self.listens
+        texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
+        texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
+        if self.heard:
+            texts.append("events come from " + ", ".join(sorted(map("".join, self.heard.items()))[:MAX_TOLD]))
+        return "; ".join(texts + troubles(self.receiver) + troubles(self.dispatcher))
 
 
-def try_open(trial: Trial) -> str:
-    """Open a socket that sends."""
-    Link(trial.url).close()
-    where = f"on interface {trial.url.interface}" if trial.is_group else f"to {trial.url.host}"
-    return f"a socket that sends {where}" + (", but no further: ttl=0" if trial.leaves and not trial.url.ttl else "")
-
-
-def try_join(trial: Trial) -> str:
-    """Open a socket that listens, unless another watcher has the port of a unicast URL."""
-    try:
-        trial.receiver.fileno()
-    except OSError as problem:
-        if trial.is_group:
-            raise
-        return f"{in_words(problem, trial.url)}; whoever watches there is to confirm"
-    trial.listens = True
-    return f"{'group' if trial.is_group else 'address'} {trial.url.host}, port {trial.url.port}"
-
-
-def try_send(trial: Trial) -> str:
-    """Send an event."""
-    trial.dispatcher.send("eventmon-check")
-    trial.dispatcher.flush(HEAR_TIME)
-    if not trial.dispatcher.stats["datagrams"]:
-        raise Failure(in_words(trial.dispatcher.problem, trial.url))
-    return "the system took a datagram"
-
-
-def try_receive(trial: Trial) -> str:
-    """Receive an event."""
-    port = trial.url.port
-    if trial.arrives("-"):
-        here = "it has come back on this machine" if trial.leaves else "it has arrived"
-        return here if trial.listens else "a watcher has confirmed it"
-    if not trial.listens:
-        there = f"start python eventmon.py watch --url udp://0.0.0.0:{port} there"
-        raise Failure(f"nobody confirms it: {there}, with the same key if any, and let UDP through its firewall")
-    causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-    ways = f"watch udp://0.0.0.0:{port}, send to udp://ADDRESS-OF-THE-WATCHER:{port}"
-    raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {ways}")
-
-
-def try_sizes(trial: Trial) -> str:
-    """Receive an event that takes about the largest datagram that is sent to this URL."""
-    size = MAX_LOOPBACK if on_loopback(trial.url) else MAX_DATAGRAM
-    arrives = trial.arrives("x" * (size - 4 * MAX_HEADER))
-    trial.dispatcher.flush(HEAR_TIME)  # so that watchers on other machines can confirm it
-    if not arrives or trial.dispatcher.stats["behind"] and trial.leaves:
-        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
-    return f"up to {size:,} bytes in a datagram"
-
-
-def try_buffer(trial: Trial) -> str:
-    """Compare the receive buffer with what was asked for."""
-    got = trial.receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) if trial.listens else BUFFER
-    got //= 2 if sys.platform == "linux" else 1  # which counts twice what it grants
-    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-    return f"{got:,} bytes" + (more if got < BUFFER else "")
-
-
-def try_others(trial: Trial) -> str:
-    """Listen for a moment, and say who else is there."""
-    if trial.listens:
-        trial.listen(LISTEN_TIME)
-    watchers, senders = trial.dispatcher.watchers(), max(0, len(trial.receiver.sources()) - 1)
-    others = how_many(len(watchers) - trial.listens, "watcher")
-    texts = [f"{how_many(senders, 'Dispatcher')} and {others} beside this one"]
-    if trial.leaves:
-        texts.append("only a watcher on another machine proves that anything gets there")
-        texts.append("watchers are at " + ", ".join(sorted({host for host, _ in watchers})[:MAX_TOLD]))
-    if trial.others:
-        texts.append("events come from " + ", ".join(sorted(trial.others)[:MAX_TOLD]))
-    for end in (trial.receiver, trial.dispatcher):
-        if end.stats["rejected"]:
-            texts.append(f"{how_many(end.stats['rejected'], 'datagram')} rejected: {end.problem}")
-    return "; ".join(texts)
-
-
-def check_steps(url: str, key: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield "ok" or "wrong", the name of a step, and what came of it, up to the first one that is wrong."""
+def check_steps(url: str, key: bytes) -> Iterator[str]:
+    """Yield "ok" or "wrong", the name of a step and what came of it, as a line, up to the first one that is wrong."""
     trial = Trial(url, key)
     with trial.dispatcher, trial.receiver:
-        for step in (try_open, try_join, try_send, try_receive, try_sizes, try_buffer, try_others):
-            name = step.__name__[4:]
+        for name in trial.STEPS:
             try:
-                yield "ok", name, step(trial)
-            except (OSError, UnicodeError, Failure) as problem:
-                yield "wrong", name, in_words(problem, trial.url)
+                yield f"ok    {name:<7} {getattr(trial, name)()}"
+            except (OSError, Failure) as problem:
+                yield f"wrong {name:<7} {in_words(problem, trial.url)}"
                 return
 
 
 def check(options: Any) -> int:
     """Try the URL in force step by step, and say what is wrong and what to do."""
     take_any_text()
-    url, key, verdict = url_from(options.url), key_from(options.key), ""
+    url, key, line = url_from(options.url), key_from(options.key), ""
     parts = parse_url(url)
-    origin = "--url" if options.url else "$EVENTMON_URL" if os.environ.get("EVENTMON_URL") else "the default"
-    print(f"{url}  ({origin}{', with a key' if key else ''})", flush=True)
-    for verdict, name, text in check_steps(url, key):
-        print(f"{verdict:<5} {name:<7} {text}", flush=True)
+    print(f"{url}{'  (with a key)' if key else ''}", flush=True)
+    for line in check_steps(url, key):
+        print(line, flush=True)
     group = parts.host if is_group(parts.host) else parse_url(DEFAULT_URL).host
     names = [name for _, name in socket.if_nameindex()]
     if sys.platform == "win32":  # where only addresses will do
         names = socket.gethostbyname_ex(socket.gethostname())[2]
-    print("interfaces" + ("" if options.all_interfaces else ", of which --all-interfaces tries each") + ":")
-    for name in filter(is_host, names):
-        other, outcome = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}", ""
-        if options.all_interfaces:
-            *_, (_, step, text) = islice(check_steps(other, key), 4)
-            outcome = f"  {step}: {text}"
-        print(f"  {name:<10} '{other}'{outcome}", flush=True)
-    return 0 if verdict == "ok" else 1
+    print("interfaces, of which --all-interfaces tries each:")
+    for name in filter(is_host, names):  # the others have no place in a URL
+        other = f"udp://{group}:{parts.port}?interface={name}&ttl={0 if name.startswith('lo') else 1}"
+        outcome = [*islice(check_steps(other, key), 4)][-1] if options.all_interfaces else ""
+        print(f"  {name:<10} '{other}'  {outcome}".rstrip(), flush=True)
+    return 0 if line.startswith("ok") else 1
 
 
 # demo
@@ -5243,7 +5164,7 @@ def serve(events: Dispatcher) -> NoReturn:
     import logging
     from random import random
 
-    log = logging.Logger("shop", logging.INFO)  # noqa: LOG001 - of our own
+    log = logging.Logger("shop")  # noqa: LOG001 - of our own
     log.addHandler(log_handler()(events))
 
     @events.task("shop.charge")
@@ -5253,123 +5174,84 @@ def serve(events: Dispatcher) -> NoReturn:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    def mail(to: str, uuid: str | None = None) -> None:
-        for retries in range(3):
-            with events.task("mail.send", uuid, args=repr((to,)), retries=retries) as task:
-                time.sleep(random())
-                if random() < 0.6:
-                    return
-                log.warning("no answer from %s, attempt %d", to, retries + 1)
-                task.retried(TimeoutError("mail.example.com"))
-            uuid = task.uuid
-
     while True:
         number = int(1000 + 9000 * random())
-        events.send("order-placed", order=number)
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
             for step in range(1, 10):
                 time.sleep(random() / 2)
                 order.progress(step / 10)
-            mail(f"customer-{number}@example.com")
-
-
-def demo_worker(options: Any) -> int:
-    """Work in three threads until standard input ends, or until it is time to die."""
-    with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
-        for _ in range(3):
-            threading.Thread(target=serve, args=(events,), daemon=True).start()
-        if options.worker == "gamma":
-            threading.Timer(15, os._exit, (1,)).start()
-        sys.stdin.read()
-    os._exit(0)
+            for retries in range(3):
+                with events.task("mail.send", f"{order.uuid}-mail", retries=retries) as mail:
+                    time.sleep(random())
+                    if random() < 0.6:
+                        break
+                    log.warning("no answer from mail.example.com, attempt %d", retries + 1)
+                    mail.retried(TimeoutError("mail.example.com"))
 
 
 def demo(options: Any) -> int:
     """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
-    from random import randrange
     from subprocess import DEVNULL, PIPE, Popen
 
     if options.worker:
-        return demo_worker(options)
-    options.url = options.url or f"udp://239.255.{randrange(256)}.1:{randrange(20000, 60000)}"
-    parse_url(options.url)
-    in_zip = f"import sys; sys.path[0] = {os.path.dirname(__file__)!r}; import eventmon; eventmon.main()"
-    program = [__file__] if os.path.isfile(__file__) else ["-c", in_zip]
-    words = [sys.executable, *program, "demo", "--url", options.url]
+        with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
+            for _ in range(3):
+                threading.Thread(target=serve, args=(events,), daemon=True).start()
+            if options.worker == "gamma":
+                threading.Timer(15, os._exit, (1,)).start()  # it dies
+            sys.stdin.read()  # until the monitor ends
+        return 0
+    options.url = options.url or "udp://239.255.69.87:6987"
+    program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
+    words = [sys.executable, program, "demo", "--url", options.url]
     words += ["--key-file", options.key_file] if options.key_file else []
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
-            worker = Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL)
-            stack.callback(worker.communicate)
-            stack.callback(worker.kill)
+            stack.enter_context(Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
         return watch(options)
 
 
-def whole_number(word: str) -> int:
-    """Return a whole number from the command line, not negative."""
-    if not word.isdecimal():
-        raise ValueError
-    return int(word)
-
-
-def time_span(word: str) -> float:
-    """Return a number from the command line, not negative."""
-    if not word.replace(".", "", 1).isdecimal():
-        raise ValueError
-    return float(word)
-
-
-Command = namedtuple("Command", ["work", "summary", "examples", "arguments"])
-
-FLAG: dict[str, Any] = {"action": "store_true"}
-WATCHING: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("--json", "print each event as a line of JSON", FLAG),
-    ("--plain", "print each event as a line of text", FLAG),
-    ("--record", "append every event to FILE as NDJSON", {"metavar": "FILE"}),
-    ("--type", "only these types, as in 'task-*'; may be repeated", {"metavar": "GLOB", "action": "append"}),
-    ("--limit", "stop after N events", {"metavar": "N", "type": whole_number}),
-    ("--timeout", "stop after S seconds without an event", {"metavar": "S", "type": time_span}),
-    ("--no-history", "begin with what is sent from now on", FLAG),
-)
 COMMANDS = {
-    "watch": Command(
-        watch,
-        "show what is heard, or what FILE holds, until the user or a limit ends it",
-        ("watch", "watch --json --type 'task-*' | jq .uuid", "watch recorded.jsonl"),
-        (("file", "recorded NDJSON, - for standard input", {"metavar": "FILE", "nargs": "?"}), *WATCHING),
-    ),
-    "send": Command(
-        send,
-        "send an event, or those on standard input, and say how many watchers have everything",
-        ("send deploy-done version=1.2 seconds:=8.5", "send - < recorded.jsonl"),
-        (
-            ("type", "the event's type, or - for NDJSON on standard input", {"metavar": "TYPE"}),
-            ("field", "name=text, or name:=json", {"metavar": "FIELD", "nargs": "*"}),
-        ),
-    ),
-    "run": Command(
-        run,
-        "run COMMAND as if it were run alone, with its exit status, and send the events of a task for it",
-        ("run -- make test", "run --name nightly-backup -- ./backup.sh /srv"),
-        (
-            ("--name", "of the task (default: the command's)", {}),
-            ("command", "the command and its arguments", {"metavar": "-- COMMAND", "nargs": "..."}),
-        ),
-    ),
-    "check": Command(
-        check,
-        "try the URL in force step by step, and say what is wrong and what to do",
-        ("check", "check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'"),
-        (("--all-interfaces", "try each interface, too", FLAG),),
-    ),
-    "demo": Command(
-        demo,
-        "show a shop at work: three worker processes, on a URL of their own, and the monitor",
-        ("demo", "demo --plain --limit 20"),
-        (*WATCHING, ("--worker", "==SUPPRESS==", {})),
-    ),
+    "watch": (watch, "show what is heard, or what a file holds, until the user or a limit ends it"),
+    "send": (send, "send an event, or those on standard input, and say how many watchers have everything"),
+    "run": (run, "run a command as if it were run alone, with its exit status, and send the events of a task for it"),
+    "check": (check, "try the URL in force step by step, and say what is wrong and what to do"),
+    "demo": (demo, "show a shop at work: three worker processes, on a URL of their own, and the monitor"),
 }
+EVERY = " ".join(COMMANDS)
+FLAG: dict[str, Any] = {"action": "store_true"}
+TEXT: dict[str, Any] = {}
+ARGUMENTS = (  # the commands that take it, its name, what it is, and what argparse is to do with it
+    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", TEXT),
+    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", TEXT),
+    (EVERY, "--version", "print the version", {"action": "version", "version": f"eventmon {__version__}"}),
+    ("watch", "file", "recorded NDJSON, - for standard input", {"nargs": "?"}),
+    ("watch demo", "--json", "print each event as a line of JSON", FLAG),
+    ("watch demo", "--plain", "print each event as a line of text", FLAG),
+    ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
+    ("watch demo", "--limit", "stop after so many events", {"type": int}),
+    ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
+    ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
+    ("send", "type", "the event's type, or - for NDJSON on standard input", TEXT),
+    ("send", "field", "name=text, or name:=json", {"nargs": "*"}),
+    ("run", "--name", "of the task (default: the command's)", TEXT),
+    ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
+    ("check", "--all-interfaces", "try each interface, too", FLAG),
+    ("demo", "--worker", "==SUPPRESS==", TEXT),
+)
+EXAMPLES = """examples:
+  python eventmon.py watch
+  python eventmon.py watch --json --type 'task-*' | jq .uuid
+  python eventmon.py watch recorded.jsonl
+  python eventmon.py send deploy-done version=1.2 seconds:=8.5
+  python eventmon.py send - < recorded.jsonl
+  python eventmon.py run --name nightly-backup -- ./backup.sh /srv
+  python eventmon.py check --url 'udp://239.255.69.86:6986?interface=eth0&ttl=1'
+  python eventmon.py demo
+
+exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
 def parse_words(name: str, words: Sequence[str]) -> Any:
@@ -5378,32 +5260,21 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise Failure(message, 2)
+            raise ValueError(message)
 
-    command = COMMANDS[name]
-    examples = "\n  python eventmon.py ".join(("examples:", *command.examples))
-    more = f"{examples}\n\nexit status: 0, 1 for a failure, 2 for wrong usage"
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"eventmon {name}", description=command.summary, epilog=more, formatter_class=form)
-    parser.set_defaults(file=None, json=False)
-    parser.add_argument("--version", action="version", version=f"eventmon {__version__}")
-    parser.add_argument("--url", help="where events are sent (default: $EVENTMON_URL, or this machine)")
-    parser.add_argument("--key-file", metavar="FILE", help="holds the key that authenticates ($EVENTMON_KEY is one)")
-    for argument, text, settings in command.arguments:
-        parser.add_argument(argument, help=text, **settings)
+    form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
+    parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
+    parser.set_defaults(file=None, key=None)
+    for commands, argument, text, settings in ARGUMENTS:
+        if name in commands:
+            parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
-    if options.json and options.plain:
-        raise Failure("--json and --plain exclude each other", 2)
+    if options.key_file:
+        with open(options.key_file, "rb") as file:
+            options.key = file.read().strip()
+        if not options.key:
+            raise Failure(f"key file {options.key_file} is empty")
     return options
-
-
-def read_key_file(path: str) -> bytes:
-    """Return the key in a file, without white space around it."""
-    with open(path, "rb") as file:
-        key = file.read().removeprefix(b"\xef\xbb\xbf").strip()
-    if not key:
-        raise Failure(f"key file {path} is empty", 1)
-    return key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5411,32 +5282,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
-            lines = [f"eventmon {__version__}"]
-            if name != "--version":
-                lines += (f"  {name:<6} {command.summary}" for name, command in COMMANDS.items())
-                lines.append("python eventmon.py COMMAND --help says more")
-            print(*lines, sep="\n")
+            print(f"eventmon {__version__}")
+            for command, (_, summary) in COMMANDS.items() if name != "--version" else ():
+                print(f"  {command:<6} {summary}, see {command} --help")
             return 0
         if name not in COMMANDS:
-            raise Failure(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help", 2)
-        options = parse_words(name, words)
-        options.key = read_key_file(options.key_file) if options.key_file else None
-        return int(COMMANDS[name].work(options))
+            raise ValueError(f"command is {name!r}, expected one of {', '.join(COMMANDS)}; see --help")
+        return COMMANDS[name][0](parse_words(name, words))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except Failure as failure:
-        complain(failure.args[0])
-        return int(failure.args[1])
     except KeyboardInterrupt:
         return 0 if name in ("watch", "demo") else 1
-    except BrokenPipeError as problem:  # whoever read us has gone; let the interpreter's last flush find no pipe
-        if problem.filename:
-            complain(describe(problem))
-            return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, ValueError) as problem:
-        complain(describe(problem))
+    except OSError as problem:
+        if isinstance(problem, BrokenPipeError) and not problem.filename:  # whoever read us has gone,
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which the last flush is not to find
+            return 0
+        complain(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
+        return 1
+    except (ValueError, Failure) as problem:
+        complain(str(problem))
         return 2 if isinstance(problem, ValueError) else 1
 
 
