@@ -466,7 +466,8 @@ class TransmitWindow:
         if taken > watcher.taken:
             watcher.taken = taken
             watcher.waited = 0.0
-            self.advanced_at = max(self.advanced_at, now)
+            if watcher.position < self.next - 1:  # whoever has everything only answers
+                self.advanced_at = max(self.advanced_at, now)
         watcher.position = max(position, watcher.position)
         watcher.lost = max(lost, watcher.lost)
         watcher.limit = self._cost_at(watcher.position) + room
