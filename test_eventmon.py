@@ -1228,6 +1228,8 @@ def test_a_signal_handler_may_send_raise_or_close_at_any_moment(options, fields,
             with suppress(ValueError):
                 last = None  # where it is closed
                 last = dispatcher.send("task-x", name="last")
+            if how == "closes" and ran:
+                wait_until(lambda: not dispatcher.enabled)  # noqa: B023
             dispatcher.close()
             sent = [event["name"] for event in (first, outer, last) if event]
             nested = 0 if how == "closes" else 2 * ran
@@ -1417,20 +1419,23 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a descriptor is no number of a file here")
-@pytest.mark.parametrize("reused", [False, True])
-def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(reused, sockets, monkeypatch):
+@pytest.mark.parametrize("whose, reused", [("Receiver's", False), ("Dispatcher's", False), ("both's", True)])
+def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(
+    whose, reused, sockets, monkeypatch
+):
     turns, wait_for = [], eventmon.wait_for
     monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
     with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
         turns.clear()
-        opened, closed = len(sockets), (receiver.channel.fileno(), sockets[-1].fileno())  # of each one
+        opened, mine = len(sockets), {"Receiver's": receiver.channel.fileno(), "Dispatcher's": sockets[-1].fileno()}
+        closed = [number for name, number in mine.items() if whose in (name, "both's")]
         for number in closed:
             os.dup2(file.fileno(), number) if reused else os.close(number)
         for n in range(1, 10):
             dispatcher.send("step", n=n)
-        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + 2)
+        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + len(closed))
         assert len(turns) < 1000  # nobody turns in a circle
         for number in closed if reused else ():
             assert os.path.sameopenfile(number, file.fileno())
@@ -1980,6 +1985,20 @@ def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
             while select.select([ear], [], [], 0)[0]:
                 positions.add(eventmon.parse_frame(ear.recv(65536)).numbers[0])
     assert len(positions) > 100
+
+
+def test_however_many_beats_wait_for_a_watcher_alone_what_they_announce_counts(virtual):
+    def lost():
+        virtual.monotonic += 0.05
+        return receiver.stats["lost"]
+
+    with watching() as (receiver, _), Ear() as ear:
+        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
+        ear.hear(b"ack")
+        for lead in (*[0] * 40, 6):
+            ear.sendto(b"EM2 beat %b %d 1\n" % (STREAM, lead), ear.sender)
+        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
+        assert wait_until(lost) == 6
 
 
 def test_many_senders_that_start_and_end_together_lose_nothing():
