@@ -1903,7 +1903,7 @@ class Receiver:
 
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
-    MAX_AHEAD = 32  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
+    MAX_AHEAD = 320  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
     MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
     MAX_READ = 32  # datagrams that are read at a time
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
@@ -2332,6 +2332,7 @@ class Receiver:
     # Answers.
 
     def _plan_ack(self, stream: Stream, now: float, delay: float = 0.0) -> None:
+        delay *= 1 + len(self._unconfirmed) // 4  # of many streams less often: an ack takes its sender's time, and ours
         stream.ack_at = min(stream.ack_at, now + delay if stream.cost <= self._ack_cost else now)
         self._unconfirmed[stream] = None
         self._ack_due = min(self._ack_due, stream.ack_at)
