@@ -842,7 +842,7 @@ def simulate(seed, monkeypatch):
     for sender in senders:
         if not sender.is_over:
             sender.end(watchers)
-    network.run(4.5 if hard else 1.5)
+    network.run(4.5)  # whoever has heard no goodbye takes a sender for lost after three seconds
     for watcher in watchers:
         watcher.receiver.close()
     for sender in senders:
