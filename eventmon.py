@@ -313,6 +313,11 @@ def head_of(kind: bytes, stream: bytes) -> bytes:
     return b"%b %b %b " % (MAGIC, kind, stream)
 
 
+def process_name(pid: Any, hostname: Any) -> bytes:
+    """Return the body of a beat: PID HOSTNAME."""
+    return f"{pid} {hostname}".encode("utf-8", "backslashreplace")[:1000]
+
+
 def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes = b"") -> bytes:
     """Return a frame; the mirror of parse_frame."""
     return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
@@ -1359,7 +1364,7 @@ class Dispatcher:
         That goes on for a minute after a watcher was heard: a stopped one that goes on is to know what it has lost.
         """
         self._beaten_at = now
-        process = f"{self.pid} {self.hostname}".encode("utf-8", "backslashreplace")[:1000]
+        process = process_name(self.pid, self.hostname)
         frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail), process)
         known = [watcher for watcher in list(self._window.watchers.values()) if now - watcher.heard < 60]
         behind = [watcher.address for watcher in known if watcher.position < self._window.next - 1]
@@ -1475,11 +1480,12 @@ class Dispatcher:
         """Say that this was all until every live watcher has answered, for 50 ms at most: nobody asks for a bye again."""
         for attempt in range(25):
             with self._lock:
+                if not self._link:
+                    return
                 now = time.monotonic()
-                if self._link:
-                    self._beat(b"bye", now)
-                    self._listen(now)
-                if not self._link or attempt > 2 and not self._window.live(now):
+                self._beat(b"bye", now)
+                self._listen(now)
+                if attempt > 2 and not self._window.live(now):
                     return
             time.sleep(0.002)
 
@@ -2111,7 +2117,7 @@ class Receiver:
         """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
         for event in events:
             if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
-                process = f"{event['pid']} {event.get('hostname')}".encode("utf-8", "backslashreplace")[:1000]
+                process = process_name(event["pid"], event.get("hostname"))
                 if process == (stream.process or process):
                     stream.worker = process
 
@@ -3216,10 +3222,9 @@ class State:
             mine = [one for one in deliveries if "sent" not in one and process_in(one) == process]
             told = delivery_for(event, kind, mine)
         if told is not None and told is self._newest.get(uuid) and event.get("retries") is None:
-            if not ERROR.isdisjoint(event) and ERROR.isdisjoint(told):
+            if event.get("exception", event.get("traceback")) is not None and ERROR.isdisjoint(told):
                 for key in ERROR:
-                    if event.get("exception", event.get("traceback")) is not None:
-                        task.pop(key, None)
+                    task.pop(key, None)
             self._is_small = take_event(told, event, kind, timestamp)
             take_event(task, event, kind, timestamp)
             return task
@@ -3286,10 +3291,14 @@ class State:
                 if parent in self.tasks:
                     self.tasks[parent]["children"] = NO_CHILDREN
 
+    def _next_victim(self) -> str:
+        """Return the task to evict: the oldest successful one, else finished one, else one only sent, else any."""
+        return next(chain(self._succeeded, self._failed, self._waiting, self._active))
+
     def _evict(self) -> None:
-        """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
+        """Forget a task to make room."""
         self.evicted += 1
-        self._forget(next(chain(self._succeeded, self._failed, self._waiting, self._active)))
+        self._forget(self._next_victim())
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
@@ -3347,8 +3356,7 @@ class State:
                 for record, key in found:
                     record[key] = FORGOTTEN
         while self._weight > enough and self.tasks:
-            victim = next(chain(self._succeeded, self._failed, self._waiting, self._active))
-            self._weight -= sum(map(weight_of, self._records(victim, "")))
+            self._weight -= sum(map(weight_of, self._records(self._next_victim(), "")))
             self._evict()
         if self._weight > enough:
             for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
@@ -4701,7 +4709,7 @@ def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str]
 
     def status() -> dict[str, Any]:
         stats = receiver.stats
-        losses = {name: stats.get(name, 0) for name in ("lost", "rejected", "malformed", "evicted")}
+        losses = {name: stats[name] for name in ("lost", "rejected", "malformed")}
         return {"url": receiver.url, "empty": empty, **losses}
 
     Monitor(feed, state, status, receiver).run()

@@ -6,7 +6,6 @@
 import argparse
 import ast
 import asyncio
-import codecs
 import calendar
 import contextvars
 import copy
@@ -43,7 +42,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
-from itertools import count, islice, takewhile
+from itertools import count
 from types import SimpleNamespace
 
 import eventmon
