@@ -85,7 +85,7 @@ from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TypeVar
 
     Source = tuple[str, int]
@@ -2442,24 +2442,20 @@ TASK_STATES = {
 RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "REVOKED": 6, "FAILURE": 7, "SUCCESS": 8}
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
-ENDED = FINISHED | {"RETRY"}  # how a delivery, which is one process getting a task, ends
+ENDED = FINISHED | {"RETRY"}  # how a delivery ends
 NOT_RUNNING = ENDED | {"PENDING", "RECEIVED"}
 METHODS = {
     type: type.replace("-", "_")
     for type in (*TASK_STATES, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")
 }
 
-# Where the values of a task's keys come from:
-TIMES = frozenset(type[5:] for type in TASK_STATES)  # the latest transition of that name
-OWN = frozenset(  # the newest delivery alone, or the task itself
-    ("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime", "uuid", "children")
-)
-ERROR = frozenset(("exception", "traceback"))  # the newest delivery that has any
-USUAL = frozenset(("type", "timestamp", "hostname", "utcoffset", "clock", "local_received", "uuid", "pid"))
-NOT_FIELDS = USUAL | {"state", "worker", "client", "children", "began"} | TIMES  # no event's field of that name
-NOT_SENT = NOT_FIELDS | OWN | ERROR  # no task-sent's
-SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # keys of events -> those that are fields, see fields_of()
-SENT_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {}  # of task-sent
+TIMES = frozenset(type[5:] for type in TASK_STATES)  # a task shows the latest transition of that name
+OWN = frozenset(("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime"))  # of the newest
+ERROR = frozenset(("exception", "traceback"))  # of the newest delivery that has any
+NOT_FIELDS = TIMES | {  # keys of an event that do not become a task's as they are
+    *("type", "timestamp", "hostname", "pid", "utcoffset", "local_received"),
+    *("uuid", "state", "worker", "client", "children", "began"),
+}
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
@@ -2467,14 +2463,8 @@ TASK_FIELDS = (  # that most tasks have
     + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 MAX_FIELDS = 60  # of a task or a worker from its events
-MAX_SHAPES = 1000  # sets of keys of events that are remembered
-MAX_NAME = 255  # characters of a uuid or hostname
+MAX_NAME = 255  # characters of a uuid, a hostname, or the name of a field
 NO_PID = -1
-NO_KEYS: frozenset[str] = frozenset()
-NO_FIELDS: dict[str, Any] = {}
-ALONE = frozenset(("uuid", "state"))  # stands for all keys of a task of which only task-sent is known
-MAX_SMALL = 150  # characters of the fields of an event of a task that is not weighed
-LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 FLAT = frozenset((int, float, bool, type(None)))
 
 
@@ -2485,48 +2475,48 @@ def number(value: Any, default: float) -> float:
 
 def id_of(value: Any) -> str:
     """Return a uuid or hostname, "" if it is none."""
-    return value if isinstance(value, str) and len(value) <= MAX_NAME else ""
+    return value if type(value) is str and len(value) <= MAX_NAME else ""
+
+
+def is_name(key: Any) -> bool:
+    """Whether a key of an event may be the name of a field."""
+    return isinstance(key, str) and len(key) <= MAX_NAME
+
+
+def process_of(event: Mapping[str, Any], hostname: str = "hostname") -> tuple[str, float]:
+    """Return the (hostname, pid) of an event, or of a delivery; "" and NO_PID stand for what it does not say."""
+    pid = event.get("pid")
+    return id_of(event.get(hostname)), pid if isinstance(pid, (int, float)) else NO_PID
 
 
 def attempt_of(event: Mapping[str, Any]) -> float:
     """Return the `retries` of an event or a delivery, 0 if it does not say."""
-    retries = event.get("retries")
-    return retries if isinstance(retries, (int, float)) and abs(retries) < 1e15 else 0
+    return number(event.get("retries"), 0)
 
 
-def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
-    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
-    hostname, pid = event.get("hostname"), event.get("pid")
-    if type(hostname) is not str or len(hostname) > MAX_NAME:
-        hostname = ""
-    return hostname, pid if isinstance(pid, (int, float)) else NO_PID
-
-
-def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
-    """Return the (hostname, pid) of a delivery."""
-    return told.get("worker", ""), told.get("pid", NO_PID)
-
-
-Kind = namedtuple("Kind", "state rank time others shapes")  # others: keys that are no fields; shapes: see fields_of()
+Kind = namedtuple("Kind", "state rank time")
 
 
 @lru_cache(1000)
 def kind_of(type: str) -> Kind:
-    """Return the Kind of events of this type, task-...."""
+    """Return what events of this type, task-..., make of a task: its state, the state's rank, the name of its time."""
     state = TASK_STATES.get(type) or type[5:].upper()
-    others, shapes = (NOT_SENT, SENT_SHAPES) if type == "task-sent" else (NOT_FIELDS, SHAPES)
-    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", others, shapes)
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "")
 
 
-def fields_of(event: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
-    """Return the keys of an event that are fields, and remember them for events with the same few short keys."""
-    fields: tuple[str, ...] | None = kind.shapes.get(tuple(event))
+_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # the keys of events, few and short -> those of them that are fields
+
+
+def fields_of(event: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of an event that become those of its task."""
+    keys = tuple(event)
+    fields = _shapes.get(keys)
     if fields is None:
-        fields = tuple(key for key in event if key not in kind.others)
-        if USUAL.issuperset(event.keys() - set(fields)) and len("".join(map(str, event))) <= 2 * MAX_NAME:
-            if len(kind.shapes) >= MAX_SHAPES:
-                kind.shapes.clear()
-            kind.shapes[tuple(event)] = fields
+        fields = tuple(key for key in keys if key not in NOT_FIELDS and is_name(key))
+        if len("".join(map(str, keys))) <= 2 * MAX_NAME:
+            if len(_shapes) >= 1000:
+                _shapes.clear()
+            _shapes[keys] = fields
     return fields
 
 
@@ -2539,46 +2529,46 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], others: Container[str]) -> None:
-    """Put the fields of an event, but for nulls and `others`, into a dict that has room for MAX_FIELDS."""
-    for key, value in event.items():
-        if value is not None and key not in others and (key in record or len(record) < MAX_FIELDS):
-            record[key] = value
-
-
-# What is told of a delivery is a dict like a task's. So is what a task-sent tells, which is older than any delivery.
-# The dict of a task with at most one of each is both, and State._sent has the keys that only its task-sent told.
+# A delivery is one process getting a task, and a dict of what its events told. What a task-sent tells is such a dict too,
+# older than any delivery. The dict of a task that has only one of these is both.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts deliveries, the newest last."""
     if "sent" in told:
         return False, attempt_of(told), told["sent"], told.get("client", "")
-    return True, attempt_of(told), told["began"], process_in(told)
+    return True, attempt_of(told), told["began"], process_of(told, "worker")
 
 
 def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
     state = told["state"]
-    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_of(told, "worker")
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> bool:
-    """Let an event change what is told of its delivery. Return whether it is small, so that it need not be weighed."""
-    state, rank, time, _, shapes = kind
+def take_fields(record: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Put fields, but for nulls, into a dict that has room for MAX_FIELDS."""
+    for key, value in fields.items():
+        if value is not None and (key in record or len(record) < MAX_FIELDS):
+            record[key] = value
+
+
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
+    """Let an event change what is told of its delivery: null never overwrites, and a lower rank does not undo an end.
+
+    Return how many characters its fields have, or something larger if that does not tell how many bytes they take.
+    """
+    state, rank, time = kind
     before = told.get("state")
     if before not in FINISHED or rank >= RANKS[before]:
         told["state"] = state
     told["timestamp"] = timestamp
-    clock = event.get("clock")
-    if clock is not None:
-        told["clock"] = clock
     if time and told.get(time, -inf) < timestamp:
         told[time] = timestamp
-    fields = shapes.get(tuple(event))
+    fields = _shapes.get(tuple(event))
     if fields is None or len(told) + len(fields) > MAX_FIELDS:
-        take_fields(told, {key: event[key] for key in fields_of(event, kind)}, NO_KEYS)
-        return False
+        take_fields(told, {key: event[key] for key in fields_of(event)})
+        return LARGE
     chars = 0
     for key in fields:
         value = event[key]
@@ -2588,14 +2578,15 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
                 chars += len(value)
             elif type(value) not in FLAT:
                 chars = LARGE
-    flat = type(clock) in FLAT and type(event.get("pid")) in FLAT and type(event.get("utcoffset")) in FLAT
-    return flat and chars <= MAX_SMALL
+    return chars
 
 
-@lru_cache(1000)
-def untold(sent: tuple[str, ...], told: tuple[str, ...]) -> frozenset[str]:
-    """Return the keys in `sent` that only task-sent has told, where a delivery told others."""
-    return frozenset(sent).difference(told, OWN)
+def is_next(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether an event belongs to the only delivery that is known of its task."""
+    retries = event.get("retries")
+    if kind.time in ("sent", "received") or "sent" in task or retries is not None and retries != task.get("retries"):
+        return False
+    return event.get("pid") == task.get("pid") and event.get("hostname") == task.get("worker")
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -2620,56 +2611,31 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
     ordered = sorted(deliveries, key=age_of)
-    received = [process_in(told) for told in ordered if "received" in told]
-    hosts = {hostname for hostname, _ in received if hostname}
-    joining = [told for told in ordered if "received" not in told and told.get("worker") in hosts]
-    joining = [told for told in joining if process_in(told) not in received]
-    groups = [[told] for told in ordered if not (joining and any(told is other for other in joining))]
+    receivers = {process_of(told, "worker") for told in ordered if "received" in told}
+    hostnames = {hostname for hostname, _ in receivers if hostname}
+    joining = [told for told in ordered if told.get("worker") in hostnames]
+    joining = [told for told in joining if process_of(told, "worker") not in receivers]
+    joined = set(map(id, joining))
+    groups = [[told] for told in ordered if id(told) not in joined]
     for told in joining:
-        there = [group for group in groups if "received" in group[0] and group[0].get("worker") == told.get("worker")]
+        there = [group for group in groups if group[0].get("worker") == told["worker"] and "received" in group[0]]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
-        (begun[-1] if begun else there[0]).append(told)
-    return [sorted(group, key=advance_of) if group[1:] else group for group in groups]
+        (begun or there[:1])[-1].append(told)
+    return [sorted(group, key=advance_of) for group in groups]
 
 
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    times: dict[str, float] = {}
-    for group in groups:
-        if group is groups[-1]:
-            for key in OWN:
-                shown.pop(key, None)
-        for told in group:
-            if "exception" in told or "traceback" in told:
-                shown.pop("exception", None)
-                shown.pop("traceback", None)
-            shown.update(told)
-            for key in TIMES & told.keys():
-                times[key] = max(told[key], times.get(key, -inf))
-    shown.update(times)
-    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
-
-
-def is_simple(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind, sent: Container[str]) -> bool:
-    """Whether a task with this event still has at most one task-sent and one delivery, of the same attempt."""
-    retries = event.get("retries")
-    if kind.time == "sent" or "state" in sent:
-        same_attempt = retries is task.get("retries") or attempt_of(event) == attempt_of(task)
-        return same_attempt and (kind.time != "sent" or "sent" not in task)
-    if kind.time == "received" or retries is not None and retries is not task.get("retries"):
-        return False
-    return event.get("hostname") == task.get("worker") and event.get("pid") == task.get("pid")
-
-
-def split(task: Mapping[str, Any], sent: Container[str]) -> list[dict[str, Any]]:
-    """Return what a task's dict tells of its only task-sent, and of its only delivery."""
-    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
-    if "sent" not in told or "state" in sent:
-        return [told] if told else []
-    by_sent = {key: value for key, value in told.items() if key in sent or key == "retries"}
-    by_sent.update(state="PENDING", timestamp=told["sent"], began=told["sent"])
-    return [by_sent, {key: value for key, value in told.items() if key not in sent}]
+    for told in chain.from_iterable(groups):
+        if not ERROR.isdisjoint(told):
+            shown.pop("exception", None)
+            shown.pop("traceback", None)
+        latest = {key: max(told[key], shown[key]) for key in TIMES & told.keys() & shown.keys()}
+        shown.update({**told, **latest})
+    newest = {key: told[key] for told in groups[-1] for key in OWN & told.keys()}
+    shown = {key: value for key, value in shown.items() if key not in OWN}
+    return {**dict(islice(shown.items(), MAX_FIELDS)), **newest}
 
 
 def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
@@ -2701,6 +2667,11 @@ def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
     }
 
 
+def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what sorts the processes of a worker; what the last one says of it, it shows."""
+    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
+
+
 def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what State.attempts() tells of a delivery."""
     keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
@@ -2709,39 +2680,21 @@ def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: told.get(key) for key in keys}, "ended": ended}
 
 
-def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what sorts the processes of a worker; what the last one says of it, it shows."""
-    return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
-
-
-MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
+MAX_STATE = 128 << 20  # bytes of large values; all the rest takes less than the rest of 256 MiB
+LARGE = 200  # bytes of a large value
+NESTED = 4096  # bytes of a list or dict from which on it is kept as JSON, which takes less
 FORGOTTEN = "(forgotten: State was full)"
 
 
 def bytes_of(value: Any) -> int:
-    """Return about how many bytes a value takes; of one that takes more than LARGE, something more than that."""
+    """Return about how many bytes a value takes; of one that takes more than NESTED, something more than that."""
     size, rest = 0, [value]
-    while rest and size <= LARGE:
+    while rest and size <= NESTED:
         value = rest.pop()
-        size += sys.getsizeof(value, LARGE)
-        if size <= LARGE and isinstance(value, (dict, list, tuple)):
+        size += sys.getsizeof(value, NESTED)
+        if size <= NESTED and isinstance(value, (dict, list, tuple)):
             rest += [*value, *value.values()] if isinstance(value, dict) else value
     return size
-
-
-def weight_of(record: Mapping[str, Any]) -> int:
-    """Return about how many bytes a task, a worker or an event takes."""
-    values = record.values()
-    flat = sum(map(sys.getsizeof, (record, *record, *values), repeat(LARGE)))
-    return flat + sum([bytes_of(value) for value in values if isinstance(value, (dict, list, tuple))])
-
-
-class Table(OrderedDict["str", "Any"]):
-    """An OrderedDict that compares as the dict that it is for users: whatever the order."""
-
-    __eq__ = dict.__eq__
-    __ne__ = dict.__ne__
-    __hash__ = None  # type: ignore[assignment]
 
 
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
@@ -2751,6 +2704,7 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_DELIVERIES = 32  # of a task
 MAX_PROCESSES = 32  # of a worker
+TAKES_NONE: dict[str, Any] = {"sent": 0.0}  # stands for a task of which the next event is to be looked at with care
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
@@ -2760,6 +2714,7 @@ def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
     kind = kind_of(type)
 
     def take(self: State, event: Mapping[str, Any]) -> None:
+        """Let the event change its task."""
         self._task(event, kind)
 
     take.__doc__ = summary
@@ -2778,7 +2733,7 @@ class State:
     These dicts are for looking at: what an event changes, change nothing of; get_task_info() gives a copy.
 
     `recent` holds the last events, `notes` the last that are neither heartbeats nor of a task's state. `event_count`
-    events were seen, `task_count` tasks received, `evicted` tasks and large values forgotten for want of room.
+    events were seen, `task_count` tasks received, `evicted` tasks and events' large values forgotten for want of room.
     `callback(state, event)` is called for every event, `on_node_join(worker)` when a worker comes online or is heard of
     first or again, `on_node_leave(worker)` when it ends or is lost. A pickled State has none. Any thread may use it.
     With `recorded` true, time is when the newest event was received, as it also is when that was long ago.
@@ -2801,26 +2756,23 @@ class State:
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
         self.recorded = False
-        self.tasks: OrderedDict[str, dict[str, Any]] = Table()  # the latest event's last
-        self.workers: OrderedDict[str, dict[str, Any]] = Table()
+        self.tasks: dict[str, dict[str, Any]] = {}  # the latest event's last
+        self.workers: dict[str, dict[str, Any]] = {}
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
-        self._active: OrderedDict[str, None] = OrderedDict()  # tasks neither finished nor only sent, and so on:
-        self._waiting: OrderedDict[str, None] = OrderedDict()  # all in the order in which they became so, for eviction
-        self._succeeded: OrderedDict[str, None] = OrderedDict()
-        self._failed: OrderedDict[str, None] = OrderedDict()
-        self._classes = dict.fromkeys(FINISHED, self._failed)  # state -> where it is listed, if not in _active
-        self._classes.update(PENDING=self._waiting, SUCCESS=self._succeeded)
-        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys of its task that only task-sent told
-        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that are not simple
-        self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest of these, if no process joined any
+        self._succeeded, self._failed, self._sent, self._active = (OrderedDict[str, None]() for _ in range(4))
+        self._lists = dict.fromkeys(FINISHED, self._failed)  # state -> where its tasks are listed, if not in _active
+        self._lists.update(SUCCESS=self._succeeded, PENDING=self._sent)
+        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that may have several
+        self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest, if it alone takes the next event of its process
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
-        self._weight = 0  # bytes that all of it takes at most, but for what is small
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
-        self._graph: dict[int, dict[str, int]] = {}  # tick -> type -> events
+        self._large: deque[tuple[Event, int]] = deque()  # events with large values, and the bytes of these
+        self._weight, self._full = 0, MAX_STATE // 8  # bytes of these; how many it takes until they are looked through
+        self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
         self._turn({})
         self._lock = threading.RLock()
@@ -2848,43 +2800,35 @@ class State:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
+            self._is_small = False  # until _task() has looked
+            type_name = event.get("type")
+            if type(type_name) is not str:
+                type_name = ""
             self.event_count += 1
             self.recent.append(event)
-            self._is_small = False  # until _task() has looked
-            is_odd = type(event.get("timestamp")) not in FLAT
-            kind = event.get("type")
-            if type(kind) is not str:
-                kind = ""
             received = event.get("local_received")
-            if not isinstance(received, float) or not self._tick <= received < self._tick + GRAPH_TICK:
+            if type(received) is not float or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
-                is_odd = is_odd or type(received) not in FLAT
-            try:
-                self._counts[kind] += 1
-            except KeyError:
-                self._count_first(kind)
+            if type_name in self._counts or len(self._counts) < MAX_TYPES and len(type_name) <= MAX_TYPE:
+                self._counts[type_name] += 1
+            else:
+                self._counts[""] += 1
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
-            if type(hostname) is not str or not 0 < len(hostname) <= MAX_NAME:
-                is_odd = True
-            else:
+            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
                 self._last[hostname] = event
-                if len(self._last) > 2 * self.max_workers_in_memory:
-                    self._forget_last()
                 worker = self.workers.get(hostname)
-                if worker is not None and worker["heard"] != self._heard and not event.get("local"):
-                    self._set_clock(worker, event)
-                if hostname in self._gone and kind not in ("worker-offline", "worker-lost"):
-                    self._revive(event)
-            method = METHODS.get(kind)
+                if worker is None or worker["heard"] != self._heard or hostname in self._gone:
+                    self._hear(hostname, event, type_name)
+            method = METHODS.get(type_name)
             if method:
                 getattr(self, method)(event)
-            elif kind.startswith("task-"):
-                self._task(event, kind_of(kind[: 5 + MAX_TYPE]))
+            elif type_name.startswith("task-"):
+                self._task(event, kind_of(type_name[: 5 + MAX_TYPE]))
             else:
                 self.notes.append(event)
-            if is_odd or not self._is_small or len(kind) > MAX_NAME:
+            if not self._is_small:
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -2903,21 +2847,21 @@ class State:
     def worker_online(self, event: Mapping[str, Any]) -> None:
         """A worker has come online."""
         self.notes.append(event)
-        self._set_status(event, "alive", event)
+        self._set_status(event, "alive")
 
     def worker_heartbeat(self, event: Mapping[str, Any]) -> None:
         """A worker is alive."""
-        self._set_status(event, "alive", event)
+        self._set_status(event, "alive")
 
     def worker_offline(self, event: Mapping[str, Any]) -> None:
         """A worker has said goodbye: it has ended."""
         self.notes.append(event)
-        self._set_status(event, "ended", event)
+        self._set_status(event, "ended")
 
     def worker_lost(self, event: Mapping[str, Any]) -> None:
         """A worker has fallen silent without a goodbye: it is lost."""
         self.notes.append(event)
-        self._set_status(event, "lost", event)
+        self._set_status(event, "lost")
 
     # Queries.
 
@@ -2934,8 +2878,7 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            task = self.tasks.get(uuid, {})
-            deliveries = self._deliveries.get(uuid) or split(task, self._sent.get(uuid, NO_KEYS))
+            deliveries = self._deliveries.get(uuid) or ([self.tasks[uuid]] if uuid in self.tasks else [])
             return [attempt(merged([group])) for group in grouped(deliveries) if "sent" not in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -3002,11 +2945,12 @@ class State:
 
     def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
-        worker = self.workers.get(task.get("worker", ""))
-        if worker is None or task["state"] in FINISHED:
-            return False
-        process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
-        return process["status"] != "alive" or not self.is_alive(worker, now)
+        with self._lock:
+            worker = self.workers.get(task.get("worker", ""))
+            if worker is None or task["state"] in FINISHED:
+                return False
+            process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
+            return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
         """Return the workers that are still heard from, see is_alive()."""
@@ -3032,21 +2976,19 @@ class State:
 
     def counts(self, width: int, span: float, now: float | None = None, types: Any = None) -> list[int]:
         """Return the numbers of events that scale_graph() scales."""
-        wanted, zeros = None if types is None else frozenset(types), repeat(0)
         columns = [0] * max(0, width)
         if not columns or not 0 < span < inf:
             return columns
-        now = self.now() if now is None else now
+        now, wanted = self.now() if now is None else now, None if types is None else frozenset(types)
         last = int(now / GRAPH_TICK)
         first = max(int((now - span) / GRAPH_TICK), last - GRAPH_TICKS)
         with self._lock:
-            counts_of = self._graph.get
             for tick in range(first, last + 1):
-                counts = counts_of(tick)
+                counts = self._graph.get(tick)
                 if counts:
                     column = int((1 - (now - (tick + 0.5) * GRAPH_TICK) / span) * width)
-                    column = 0 if column < 0 else column if column < width else -1
-                    columns[column] += sum(counts.values() if wanted is None else map(counts.get, wanted, zeros))
+                    events = counts.values() if wanted is None else map(counts.__getitem__, wanted)
+                    columns[min(max(column, 0), width - 1)] += sum(events)
         return columns
 
     # Forgetting.
@@ -3055,10 +2997,8 @@ class State:
         """Forget workers, event_count, task_count, and the tasks; of these, with `ready`, the finished only."""
         with self._lock:
             self.clear_tasks(ready)
-            self.workers.clear()
-            self._processes.clear()
-            self._gone.clear()
-            self._last.clear()
+            for known in (self.workers, self._processes, self._gone, self._last):
+                known.clear()
             self.event_count = self.task_count = 0
 
     def clear_tasks(self, ready: bool = True) -> None:
@@ -3085,70 +3025,65 @@ class State:
         self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
         self._past = self.recorded or abs(received - wall) > LIVE
         self._heard = received if self._past else self._began + time.monotonic()
-        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), {})
+        self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), Counter())
         if len(self._graph) > GRAPH_TICKS:
             del self._graph[next(iter(self._graph))]
 
-    def _count_first(self, type: str) -> None:
-        """Count what may be the first event of its type in this tick."""
-        if type not in self._counts and (len(self._counts) >= MAX_TYPES or len(type) > MAX_TYPE):
-            type = ""
-        self._counts[type] = self._counts.get(type, 0) + 1
-
-    def _forget_last(self) -> None:
-        """Forget the last events of many hostnames at a time: to find the first takes long."""
-        many = len(self._last) - max(0, self.max_workers_in_memory)
-        self._last = dict(islice(self._last.items(), many, None))
-
-    def _revive(self, event: Mapping[str, Any]) -> None:
-        """Let the process that speaks be alive again, if it was not."""
-        hostname, pid = process_of(event)
-        if self._processes[hostname].get(pid, NO_FIELDS).get("status", "alive") != "alive":
+    def _hear(self, hostname: str, event: Mapping[str, Any], type_name: str) -> None:
+        """Note when a worker was heard, and how far its clock was ahead. Whoever speaks is alive again."""
+        if len(self._last) > 2 * self.max_workers_in_memory:  # many at a time: to find the first takes long
+            many = len(self._last) - max(0, self.max_workers_in_memory)
+            self._last = dict(islice(self._last.items(), many, None))
+        worker = self.workers.get(hostname)
+        if worker is None or event.get("local"):
+            return
+        self._set_clock(worker, event)
+        process = self._processes[hostname].get(process_of(event)[1])
+        if process and process["status"] != "alive" and type_name != "worker-offline":
             self._set_status(event, "alive")
 
     def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
-        """Note when a worker was heard, and how far its clock was ahead."""
         worker["heard"] = self._heard
         sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
         worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
 
-    def _set_status(self, event: Mapping[str, Any], status: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
-        """Give a process of a worker a status and fields.
+    def _set_status(self, event: Mapping[str, Any], status: str) -> None:
+        """Give a process of a worker a status, and the fields of a worker's event.
 
         A worker shows the status and fields of its processes: of one that is alive, and told something last.
         """
         hostname, pid = process_of(event)
         if not hostname:
             return
-        before = self.workers[hostname]["status"] if hostname in self.workers else ""
-        worker = self.workers.get(hostname) or self._new_worker(hostname, event)
-        self.workers.move_to_end(hostname)  # now the last to be forgotten
-        processes = self._processes[hostname]
+        type_name = str(event.get("type"))
+        worker = self.workers.pop(hostname, None) or self._new_worker(hostname, event)
+        self.workers[hostname] = worker  # now the last to be forgotten
+        before, processes = worker["status"], self._processes[hostname]
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
         for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
-        take_fields(process, fields, NOT_WORKERS)
+        if type_name.startswith("worker-"):
+            take_fields(process, {key: event[key] for key in event if key not in NOT_WORKERS and is_name(key)})
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
-        has_pool = any(one.get("sw_ident", "eventmon") != "eventmon" for one in processes.values())
-        if has_pool:  # a worker of Celery's speaks for the processes of its pool, which never say goodbye
-            processes = {pid: one for pid, one in processes.items() if "sw_ident" in one}
-        for one in sorted(processes.values(), key=last_word):
-            take_fields(worker, one, NO_KEYS)
-        joins = before != "alive" or event.get("type") == "worker-online"
-        if self.on_node_join and worker["status"] == "alive" and joins:
+        speakers = [one for one in processes.values() if one.get("sw_ident", "eventmon") != "eventmon"]
+        if speakers:  # a worker of Celery's speaks for the processes of its pool, which never say goodbye
+            speakers = [one for one in processes.values() if "sw_ident" in one]
+        for one in sorted(speakers or processes.values(), key=last_word):
+            take_fields(worker, one)
+        if self.on_node_join and worker["status"] == "alive" and (before != "alive" or type_name == "worker-online"):
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
             self.on_node_leave(worker)
 
     def _new_worker(self, hostname: str, event: Mapping[str, Any]) -> dict[str, Any]:
         while len(self.workers) >= max(1, self.max_workers_in_memory):
-            gone = self.workers.popitem(last=False)[0]
-            del self._processes[gone]
+            gone = next(iter(self.workers))
+            del self.workers[gone], self._processes[gone]
             self._gone.discard(gone)
-        worker = self.workers[hostname] = {"hostname": hostname, "status": ""}
+        worker = {"hostname": hostname, "status": ""}
         self._processes[hostname] = {}
         self._set_clock(worker, event)
         return worker
@@ -3166,33 +3101,33 @@ class State:
             before = parent = None
             task = self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
-            self._is_small = take_event(task, event, kind, timestamp)
-            if kind.time == "sent":
-                self._sent[uuid] = ALONE
+            chars = take_event(task, event, kind, timestamp)
         else:
             uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
-            sent = self._sent.get(uuid, NO_KEYS)
-            if uuid in self._deliveries or not is_simple(task, event, kind, sent):
-                task = self._merge(task, event, kind, timestamp)
-            elif kind.time == "sent":
-                new: dict[str, Any] = {}
-                self._begin(new, event, kind, timestamp)
-                self._is_small = take_event(new, event, kind, timestamp)
-                self._sent[uuid] = untold(tuple(new), tuple(task))
-                task.update({key: new[key] for key in self._sent[uuid]})
+            newest = self._newest.get(uuid, task)
+            if is_next(newest, event, kind):
+                chars = take_event(task, event, kind, timestamp)
+                if newest is not task:
+                    take_event(newest, event, kind, timestamp)
             else:
-                if not sent.isdisjoint(event):
-                    told = tuple([key for key in fields_of(event, kind) if event[key] is not None])
-                    self._sent[uuid] = untold(tuple(task if "state" in sent else sent), told)
-                    if "state" in sent:
-                        if event.get("clock") is None:
-                            task.pop("clock", None)  # only then: a Record that a key is deleted from takes twice as much
-                        self._begin(task, event, kind, timestamp)
-                self._is_small = take_event(task, event, kind, timestamp)
+                task, chars = self._merge(task, event, kind, timestamp)
+        flat = type(event.get("clock")) in FLAT and type(event.get("pid")) in FLAT and type(event.get("utcoffset")) in FLAT
+        self._is_small = flat and chars < LARGE
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
+
+    def _new_task(self, uuid: str) -> dict[str, Any]:
+        """Make room for a task, and return it; _enter() enters it."""
+        while len(self.tasks) >= max(1, self.max_tasks_in_memory):
+            self._evict()
+        return self._record(uuid)
+
+    def _record(self, uuid: str) -> dict[str, Any]:
+        record = vars(Record())
+        record["uuid"], record["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
+        return record
 
     def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
         """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
@@ -3209,66 +3144,48 @@ class State:
         if pid != NO_PID:
             told["pid"] = pid
 
-    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
-        """Return the dict of a task that is not simple, after its event."""
+    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> tuple[dict[str, Any], int]:
+        """Return the dict of a task that may have several deliveries, after its event, and what take_event() returns."""
         uuid = task["uuid"]
-        deliveries = self._deliveries.get(uuid)
-        if deliveries is None:
-            deliveries = self._deliveries[uuid] = split(task, self._sent.pop(uuid, NO_KEYS))
-        told: dict[str, Any] | None = None
-        mine: list[dict[str, Any]] = []
+        if uuid not in self._deliveries:
+            self._deliveries[uuid] = [{key: task[key] for key in task if key not in ("uuid", "children")}]
+        deliveries = self._deliveries[uuid]
+        process, told = process_of(event), None
+        mine = [one for one in deliveries if "sent" not in one and process_of(one, "worker") == process]
         if kind.time != "sent":
-            process = process_of(event)
-            mine = [one for one in deliveries if "sent" not in one and process_in(one) == process]
             told = delivery_for(event, kind, mine)
-        if told is not None and told is self._newest.get(uuid) and event.get("retries") is None:
-            if event.get("exception", event.get("traceback")) is not None and ERROR.isdisjoint(told):
-                for key in ERROR:
-                    task.pop(key, None)
-            self._is_small = take_event(told, event, kind, timestamp)
-            take_event(task, event, kind, timestamp)
-            return task
         if told is None:  # the times when its deliveries began are in the order of its process, too
             told = {}
             self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
             deliveries.append(told)
-        self._is_small = take_event(told, event, kind, timestamp)
+        chars = take_event(told, event, kind, timestamp)
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         groups = grouped(deliveries)
-        self._newest[uuid] = groups[-1][0] if len(groups) == len(deliveries) else NO_FIELDS
-        record = self.tasks[uuid] = vars(Record())
-        record["uuid"], record["children"] = uuid, task["children"]
+        newest = groups[-1][0]
+        others = [one for one in deliveries if one is not newest]
+        is_alone = len(groups[-1]) == 1 and process_of(newest, "worker") not in [process_of(one, "worker") for one in others]
+        self._newest[uuid] = newest if is_alone and all(map(ERROR.isdisjoint, others)) else TAKES_NONE
+        record = self._record(uuid)
         record.update(merged(groups))
-        return record
-
-    def _new_task(self, uuid: str) -> dict[str, Any]:
-        """Make room for a task, and return it; _enter() enters it."""
-        while len(self.tasks) >= max(1, self.max_tasks_in_memory):
-            self._evict()
-        task = vars(Record())
-        task["uuid"] = uuid
-        task["children"] = self._children.get(uuid, NO_CHILDREN)
-        return task
+        return record, chars
 
     def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
         """List a task where those of its state are, and last of all; `before` is None if it is new."""
         state = task["state"]
-        there = self._classes.get(state, self._active)
-        if before is None:
-            self.tasks[uuid] = task
-        else:
-            self.tasks.move_to_end(uuid)  # now the newest
-            here = self._classes.get(before, self._active)
-            if here is there:
-                return
-            del here[uuid]
-        there[uuid] = None
+        if before is not None:
+            del self.tasks[uuid]
+        self.tasks[uuid] = task  # now the last
+        if state == before:
+            return
+        if before is not None:
+            del self._lists.get(before, self._active)[uuid]
+        self._lists.get(state, self._active)[uuid] = None
         if state in FINISHED:  # have what is equal in other tasks but once
             if task.get("root_id") == uuid:
                 task["root_id"] = uuid
             for key in ("name", "kwargs"):
-                if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
+                if type(task.get(key)) is str and len(task[key]) <= LARGE:
                     task[key] = sys.intern(task[key])
 
     def _adopt(self, uuid: str, parent: Any) -> None:
@@ -3291,76 +3208,64 @@ class State:
                 if parent in self.tasks:
                     self.tasks[parent]["children"] = NO_CHILDREN
 
-    def _next_victim(self) -> str:
-        """Return the task to evict: the oldest successful one, else finished one, else one only sent, else any."""
-        return next(chain(self._succeeded, self._failed, self._waiting, self._active))
-
     def _evict(self) -> None:
-        """Forget a task to make room."""
+        """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
         self.evicted += 1
-        self._forget(self._next_victim())
+        self._forget(next(chain(self._succeeded, self._failed, self._sent, self._active)))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
-        del self._classes.get(task["state"], self._active)[uuid]
+        del self._lists.get(task["state"], self._active)[uuid]
         self._disown(uuid, task.get("parent_id"))
-        self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
         self._newest.pop(uuid, None)
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
-        """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+        """Note the large values of the last event, to forget them when all are too much; keep what is nested as JSON."""
+        fields_of(event)  # the next one like it may be small
+        keys = [key for key in (*(NOT_FIELDS & event.keys()), *islice(event, MAX_FIELDS)) if is_name(key)]
+        large = {key: event[key] for key in keys if bytes_of(event[key]) > LARGE}
+        if not large and len(event) <= MAX_FIELDS and all(map(is_name, event)):
+            return
+        nested = {key: value for key, value in large.items() if type(value) is not str and bytes_of(value) > NESTED}
+        kept = new_event(Event)
+        kept.update((key, format_json(event[key]).decode() if key in nested else event[key]) for key in keys)
+        for record in self._records(kept):
+            record.update((key, kept[key]) for key, value in nested.items() if record.get(key) is value)
+        for events in (self.recent, self.notes):
+            if events and events[-1] is event:
+                events[-1] = kept
+        hostname = process_of(event)[0]
+        if self._last.get(hostname) is event:
+            self._last[hostname] = kept
+        size = NESTED + sum(sys.getsizeof(kept[key]) for key in large)
+        self._large.append((kept, size))
         self._weight += size
-        if size > LARGE or len(event) > 2 * MAX_FIELDS:
-            kept = NOT_FIELDS & event.keys()
-            fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in kept}}
-            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
-            texts = {key: format_json(value).decode() for key, value in large.items()}
-            self._weight += sum(map(len, texts.values()))
-            copy = new_event(Event)
-            copy.update({**fields, **texts})
-            for events in (self.recent, self.notes):
-                if events and events[-1] is event:
-                    events[-1] = copy
-            hostname = process_of(event)[0]
-            if hostname:
-                self._last[hostname] = copy
-            for record in self._records(id_of(event.get("uuid")), hostname):
-                record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
-        if self._weight > MAX_STATE:
+        if self._weight > self._full:
             self._slim()
 
-    def _records(self, uuid: str, hostname: str) -> Iterator[dict[str, Any]]:
-        """Yield all that is kept of a task and of a worker."""
-        yield from (self.tasks[uuid], *self._deliveries.get(uuid, ())) if uuid in self.tasks else ()
-        if hostname in self.workers:
-            yield from (self.workers[hostname], *self._processes[hostname].values())
+    def _records(self, event: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return all that is kept of the task and of the worker of an event."""
+        uuid, hostname = id_of(event.get("uuid")), id_of(event.get("hostname"))
+        records = [self.tasks[uuid], *self._deliveries.get(uuid, ())] if uuid in self.tasks else []
+        return records + [self.workers[hostname], *self._processes[hostname].values()] if hostname in self.workers else records
 
     def _slim(self) -> None:
-        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
-        records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
-        records += [record for hostname in self.workers for record in self._records("", hostname)]
-        records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
-        self._weight, enough = sum(map(weight_of, records)), MAX_STATE // 2
-        places: dict[int, list[tuple[Any, str]]] = {}  # of a large value, which several may have in common
-        for record, key, value in ((one, *item) for one in records for item in one.items()):
-            if type(value) is str and bytes_of(value) > LARGE:
-                if places.setdefault(id(value), []):
-                    self._weight -= bytes_of(value)
-                places[id(value)].append((record, key))
-        for found in places.values():
-            if self._weight > enough:
-                self._weight -= bytes_of(found[0][0][found[0][1]])
+        """Forget large values, the oldest first, until there is room for as much again."""
+        events = set(map(id, chain(self.recent, self.notes, self._last.values())))
+        large, self._large, self._weight = self._large, deque(), 0
+        for event, size in reversed(large):
+            records = [*self._records(event), *([event] if id(event) in events else [])]
+            values = [(key, value) for key, value in event.items() if bytes_of(value) > LARGE]
+            places = [(record, key) for key, value in values for record in records if record.get(key) is value]
+            if places and self._weight + size <= MAX_STATE // 2:
+                self._large.appendleft((event, size))
+                self._weight += size
+            elif places:
                 self.evicted += 1
-                for record, key in found:
+                for record, key in places:
                     record[key] = FORGOTTEN
-        while self._weight > enough and self.tasks:
-            self._weight -= sum(map(weight_of, self._records(self._next_victim(), "")))
-            self._evict()
-        if self._weight > enough:
-            for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
-                kept.clear()
+        self._full = max(MAX_STATE // 8, self._weight + MAX_STATE // 2)
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
