@@ -2452,6 +2452,7 @@ METHODS = {
 TIMES = frozenset(type[5:] for type in TASK_STATES)  # a task shows the latest transition of that name
 OWN = frozenset(("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime"))  # of the newest
 ERROR = frozenset(("exception", "traceback"))  # of the newest delivery that has any
+NOT_SENT = frozenset(("progress", "result", "runtime")) | ERROR  # which no task-sent tells
 NOT_FIELDS = TIMES | {  # keys of an event that do not become a task's as they are
     *("type", "timestamp", "hostname", "pid", "utcoffset", "local_received"),
     *("uuid", "state", "worker", "client", "children", "began"),
@@ -2483,10 +2484,15 @@ def is_name(key: Any) -> bool:
     return isinstance(key, str) and len(key) <= MAX_NAME
 
 
-def process_of(event: Mapping[str, Any], hostname: str = "hostname") -> tuple[str, float]:
-    """Return the (hostname, pid) of an event, or of a delivery; "" and NO_PID stand for what it does not say."""
+def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of an event; "" and NO_PID stand for what it does not say."""
     pid = event.get("pid")
-    return id_of(event.get(hostname)), pid if isinstance(pid, (int, float)) else NO_PID
+    return id_of(event.get("hostname")), pid if isinstance(pid, (int, float)) else NO_PID
+
+
+def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the (hostname, pid) of a delivery."""
+    return told.get("worker", ""), told.get("pid", NO_PID)
 
 
 def attempt_of(event: Mapping[str, Any]) -> float:
@@ -2530,20 +2536,20 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
 
 
 # A delivery is one process getting a task, and a dict of what its events told. What a task-sent tells is such a dict too,
-# older than any delivery. The dict of a task that has only one of these is both.
+# older than any delivery. The dict of a task with at most one of each is both; State._sent has what its task-sent alone told.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts deliveries, the newest last."""
-    if "sent" in told:
+    if "began" not in told:
         return False, attempt_of(told), told["sent"], told.get("client", "")
-    return True, attempt_of(told), told["began"], process_of(told, "worker")
+    return True, attempt_of(told), told["began"], process_in(told)
 
 
 def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts what several processes tell of one delivery, the one that got furthest last."""
     state = told["state"]
-    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_of(told, "worker")
+    return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
 def take_fields(record: dict[str, Any], fields: Mapping[str, Any]) -> None:
@@ -2565,11 +2571,10 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     told["timestamp"] = timestamp
     if time and told.get(time, -inf) < timestamp:
         told[time] = timestamp
-    fields = _shapes.get(tuple(event))
+    chars, fields = 0, _shapes.get(tuple(event))
     if fields is None or len(told) + len(fields) > MAX_FIELDS:
         take_fields(told, {key: event[key] for key in fields_of(event)})
-        return LARGE
-    chars = 0
+        chars, fields = LARGE, ()
     for key in fields:
         value = event[key]
         if value is not None:
@@ -2578,13 +2583,25 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
                 chars += len(value)
             elif type(value) not in FLAT:
                 chars = LARGE
+    if time == "sent":
+        for key in told.keys() & NOT_SENT:
+            del told[key]
     return chars
 
 
+def drop_error(task: dict[str, Any], told: Mapping[str, Any]) -> None:
+    """Forget the exception that an older delivery told, if a newer one, or an event of it, tells its own."""
+    if told.get("exception", told.get("traceback")) is not None:
+        task.pop("exception", None)
+        task.pop("traceback", None)
+
+
 def is_next(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
-    """Whether an event belongs to the only delivery that is known of its task."""
+    """Whether an event begins, or belongs to, the only delivery that is known of its task."""
+    if "began" not in task:  # only its task-sent
+        return kind.time != "sent" and attempt_of(event) == attempt_of(task)
     retries = event.get("retries")
-    if kind.time in ("sent", "received") or "sent" in task or retries is not None and retries != task.get("retries"):
+    if kind.time in ("sent", "received") or retries is not None and retries != task.get("retries"):
         return False
     return event.get("pid") == task.get("pid") and event.get("hostname") == task.get("worker")
 
@@ -2605,16 +2622,35 @@ def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]
     return (waiting or running if kind.time == "started" else running or waiting) or (mine[-1] if mine else None)
 
 
+@lru_cache(1000)
+def only_sent(sent: Iterable[str], told: Iterable[str]) -> frozenset[str]:
+    """Return the keys that a task-sent has told and a delivery has not."""
+    return frozenset(sent).difference(told)
+
+
+def split(task: Mapping[str, Any], sent: frozenset[str] | None) -> list[dict[str, Any]]:
+    """Return what a task's dict tells of its task-sent, which alone told the keys `sent`, and of its delivery."""
+    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
+    if sent is None or "began" not in told:
+        return [told] if told else []
+    by_sent = {key: told[key] for key in ("sent", "client", "retries", *sent) if key in told}
+    for key in ("sent", "client", *sent):
+        told.pop(key, None)
+    return [{**by_sent, "state": "PENDING", "timestamp": by_sent["sent"]}, told]
+
+
 def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
 
     A process that never received the task itself joins a delivery of its hostname: the newest that had begun by then.
     """
     ordered = sorted(deliveries, key=age_of)
-    receivers = {process_of(told, "worker") for told in ordered if "received" in told}
+    if len({told.get("worker") for told in ordered}) == len(ordered):
+        return [[told] for told in ordered]
+    receivers = {process_in(told) for told in ordered if "received" in told}
     hostnames = {hostname for hostname, _ in receivers if hostname}
     joining = [told for told in ordered if told.get("worker") in hostnames]
-    joining = [told for told in joining if process_of(told, "worker") not in receivers]
+    joining = [told for told in joining if process_in(told) not in receivers]
     joined = set(map(id, joining))
     groups = [[told] for told in ordered if id(told) not in joined]
     for told in joining:
@@ -2627,15 +2663,16 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
     shown: dict[str, Any] = {}
-    for told in chain.from_iterable(groups):
-        if not ERROR.isdisjoint(told):
-            shown.pop("exception", None)
-            shown.pop("traceback", None)
-        latest = {key: max(told[key], shown[key]) for key in TIMES & told.keys() & shown.keys()}
-        shown.update({**told, **latest})
-    newest = {key: told[key] for told in groups[-1] for key in OWN & told.keys()}
-    shown = {key: value for key, value in shown.items() if key not in OWN}
-    return {**dict(islice(shown.items(), MAX_FIELDS)), **newest}
+    for group in groups:
+        if group is groups[-1]:
+            for key in OWN:
+                shown.pop(key, None)
+        for told in group:
+            drop_error(shown, told)
+            latest = {key: max(shown[key], told[key]) for key in TIMES.intersection(told) if key in shown}
+            shown.update(told)
+            shown.update(latest)
+    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
 
 
 def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
@@ -2675,9 +2712,8 @@ def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
 def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what State.attempts() tells of a delivery."""
     keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
-    time_of_end = {state: type[5:] for type, state in TASK_STATES.items() if state in ENDED}.get(told["state"], "")
-    ended = told.get(time_of_end, told["timestamp"]) if told["state"] in ENDED else None
-    return {**{key: told.get(key) for key in keys}, "ended": ended}
+    ends = [told.get(type[5:], told["timestamp"]) for type, state in TASK_STATES.items() if state == told["state"] in ENDED]
+    return {**{key: told.get(key) for key in keys}, "ended": ends[0] if ends else None}
 
 
 MAX_STATE = 128 << 20  # bytes of large values; all the rest takes less than the rest of 256 MiB
@@ -2688,6 +2724,8 @@ FORGOTTEN = "(forgotten: State was full)"
 
 def bytes_of(value: Any) -> int:
     """Return about how many bytes a value takes; of one that takes more than NESTED, something more than that."""
+    if type(value) is str:
+        return sys.getsizeof(value)
     size, rest = 0, [value]
     while rest and size <= NESTED:
         value = rest.pop()
@@ -2699,12 +2737,12 @@ def bytes_of(value: Any) -> int:
 
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
-MAX_TYPE = 100  # characters of an event type that is counted apart
+MAX_TYPE = 100  # characters of an event type that tell it from others
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_DELIVERIES = 32  # of a task
 MAX_PROCESSES = 32  # of a worker
-TAKES_NONE: dict[str, Any] = {"sent": 0.0}  # stands for a task of which the next event is to be looked at with care
+TAKES_NONE: dict[str, Any] = {"began": 0.0, "pid": ""}  # stands for a task of which the next event is to be looked at with care
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
@@ -2761,9 +2799,10 @@ class State:
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self.evicted = 0
-        self._succeeded, self._failed, self._sent, self._active = (OrderedDict[str, None]() for _ in range(4))
+        self._succeeded, self._failed, self._pending, self._active = (OrderedDict[str, None]() for _ in range(4))
         self._lists = dict.fromkeys(FINISHED, self._failed)  # state -> where its tasks are listed, if not in _active
-        self._lists.update(SUCCESS=self._succeeded, PENDING=self._sent)
+        self._lists.update(SUCCESS=self._succeeded, PENDING=self._pending)
+        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys that only its task-sent told
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that may have several
         self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest, if it alone takes the next event of its process
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
@@ -2771,7 +2810,7 @@ class State:
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._large: deque[tuple[Event, int]] = deque()  # events with large values, and the bytes of these
-        self._weight, self._full = 0, MAX_STATE // 8  # bytes of these; how many it takes until they are looked through
+        self._weight, self._full = 0, MAX_STATE // 4  # bytes of these; how many it takes until they are looked through
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
         self._turn({})
@@ -2800,19 +2839,17 @@ class State:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
-            self._is_small = False  # until _task() has looked
+            self._is_large = False  # or may be
             type_name = event.get("type")
-            if type(type_name) is not str:
-                type_name = ""
+            if type(type_name) is not str or len(type_name) > MAX_TYPE:
+                self._is_large = True
+                type_name = type_name[:MAX_TYPE] if type(type_name) is str else ""
             self.event_count += 1
             self.recent.append(event)
             received = event.get("local_received")
             if type(received) is not float or not self._tick <= received < self._tick + GRAPH_TICK:
                 self._turn(event)
-            if type_name in self._counts or len(self._counts) < MAX_TYPES and len(type_name) <= MAX_TYPE:
-                self._counts[type_name] += 1
-            else:
-                self._counts[""] += 1
+            self._counts[type_name if type_name in self._counts or len(self._counts) < MAX_TYPES else ""] += 1
             if self.callback:
                 self.callback(self, event)
             hostname = event.get("hostname")
@@ -2821,14 +2858,17 @@ class State:
                 worker = self.workers.get(hostname)
                 if worker is None or worker["heard"] != self._heard or hostname in self._gone:
                     self._hear(hostname, event, type_name)
+            elif hostname is not None:
+                self._is_large = True
             method = METHODS.get(type_name)
             if method:
                 getattr(self, method)(event)
             elif type_name.startswith("task-"):
-                self._task(event, kind_of(type_name[: 5 + MAX_TYPE]))
+                self._task(event, kind_of(type_name))
             else:
                 self.notes.append(event)
-            if not self._is_small:
+                self._is_large = True
+            if self._is_large:
                 self._weigh(event)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
@@ -2878,8 +2918,8 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            deliveries = self._deliveries.get(uuid) or ([self.tasks[uuid]] if uuid in self.tasks else [])
-            return [attempt(merged([group])) for group in grouped(deliveries) if "sent" not in group[0]]
+            deliveries = self._deliveries.get(uuid) or split(self.tasks.get(uuid, {}), self._sent.get(uuid))
+            return [attempt(merged([group])) for group in grouped(deliveries) if "began" in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2987,7 +3027,7 @@ class State:
                 counts = self._graph.get(tick)
                 if counts:
                     column = int((1 - (now - (tick + 0.5) * GRAPH_TICK) / span) * width)
-                    events = counts.values() if wanted is None else map(counts.__getitem__, wanted)
+                    events = counts.values() if wanted is None else map(counts.get, wanted, repeat(0))
                     columns[min(max(column, 0), width - 1)] += sum(events)
         return columns
 
@@ -3022,6 +3062,7 @@ class State:
         """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
+        self._is_large = type(event.get("local_received")) not in FLAT
         self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
         self._past = self.recorded or abs(received - wall) > LIVE
         self._heard = received if self._past else self._began + time.monotonic()
@@ -3055,7 +3096,7 @@ class State:
         hostname, pid = process_of(event)
         if not hostname:
             return
-        type_name = str(event.get("type"))
+        type_name, self._is_large = str(event.get("type")), True
         worker = self.workers.pop(hostname, None) or self._new_worker(hostname, event)
         self.workers[hostname] = worker  # now the last to be forgotten
         before, processes = worker["status"], self._processes[hostname]
@@ -3092,9 +3133,11 @@ class State:
         """Let an event change its task."""
         uuid = event.get("uuid")
         if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
+            self._is_large = True
             return
         timestamp = event.get("timestamp")
-        if type(timestamp) is not float or not -1e15 < timestamp < 1e15:  # else number() need not be called
+        if type(timestamp) is not float or not -1e15 < timestamp < 1e15:
+            self._is_large = True
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
         task = self.tasks.get(uuid)
         if task is None:
@@ -3102,17 +3145,34 @@ class State:
             task = self._new_task(uuid)
             self._begin(task, event, kind, timestamp)
             chars = take_event(task, event, kind, timestamp)
+            if kind.time == "sent":
+                self._sent[uuid] = only_sent(fields_of(event), ())
         else:
             uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
             newest = self._newest.get(uuid, task)
             if is_next(newest, event, kind):
+                if uuid in self._sent and not self._sent[uuid].isdisjoint(event):
+                    told = tuple([key for key in fields_of(event) if event[key] is not None])
+                    self._sent[uuid] = only_sent(self._sent[uuid], told)
+                if "began" not in task:
+                    self._begin(task, event, kind, timestamp)
+                    if event.get("clock") is None:
+                        task.pop("clock", None)
+                if newest is not task and ERROR.isdisjoint(newest):
+                    drop_error(task, event)
                 chars = take_event(task, event, kind, timestamp)
                 if newest is not task:
                     take_event(newest, event, kind, timestamp)
+            elif newest is task and kind.time == "sent" and "sent" not in task and attempt_of(event) == attempt_of(task):
+                sent: dict[str, Any] = {}
+                self._begin(sent, event, kind, timestamp)
+                chars = take_event(sent, event, kind, timestamp)
+                self._sent[uuid] = only_sent(tuple(sent), (*task, "clock"))
+                task.update({key: sent[key] for key in self._sent[uuid]})
             else:
                 task, chars = self._merge(task, event, kind, timestamp)
-        flat = type(event.get("clock")) in FLAT and type(event.get("pid")) in FLAT and type(event.get("utcoffset")) in FLAT
-        self._is_small = flat and chars < LARGE
+        if chars >= LARGE or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
+            self._is_large = True
         self._enter(uuid, task, before)
         if task.get("parent_id") is not parent:
             self._disown(uuid, parent)
@@ -3132,11 +3192,11 @@ class State:
     def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
         """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
         hostname, pid = process_of(event)
-        told["began"] = timestamp
         if kind.time == "sent":
             if hostname:
                 told["client"] = hostname
             return
+        told["began"] = timestamp
         if hostname:
             if pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
@@ -3148,10 +3208,10 @@ class State:
         """Return the dict of a task that may have several deliveries, after its event, and what take_event() returns."""
         uuid = task["uuid"]
         if uuid not in self._deliveries:
-            self._deliveries[uuid] = [{key: task[key] for key in task if key not in ("uuid", "children")}]
+            self._deliveries[uuid] = split(task, self._sent.pop(uuid, None))
         deliveries = self._deliveries[uuid]
         process, told = process_of(event), None
-        mine = [one for one in deliveries if "sent" not in one and process_of(one, "worker") == process]
+        mine = [one for one in deliveries if "began" in one and process_in(one) == process]
         if kind.time != "sent":
             told = delivery_for(event, kind, mine)
         if told is None:  # the times when its deliveries began are in the order of its process, too
@@ -3162,10 +3222,10 @@ class State:
         if len(deliveries) > MAX_DELIVERIES:
             deliveries.remove(min(deliveries, key=age_of))
         groups = grouped(deliveries)
-        newest = groups[-1][0]
-        others = [one for one in deliveries if one is not newest]
-        is_alone = len(groups[-1]) == 1 and process_of(newest, "worker") not in [process_of(one, "worker") for one in others]
-        self._newest[uuid] = newest if is_alone and all(map(ERROR.isdisjoint, others)) else TAKES_NONE
+        newest, *joined = groups[-1]
+        *others, last = [one for one in deliveries if process_in(one) == process_in(newest)]
+        takes_next = newest is last and "began" in newest and not joined and all(one["state"] in ENDED for one in others)
+        self._newest[uuid] = newest if takes_next else TAKES_NONE
         record = self._record(uuid)
         record.update(merged(groups))
         return record, chars
@@ -3211,34 +3271,39 @@ class State:
     def _evict(self) -> None:
         """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
         self.evicted += 1
-        self._forget(next(chain(self._succeeded, self._failed, self._sent, self._active)))
+        self._forget(next(chain(self._succeeded, self._failed, self._pending, self._active)))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
         del self._lists.get(task["state"], self._active)[uuid]
         self._disown(uuid, task.get("parent_id"))
+        self._sent.pop(uuid, None)
         self._deliveries.pop(uuid, None)
         self._newest.pop(uuid, None)
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
         """Note the large values of the last event, to forget them when all are too much; keep what is nested as JSON."""
-        fields_of(event)  # the next one like it may be small
-        keys = [key for key in (*(NOT_FIELDS & event.keys()), *islice(event, MAX_FIELDS)) if is_name(key)]
-        large = {key: event[key] for key in keys if bytes_of(event[key]) > LARGE}
-        if not large and len(event) <= MAX_FIELDS and all(map(is_name, event)):
+        large = {key: value for key, value in event.items() if type(value) not in FLAT and bytes_of(value) > LARGE}
+        is_usual = fields_of(event) is _shapes.get(tuple(event))  # its keys are few and short
+        if is_usual and not large:
             return
-        nested = {key: value for key, value in large.items() if type(value) is not str and bytes_of(value) > NESTED}
         kept = new_event(Event)
-        kept.update((key, format_json(event[key]).decode() if key in nested else event[key]) for key in keys)
-        for record in self._records(kept):
-            record.update((key, kept[key]) for key, value in nested.items() if record.get(key) is value)
+        for key in event if is_usual else (*(NOT_FIELDS & event.keys()), *islice(event, MAX_FIELDS)):
+            if is_usual or is_name(key):
+                kept[key] = event[key]
+        nested = [key for key in kept.keys() & large if type(event[key]) is not str and bytes_of(event[key]) > NESTED]
+        for key in nested:
+            kept[key] = format_json(event[key]).decode()
+            for record in self._records(event):
+                if record.get(key) is event[key]:
+                    record[key] = kept[key]
         for events in (self.recent, self.notes):
             if events and events[-1] is event:
                 events[-1] = kept
         hostname = process_of(event)[0]
         if self._last.get(hostname) is event:
             self._last[hostname] = kept
-        size = NESTED + sum(sys.getsizeof(kept[key]) for key in large)
+        size = 1024 + sum(sys.getsizeof(kept[key]) for key in kept.keys() & large)
         self._large.append((kept, size))
         self._weight += size
         if self._weight > self._full:
@@ -3251,21 +3316,28 @@ class State:
         return records + [self.workers[hostname], *self._processes[hostname].values()] if hostname in self.workers else records
 
     def _slim(self) -> None:
-        """Forget large values, the oldest first, until there is room for as much again."""
+        """Look through the large values: drop what is kept nowhere, and forget the oldest ones if all are too much."""
         events = set(map(id, chain(self.recent, self.notes, self._last.values())))
-        large, self._large, self._weight = self._large, deque(), 0
-        for event, size in reversed(large):
+        found: list[tuple[Event, int, list[tuple[dict[str, Any], str]]]] = []  # what is kept, its bytes, where it is kept
+        for event, size in reversed(self._large):
             records = [*self._records(event), *([event] if id(event) in events else [])]
             values = [(key, value) for key, value in event.items() if bytes_of(value) > LARGE]
             places = [(record, key) for key, value in values for record in records if record.get(key) is value]
-            if places and self._weight + size <= MAX_STATE // 2:
+            if places:
+                found.append((event, size, places))
+        enough = MAX_STATE // 2 if sum(size for _, size, _ in found) > MAX_STATE else MAX_STATE
+        self._large.clear()
+        self._weight = 0
+        for event, size, places in found:
+            self._weight += size
+            if self._weight <= enough:
                 self._large.appendleft((event, size))
-                self._weight += size
-            elif places:
-                self.evicted += 1
-                for record, key in places:
-                    record[key] = FORGOTTEN
-        self._full = max(MAX_STATE // 8, self._weight + MAX_STATE // 2)
+                continue
+            self._weight -= size
+            self.evicted += 1
+            for record, key in places:
+                record[key] = FORGOTTEN
+        self._full = self._weight + MAX_STATE // 4
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
