@@ -2497,7 +2497,8 @@ def process_in(told: Mapping[str, Any]) -> tuple[str, float]:
 
 def attempt_of(event: Mapping[str, Any]) -> float:
     """Return the `retries` of an event or a delivery, 0 if it does not say."""
-    return number(event.get("retries"), 0)
+    retries = event.get("retries")
+    return retries if isinstance(retries, (int, float)) and abs(retries) < 1e15 else 0
 
 
 Kind = namedtuple("Kind", "state rank time")
@@ -2591,7 +2592,7 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
 
 def drop_error(task: dict[str, Any], told: Mapping[str, Any]) -> None:
     """Forget the exception that an older delivery told, if a newer one, or an event of it, tells its own."""
-    if told.get("exception", told.get("traceback")) is not None:
+    if told.get("exception") is not None or told.get("traceback") is not None:
         task.pop("exception", None)
         task.pop("traceback", None)
 
