@@ -3175,7 +3175,7 @@ class State:
         if chars >= LARGE or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
             self._is_large = True
         self._enter(uuid, task, before)
-        if task.get("parent_id") is not parent:
+        if task.get("parent_id") != parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
 
