@@ -1599,7 +1599,7 @@ if hasattr(os, "register_at_fork"):
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
 MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
-MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
+MAX_FRAMES = 50  # of a traceback, the innermost: to format all of a deep recursion would take seconds
 STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
 _current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)  # the last one that began here
 _logging: ContextVar[bool] = ContextVar("eventmon_logging", default=False)  # whether a LogHandler is at work
@@ -1630,52 +1630,32 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(readable(value), limit)
 
 
-OUR_FRAME = (  # a pattern of it in the text of a traceback, which may be that of an exception group
-    rf'(?m)^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n'
-    r"(\1    .*\n)*"
-)
+OUR_FUNCTIONS = ("in_task", "in_task_async", "in_task_generator", "in_task_async_generator", "__enter__", "reserve")
+OUR_FRAMES = {(cut.__code__.co_filename, name) for name in OUR_FUNCTIONS}
 
 
-def traceback_of(problem: BaseException, inside: bool = False) -> str:
-    """Return the end of an exception's traceback, without our frames.
-
-    An exception that leaves a task `inside` another takes the text along: the outer one only adds its own frames.
-    """
-    import linecache
+def traceback_of(problem: BaseException) -> str:
+    """Return the end of an exception's traceback, without our frames."""
     import traceback
 
     try:
-        told: tuple[int, str] = vars(problem).pop("_eventmon", (0, ""))
-        start, text = told  # from this traceback object on
-        node, outer = problem.__traceback__, ""
-        while start and node and id(node) != start:
-            frame, line = node.tb_frame, node.tb_lineno
-            source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-            outer += f"    {source}\n" if source else ""
-            node = node.tb_next
-        if not (start and node):
-            lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
-            text = re.sub(OUR_FRAME, "", "\n" + "".join(lines))
-        elif text.count('  File "') < MAX_FRAMES / 2:
-            causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
-            if header:  # an exception group has another one
-                text = causes + header + re.sub(OUR_FRAME, "", outer) + rest
-        text = text[-MAX_TRACEBACK:]
-        if inside:
-            vars(problem)["_eventmon"] = id(problem.__traceback__), text
-        return text.lstrip("\n")
+        report: Any = traceback.TracebackException(type(problem), problem, None, limit=-MAX_FRAMES)
+        frames = deque(traceback.walk_tb(problem.__traceback__), MAX_FRAMES)
+        report.stack = traceback.StackSummary.extract(iter(frames))  # without columns, which cost more than all the rest
+        reports = [report]
+        for each in reports:
+            each.stack[:] = (frame for frame in each.stack if (frame.filename, frame.name) not in OUR_FRAMES)
+            causes = each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())
+            reports += filter(None, causes)
+        return "".join(report.format())[-MAX_TRACEBACK:]
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
         return readable(problem)
 
 
 def reserve(calls: int) -> None:
-    """Raise RecursionError, without these frames, unless the stack has room for so many calls."""
-    try:
-        if calls:
-            reserve(calls - 1)
-    except RecursionError as problem:
-        raise problem.with_traceback(None) from None
+    """Raise RecursionError unless the stack has room for so many calls."""
+    if calls:
+        reserve(calls - 1)
 
 
 class Task:
@@ -1689,20 +1669,19 @@ class Task:
     innermost as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
-    def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any], is_parent: bool = True
+    ) -> None:
         from uuid import uuid4
 
         self.name = name
         self.uuid = self.root_id = uuid or str(uuid4())
-        self._dispatcher, self._given, self._fields = dispatcher, uuid, fields
+        self._dispatcher, self._given, self._fields, self._is_parent = dispatcher, uuid, fields, is_parent
         self._outer: Task | None = None  # the one in which this one began
-        self._is_parent = True
-        self._ended = self._retried = False
-        self._outcome: dict[str, Any] = {}
 
-    def running(self) -> Task | None:
-        """Return this task or, if it has ended, the innermost one around it that has not."""
-        task: Task | None = self
+    @staticmethod
+    def running(task: Task | None) -> Task | None:
+        """Return a task or, if it has ended, the innermost one around it that has not."""
         while task and task._ended:
             task = task._outer
         return task
@@ -1715,37 +1694,36 @@ class Task:
 
     def retried(self, exception: BaseException | None = None) -> None:
         """Say that this attempt failed and another follows: the task ends with task-retried, however it ends."""
-        self._retried, self._outcome = True, {} if exception is None else self._failure(exception)
+        self._type, self._outcome = "task-retried", self._failure(exception)
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         reserve(STACK)
-        last = _current_task.get()
-        outer = last.running() if last else None
+        outer = self.running(_current_task.get())
+        parent_id, root_id = (outer.uuid, outer.root_id) if outer else (None, self.uuid)
         fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
-        fields.update(root_id=outer.root_id if outer else self.uuid, parent_id=outer.uuid if outer else None)
-        fields.update(self._fields)
+        fields.update({"parent_id": parent_id, "root_id": root_id, **self._fields})
         self._dispatcher.begin_task(self.uuid, fields)
-        self.root_id, self._outer, self._start = fields["root_id"], outer, time.monotonic()
-        self._ended, self._retried, self._outcome = False, False, {}
+        self.root_id, self._outer, self._ended = fields["root_id"], outer, False
+        self._start, self._type, self._outcome = time.monotonic(), "", {}
         if self._is_parent:
             _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         outer, self._outer, self._ended = self._outer, None, True
-        self._outer = outer.running() if outer else None  # so that no chain of ended ones grows
+        self._outer = self.running(outer)  # so that no chain of ended ones grows
         if _current_task.get() is self:  # else another one has begun since, or this is another context
             _current_task.set(self._outer)
-        failed = problem is not None and not isinstance(problem, GeneratorExit)  # which ends a generator, no failure
-        outcome = {"runtime": time.monotonic() - self._start, **(self._failure(problem) if failed else {})}
-        type = "task-retried" if self._retried else "task-failed" if failed else "task-succeeded"
+        has_failed = kind not in (None, GeneratorExit)  # which ends a generator
+        type = self._type or ("task-failed" if has_failed else "task-succeeded")
+        outcome = {"runtime": time.monotonic() - self._start, **self._failure(problem if has_failed else None)}
         self._dispatcher.end_task(type, self.uuid, {**outcome, **self._outcome})
 
-    def _failure(self, problem: Any) -> dict[str, str]:
-        """Return what is told of an exception."""
-        text = self._brief(problem)
-        nested = self._outer is not None or not self._is_parent  # of a generator nobody knows
-        return {"exception": text, "traceback": traceback_of(problem, nested)} if text else {}
+    def _failure(self, problem: BaseException | None) -> dict[str, str]:
+        """Return what is told of an exception, if there is one."""
+        if problem is None or not self._dispatcher.sends_tasks():
+            return {}
+        return {"exception": self._brief(problem), "traceback": traceback_of(problem)}
 
     def _brief(self, value: Any) -> str:
         return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
@@ -1753,9 +1731,7 @@ class Task:
     def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
         """Return the task of one call of a decorated function."""
         fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
-        task = Task(self._dispatcher, self.name, self._given, fields)
-        task._is_parent = is_parent
-        return task
+        return Task(self._dispatcher, self.name, self._given, fields, is_parent)
 
     def _returned(self, result: Any) -> Any:
         self._outcome["result"] = self._brief(result)
@@ -1789,15 +1765,13 @@ class Task:
                 sys.set_asyncgen_hooks(None, None)  # at its end the event loop closes this one, and this one the other
                 step = generator.__anext__()
                 sys.set_asyncgen_hooks(*hooks)
-                while True:
-                    try:
+                with suppress(StopAsyncIteration):
+                    while True:
                         item = await step
-                    except StopAsyncIteration:
-                        return
-                    try:
-                        step = generator.asend((yield item))
-                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
-                        step = generator.athrow(problem)
+                        try:
+                            step = generator.asend((yield item))
+                        except BaseException as problem:  # noqa: BLE001 - for the generator to see
+                            step = generator.athrow(problem)
 
         kinds: Any = (
             (inspect.isasyncgenfunction, in_task_async_generator),
@@ -1844,12 +1818,11 @@ def log_handler() -> type:
             token = _logging.set(True)
             try:
                 fields: Any = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-                last, problem = _current_task.get(), record.exc_info and record.exc_info[1]
-                task = last.running() if last else None
+                task, problem = Task.running(_current_task.get()), record.exc_info and record.exc_info[1]
                 if task:
                     fields["uuid"] = task.uuid
                 if problem or record.exc_text:
-                    fields["exception"] = traceback_of(problem, task is not None) if problem else record.exc_text
+                    fields["exception"] = traceback_of(problem) if problem else record.exc_text
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers

@@ -1709,10 +1709,7 @@ def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
     assert len({text.splitlines()[-1] for text in texts}) == 2 + (sys.version_info >= (3, 11))
 
 
-def test_an_exception_that_passes_through_many_tasks_is_formatted_once_and_stays_as_it_was(monkeypatch):
-    made, form = [], traceback.format_exception
-    monkeypatch.setattr(traceback, "format_exception", lambda *args, **how: made.append(args) or form(*args, **how))
-
+def test_an_exception_that_passes_through_many_tasks_costs_little_and_stays_as_it_was():
     def work(dispatcher):
         @dispatcher.task("deep")
         def deeper(left):
@@ -1723,15 +1720,17 @@ def test_an_exception_that_passes_through_many_tasks_is_formatted_once_and_stays
 
         with pytest.raises(ValueError, match="x") as info:
             deeper(50)
-        assert (vars(info.value), len(made)) == ({}, 1)
+        assert vars(info.value) == {}
         with pytest.raises(RecursionError):
             deeper(10**6)
+        assert time.process_time() - began < 2
 
+    began = time.process_time()
     events = told(work, max_wait=2)
     received, started, failed = (
         [event["uuid"] for event in events if event.subject == subject] for subject in ("received", "started", "failed")
     )
-    assert received == started and sorted(received) == sorted(failed) and len(received) > 150 and len(made) == 2
+    assert received == started and sorted(received) == sorted(failed) and len(received) > 150
     assert max(event.get("traceback", "").count(", line ") for event in events) <= eventmon.MAX_FRAMES
 
 
