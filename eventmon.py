@@ -4983,7 +4983,8 @@ def run(options: Any) -> int:
 
 # check
 
-REASONS = {  # the name of an error of the system -> what it means, and what to do
+STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
+REASONS = {  # the name of an error of the system, or one of ours -> what it means, and what to do
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
@@ -4992,115 +4993,89 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
     "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it, or the port is below 1024",
+    "nobody": "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:{port} there, with the same key,"
+    " and let UDP through its firewall",
+    "nothing": "it does not come back: a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast"
+    " drops it; try another interface below, or unicast: start python eventmon.py watch --url udp://0.0.0.0:{port} there",
 }
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
 LISTEN_TIME = 0.6  # two beats of every sender
-MAX_SKEW = 15  # seconds that clocks may differ: half of what a key allows
 
 
 def in_words(problem: BaseException | None, url: Url) -> str:
-    """Return what an error of the system means, and what to do."""
+    """Return what an error of the system, or one of ours, means, and what to do."""
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
+    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else str(problem)
     where = url.interface or url.host
     return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
 
-class Trial:
-    """A URL that is tried. A step is a method that returns what it has found, or raises OSError or Failure."""
+def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
+    """Yield what comes of it if an event is sent, if a watcher is to confirm it, and if it is large."""
 
-    STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
-
-    def __init__(self, url: str, key: bytes) -> None:
-        self.url = parse_url(url)
-        self.dispatcher = Dispatcher(url, key=key)
-        self.receiver = Receiver(url, {"*": self.hear}, key=key)
-        self.listens, self.confirmed = False, 0
-        self.heard: dict[str, str] = {}  # hostname -> how its clock is wrong
-
-    def hear(self, event: Event) -> None:
-        """Note who sends, and whether the clocks differ."""
-        name, ahead = event.get("hostname"), event.timestamp - event["local_received"]
-        if name != self.dispatcher.hostname:
-            self.heard[printable(name)] = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
-
-    def try_event(self, fill: str = "") -> int:
+    def confirmed(fill: str) -> int:
         """Send an event with this field; return how many watchers confirm it: we are one, if we can listen."""
-        self.dispatcher.send("eventmon-check", fill=fill)
-        return max(self.dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
+        dispatcher.send("eventmon-check", fill=fill)
+        return max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
 
-    def open(self) -> str:
-        """Open a socket that sends."""
-        Link(self.url).close()
-        return f"a socket that sends to {self.url.host}, ttl={self.url.ttl} (0: this machine, 1: this network)"
+    watchers = confirmed("")
+    if not dispatcher.stats["datagrams"]:
+        raise Failure(in_words(dispatcher.problem, url))
+    yield "the system took a datagram"
+    if not watchers:
+        raise Failure("nothing" if listens else "nobody")
+    yield "it has come back on this machine" if listens else "a watcher has confirmed it"
+    size = MAX_LOOPBACK if on_loopback(url) else MAX_DATAGRAM
+    if confirmed("x" * (size - 4 * MAX_HEADER)) < watchers:
+        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+    yield f"up to {size:,} bytes in a datagram"
 
-    def join(self) -> str:
-        """Listen, unless another watcher has the port of a unicast URL."""
+
+def buffer_text(sock: socket.socket) -> str:
+    """Return how large a receive buffer is, and how it gets as large as is asked for."""
+    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
+    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+    return f"{size:,} bytes" + (more if size < BUFFER else "")
+
+
+def try_url(url: str, key: bytes) -> Iterator[str]:
+    """Yield what each of STEPS finds, up to the first one in which OSError or Failure is raised."""
+    parts, heard = parse_url(url), set[str]()
+    handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
+    with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
+        Link(parts).close()
+        yield f"a socket that sends to {parts.host}, ttl={parts.ttl} (0: this machine, 1: this network)"
+        taken = None
         try:
-            self.receiver.fileno()
+            receiver.fileno()
+            threading.Thread(target=receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
         except OSError as problem:
-            if is_group(self.url.host):
+            if is_group(parts.host):
                 raise
-            return f"{in_words(problem, self.url)}; whoever watches there is to confirm"
-        threading.Thread(target=self.receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
-        self.listens = True
-        return f"{self.url.host}, port {self.url.port}"
-
-    def send(self) -> str:
-        """Send an event."""
-        self.confirmed = self.try_event()
-        if not self.dispatcher.stats["datagrams"]:
-            raise Failure(in_words(self.dispatcher.problem, self.url))
-        return "the system took a datagram"
-
-    def receive(self) -> str:
-        """Be told that the event has arrived."""
-        if self.confirmed:
-            return "it has come back on this machine" if self.listens else "a watcher has confirmed it"
-        there = f"start python eventmon.py watch --url udp://0.0.0.0:{self.url.port} there"
-        if not self.listens:
-            raise Failure(f"nobody confirms it: {there}, with the same key, and let UDP through its firewall")
-        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-        raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {there}")
-
-    def sizes(self) -> str:
-        """Send an event that takes about the largest datagram that is sent to this URL; it is to arrive everywhere."""
-        size = MAX_LOOPBACK if on_loopback(self.url) else MAX_DATAGRAM
-        if self.try_event("x" * (size - 4 * MAX_HEADER)) < self.confirmed:
-            raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
-        return f"up to {size:,} bytes in a datagram"
-
-    def buffer(self) -> str:
-        """Compare a receive buffer with what is asked for."""
-        with socket.socket(type=socket.SOCK_DGRAM) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            got = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
-        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-        return f"{got:,} bytes" + (more if got < BUFFER else "")
-
-    def others(self) -> str:
-        """Listen for a moment, and say who else is there."""
+            taken = f"{in_words(problem, parts)}; whoever watches there is to confirm"
+        yield taken or f"{parts.host}, port {parts.port}"
+        yield from try_sending(dispatcher, parts, taken is None)
+        yield "as large as the other watcher's" if taken else buffer_text(receiver.channel)
         time.sleep(LISTEN_TIME)
-        hosts = [host for host, _ in self.dispatcher.watchers()]
-        senders, watchers = self.receiver.stats["streams"] - self.listens, len(hosts) - self.listens
+        mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
+        senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
         texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
-        if self.heard:
-            texts.append("events come from " + ", ".join(sorted(map("".join, self.heard.items()))[:MAX_TOLD]))
-        return "; ".join(texts + troubles(self.receiver) + troubles(self.dispatcher))
+        if names := heard - {printable(dispatcher.hostname)}:
+            texts.append(f"events come from {', '.join(sorted(names)[:MAX_TOLD])}")
+        yield "; ".join(texts + troubles(receiver) + troubles(dispatcher))
 
 
 def check_steps(url: str, key: bytes) -> Iterator[str]:
     """Yield "ok" or "wrong", the name of a step and what came of it, as a line, up to the first one that is wrong."""
-    trial = Trial(url, key)
-    with trial.dispatcher, trial.receiver:
-        for name in trial.STEPS:
-            try:
-                yield f"ok    {name:<7} {getattr(trial, name)()}"
-            except (OSError, Failure) as problem:
-                yield f"wrong {name:<7} {in_words(problem, trial.url)}"
-                return
+    found = try_url(url, key)
+    for name in STEPS:
+        try:
+            yield f"ok    {name:<7} {next(found)}"
+        except (OSError, Failure) as problem:
+            yield f"wrong {name:<7} {in_words(problem, parse_url(url))}"
+            return
 
 
 def check(options: Any) -> int:
@@ -5126,8 +5101,8 @@ def check(options: Any) -> int:
 # demo
 
 
-def serve(events: Dispatcher) -> NoReturn:
-    """Be a shop, for ever, with what goes well and wrong in one."""
+def serve(events: Dispatcher, seconds: float) -> NoReturn:
+    """Be a shop, with what goes well and wrong in one, and then die."""
     import logging
     from random import random
 
@@ -5141,7 +5116,8 @@ def serve(events: Dispatcher) -> NoReturn:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    while True:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         number = int(1000 + 9000 * random())
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
@@ -5155,6 +5131,7 @@ def serve(events: Dispatcher) -> NoReturn:
                         break
                     log.warning("no answer from mail.example.com, attempt %d", retries + 1)
                     mail.retried(TimeoutError("mail.example.com"))
+    os._exit(1)
 
 
 def demo(options: Any) -> int:
@@ -5164,11 +5141,7 @@ def demo(options: Any) -> int:
     if options.worker:
         with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
             for _ in range(3):
-                threading.Thread(target=serve, args=(events,), daemon=True).start()
-            if options.worker == "gamma":  # which dies
-                death = threading.Timer(15, os._exit, (1,))
-                death.daemon = True
-                death.start()
+                threading.Thread(target=serve, args=(events, 15 if options.worker == "gamma" else inf), daemon=True).start()
             sys.stdin.read()  # until the monitor ends
         return 0
     options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
@@ -5227,10 +5200,8 @@ def read_key(path: str) -> bytes:
     """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
     with open(path, "rb") as file:
         key = file.read()
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if key.startswith(mark):
-            with suppress(UnicodeError):
-                key = key.decode(encoding).encode()
+    with suppress(UnicodeError):  # a key need not be text
+        key = key.decode("utf-16" if key[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").encode()
     if not key.strip():
         raise Failure(f"key file {path} is empty")
     return key.strip()

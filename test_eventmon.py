@@ -3805,7 +3805,7 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
             old.send("old", n=n)
         with Dispatcher(hostname="wrong\x1b@there") as wrong:
             done = threading.Event()
-            late = threading.Thread(target=lambda: [wrong.send("x", timestamp=0) for _ in iter(lambda: done.wait(0.05), True)])
+            late = threading.Thread(target=lambda: [wrong.send("x") for _ in iter(lambda: done.wait(0.05), True)])
             late.start()
             status, steps, others = check(capsys)
             done.set()
@@ -3815,7 +3815,7 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
         who, where, names = steps["others"][1].split("; ")
         assert who == "2 Dispatchers and 1 watcher beside this one"
         assert where == "watchers are at 127.0.0.1, and prove that events get there"
-        assert re.fullmatch("events come from wrong[^\x1b]*, whose clock is -[0-9,]+ s from ours", names)
+        assert re.fullmatch("events come from wrong[^\x1b]*", names)
         assert f"{old.stats['repairs']}{receiver.stats['lost']}" == "00"  # it asks for no history
         assert {event.type for event in events if "hostname" in event} >= {"eventmon-check", "old"}
     assert all(re.fullmatch(r"  \S+ +'udp://[0-9.:]+\?interface=\S+&ttl=[01]'", line) for line in others)
