@@ -1611,8 +1611,8 @@ def start_of_value(value: Any, limit: int, left: Iterator[int]) -> Any:
     if kind in (str, bytes):
         return value[:limit]
     if kind is dict:
-        pairs = ((key, value[key]) for key, _ in zip(value, left))
-        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for key, item in pairs}
+        items = zip(value.items(), left)
+        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for (key, item), _ in items}
     if kind in (list, tuple, set):
         return kind(start_of_value(item, limit, left) for item, _ in zip(value, left))
     return value
@@ -1815,21 +1815,21 @@ def log_handler() -> type:
             """Send the record."""
             if _logging.get():
                 return
-            token = _logging.set(True)
+            _logging.set(True)
             try:
                 fields: Any = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
                 task, problem = Task.running(_current_task.get()), record.exc_info and record.exc_info[1]
                 if task:
                     fields["uuid"] = task.uuid
-                if problem or record.exc_text:
-                    fields["exception"] = traceback_of(problem) if problem else record.exc_text
+                if problem:
+                    fields["exception"] = traceback_of(problem)
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
                 with suppress(Exception):  # there may be no standard error to tell of it
                     self.handleError(record)
             finally:
-                _logging.reset(token)
+                _logging.set(False)
 
     return LogHandler
 
@@ -4783,7 +4783,7 @@ def watch(options: Any) -> int:
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
+    state, bad, unsaid = State(), BadLines(), StringIO()
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4797,7 +4797,7 @@ def watch(options: Any) -> int:
                 raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
+        feed = chosen(noted(feed, state) if in_lines else feed, options.type, record, options.limit)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
@@ -4806,7 +4806,7 @@ def watch(options: Any) -> int:
                 Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
             print(end=unsaid.getvalue(), file=sys.stderr)
         else:
-            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
+            show_live(receiver, state, feed, options.type, f" --key-file '{options.key_file}'" if options.key_file else "")
     bad.end()
     return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
@@ -4889,7 +4889,7 @@ def signals_passed_on(command: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for number in signal.Signals:
-            if number.name in TYPED + SENT and signal.getsignal(number) is not None:  # which Python could not set again
+            if number.name in TYPED + SENT:
                 stack.callback(signal.signal, number, signal.signal(number, pass_on))
         yield
 
@@ -5146,11 +5146,10 @@ def demo(options: Any) -> int:
         return 0
     options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
     program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
-    words = [sys.executable, program, "demo", "--url", options.url]
-    words += ["--key-file", options.key_file] if options.key_file else []
+    words = [sys.executable, program, "demo", *options.words, "--url", options.url, "--worker"]
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
-            stack.enter_context(Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
+            stack.enter_context(Popen([*words, name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
         return watch(options)
 
 
@@ -5172,7 +5171,7 @@ ARGUMENTS = (  # the commands that take it, its name, what it is, and what argpa
     ("watch demo", "--json", "print each event as a line of JSON", FLAG),
     ("watch demo", "--plain", "print each event as a line of text", FLAG),
     ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
-    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append", "default": []}),
     ("watch demo", "--limit", "stop after so many events", {"type": int}),
     ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
     ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
@@ -5217,7 +5216,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
     parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
-    parser.set_defaults(file=None, key=None)
+    parser.set_defaults(file=None, key=None, words=words)
     for commands, argument, text, settings in ARGUMENTS:
         if name in commands:
             parser.add_argument(argument, help=text, **settings)
