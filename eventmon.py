@@ -1669,14 +1669,12 @@ class Task:
     innermost as parent_id, and its root_id; but a generator is nobody's parent. `uuid` is its name among all tasks.
     """
 
-    def __init__(
-        self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any], is_parent: bool = True
-    ) -> None:
+    def __init__(self, dispatcher: Any, name: str, uuid: str | None, fields: Mapping[str, Any]) -> None:
         from uuid import uuid4
 
         self.name = name
         self.uuid = self.root_id = uuid or str(uuid4())
-        self._dispatcher, self._given, self._fields, self._is_parent = dispatcher, uuid, fields, is_parent
+        self._dispatcher, self._given, self._fields = dispatcher, uuid, fields
         self._outer: Task | None = None  # the one in which this one began
 
     @staticmethod
@@ -1705,8 +1703,7 @@ class Task:
         self._dispatcher.begin_task(self.uuid, fields)
         self.root_id, self._outer, self._ended = fields["root_id"], outer, False
         self._start, self._type, self._outcome = time.monotonic(), "", {}
-        if self._is_parent:
-            _current_task.set(self)
+        _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
@@ -1728,10 +1725,10 @@ class Task:
     def _brief(self, value: Any) -> str:
         return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
 
-    def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
+    def _call(self, args: Any, kwargs: Any) -> Task:
         """Return the task of one call of a decorated function."""
         fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
-        return Task(self._dispatcher, self.name, self._given, fields, is_parent)
+        return Task(self._dispatcher, self.name, self._given, fields)
 
     def _returned(self, result: Any) -> Any:
         self._outcome["result"] = self._brief(result)
@@ -1756,11 +1753,13 @@ class Task:
                 return task._returned(await body(*args, **kwargs))
 
         def in_task_generator(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs, is_parent=False) as task:
+            with self._call(args, kwargs) as task:
+                _current_task.set(task._outer)  # whoever takes the values is not inside
                 return task._returned((yield from body(*args, **kwargs)))
 
         async def in_task_async_generator(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs, is_parent=False):
+            with self._call(args, kwargs) as task:
+                _current_task.set(task._outer)
                 generator, hooks = body(*args, **kwargs), sys.get_asyncgen_hooks()
                 sys.set_asyncgen_hooks(None, None)  # at its end the event loop closes this one, and this one the other
                 step = generator.__anext__()
@@ -1788,7 +1787,7 @@ def log_handler() -> type:
     """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
     import logging
 
-    class LogHandler(logging.Handler):
+    class LogHandler(logging.NullHandler):  # which has no lock: a send() could wait for it, and it cannot be pickled
         """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
 
         Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
@@ -1799,10 +1798,6 @@ def log_handler() -> type:
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
-
-        def createLock(self) -> None:
-            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for ever."""
-            self.lock = None
 
         def handle(self, record: Any) -> Any:
             """Send the record if the filters let it pass."""
