@@ -1711,10 +1711,10 @@ class Task:
         self._outer = self.running(outer)  # so that no chain of ended ones grows
         if _current_task.get() is self:  # else another one has begun since, or this is another context
             _current_task.set(self._outer)
-        has_failed = kind not in (None, GeneratorExit)  # which ends a generator
-        type = self._type or ("task-failed" if has_failed else "task-succeeded")
-        outcome = {"runtime": time.monotonic() - self._start, **self._failure(problem if has_failed else None)}
-        self._dispatcher.end_task(type, self.uuid, {**outcome, **self._outcome})
+        failure = {} if isinstance(problem, GeneratorExit) else self._failure(problem)  # a generator has been closed
+        type = self._type or ("task-failed" if failure else "task-succeeded")
+        outcome = {"runtime": time.monotonic() - self._start, **failure, **self._outcome}
+        self._dispatcher.end_task(type, self.uuid, outcome)
 
     def _failure(self, problem: BaseException | None) -> dict[str, str]:
         """Return what is told of an exception, if there is one."""
