@@ -1641,7 +1641,7 @@ def traceback_of(problem: BaseException) -> str:
     try:
         report: Any = traceback.TracebackException(type(problem), problem, None, limit=-MAX_FRAMES)
         frames = deque(traceback.walk_tb(problem.__traceback__), MAX_FRAMES)
-        report.stack = traceback.StackSummary.extract(iter(frames))  # without columns, which cost more than all the rest
+        report.stack = traceback.StackSummary.extract(iter(frames), lookup_lines=False)  # without columns, which cost most
         reports = [report]
         for each in reports:
             each.stack[:] = (frame for frame in each.stack if (frame.filename, frame.name) not in OUR_FRAMES)
