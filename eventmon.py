@@ -1598,9 +1598,7 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
 MAX_FRAMES = 50  # of a traceback, the innermost: to format all of a deep recursion would take seconds
-STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
 _current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)  # the last one that began here
 _logging: ContextVar[bool] = ContextVar("eventmon_logging", default=False)  # whether a LogHandler is at work
 
@@ -1635,7 +1633,7 @@ OUR_FRAMES = {(cut.__code__.co_filename, name) for name in OUR_FUNCTIONS}
 
 
 def traceback_of(problem: BaseException) -> str:
-    """Return the end of an exception's traceback, without our frames."""
+    """Return the end of an exception's traceback, 65,536 characters at most, without our frames."""
     import traceback
 
     try:
@@ -1647,7 +1645,7 @@ def traceback_of(problem: BaseException) -> str:
             each.stack[:] = (frame for frame in each.stack if (frame.filename, frame.name) not in OUR_FRAMES)
             causes = each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())
             reports += filter(None, causes)
-        return "".join(report.format())[-MAX_TRACEBACK:]
+        return "".join(report.format())[-65536:]
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
         return readable(problem)
 
@@ -1695,7 +1693,7 @@ class Task:
         self._type, self._outcome = "task-retried", self._failure(exception)
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        reserve(STACK)
+        reserve(40)  # calls that the end of a task may need
         outer = self.running(_current_task.get())
         parent_id, root_id = (outer.uuid, outer.root_id) if outer else (None, self.uuid)
         fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
@@ -4825,9 +4823,6 @@ def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
-FLUSH_ALL = 60.0  # seconds that the command `send` waits for watchers that are alive but behind
-
-
 def send(options: Any) -> int:
     """Send an event, or those on standard input, and say how many watchers have everything."""
     fields, bad = parse_fields(options.type, options.field), BadLines()
@@ -4842,7 +4837,7 @@ def send(options: Any) -> int:
             except ValueError as problem:  # too large
                 bad(problem)
         bad.end()
-        watchers = dispatcher.flush(FLUSH_ALL)
+        watchers = dispatcher.flush(60.0)  # seconds for those that are alive but behind
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
@@ -4859,8 +4854,7 @@ def send(options: Any) -> int:
 
 TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
 SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
-MAX_TAIL = 65536  # bytes of standard error that are kept, and
-MAX_LINES = 20  # of these the last lines
+MAX_TAIL = 65536  # bytes of standard error that are kept
 
 
 def in_foreground() -> bool:
@@ -4903,7 +4897,7 @@ def piped_streams() -> dict[str, Any]:
 
 
 def copy_errors(command: Any) -> str:
-    """Copy the pipe of a command to standard error until the command has ended, and return its last lines."""
+    """Copy the pipe of a command to standard error until the command has ended, and return its last 20 lines."""
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
@@ -4918,7 +4912,7 @@ def copy_errors(command: Any) -> str:
                 target.flush()
         if data:  # a child of the command still has the pipe, and may outlive us
             Popen(["cat"], stdin=pipe, stdout=2)
-    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
+    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-20:])
 
 
 def describe_end(code: int, errors: str) -> dict[str, Any]:
@@ -4994,7 +4988,6 @@ REASONS = {  # the name of an error of the system, or one of ours -> what it mea
     " drops it; try another interface below, or unicast: start python eventmon.py watch --url udp://0.0.0.0:{port} there",
 }
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
-LISTEN_TIME = 0.6  # two beats of every sender
 
 
 def in_words(problem: BaseException | None, url: Url) -> str:
@@ -5052,7 +5045,7 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
         yield taken or f"{parts.host}, port {parts.port}"
         yield from try_sending(dispatcher, parts, taken is None)
         yield "as large as the other watcher's" if taken else buffer_text(receiver.channel)
-        time.sleep(LISTEN_TIME)
+        time.sleep(0.6)  # two beats of every sender
         mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
         senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
@@ -5139,7 +5132,7 @@ def demo(options: Any) -> int:
                 threading.Thread(target=serve, args=(events, 15 if options.worker == "gamma" else inf), daemon=True).start()
             sys.stdin.read()  # until the monitor ends
         return 0
-    options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
+    options.url = options.url or f"udp://239.255.69.86:{20000 + os.getpid() % 40000}"
     program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
     words = [sys.executable, program, "demo", *options.words, "--url", options.url, "--worker"]
     with ExitStack() as stack:
