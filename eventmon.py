@@ -4942,11 +4942,10 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     except OSError as problem:
         if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
             return run_command(["/bin/sh", *words])
-        is_missing = isinstance(problem, FileNotFoundError)
-        reason = "not found" if is_missing else str(problem.strerror)
-        hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
+        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
+        hint = f", did you mean run -- sh -c '{words[0]}'?" if status == 127 and " " in words[0] else ""
         complain(f"{words[0]}: {reason}{hint}")
-        return {"exit_status": 127 if is_missing else 126, "exception": reason}
+        return {"exit_status": status, "exception": reason}
     with signals_passed_on(command):
         errors = copy_errors(command) if streams else ""
         return describe_end(command.wait(), errors)
@@ -4955,18 +4954,16 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
 def run(options: Any) -> int:
     """Run COMMAND as if it were run alone, and send the events of a task for it."""
     from shlex import join
-    from uuid import uuid4
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise ValueError("no command to run, expected run -- COMMAND")
-    name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
-    uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-        dispatcher.begin_task(uuid, {"name": name, "args": args})
+        task, began = dispatcher.task(options.name or os.path.basename(words[0])), time.monotonic()
+        dispatcher.begin_task(task.uuid, {"name": task.name, "args": cut(join(words), MAX_REPR)})
         outcome = run_command(words)
-        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        dispatcher.end_task(kind, uuid, {"runtime": time.monotonic() - began, **outcome})
+        type = "task-failed" if outcome["exit_status"] else "task-succeeded"
+        dispatcher.end_task(type, task.uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
 
 
