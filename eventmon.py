@@ -1716,12 +1716,12 @@ class Task:
 
     def _failure(self, problem: BaseException | None) -> dict[str, str]:
         """Return what is told of an exception, if there is one."""
-        if problem is None or not self._dispatcher.sends_tasks():
+        if problem is None or not self._dispatcher.enabled:
             return {}
         return {"exception": self._brief(problem), "traceback": traceback_of(problem)}
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
 
     def _call(self, args: Any, kwargs: Any) -> Task:
         """Return the task of one call of a decorated function."""
