@@ -4776,7 +4776,7 @@ def watch(options: Any) -> int:
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, bad, unsaid = State(), BadLines(), StringIO()
+    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4790,7 +4790,7 @@ def watch(options: Any) -> int:
                 raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(noted(feed, state) if in_lines else feed, options.type, record, options.limit)
+        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
@@ -4799,7 +4799,7 @@ def watch(options: Any) -> int:
                 Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
             print(end=unsaid.getvalue(), file=sys.stderr)
         else:
-            show_live(receiver, state, feed, options.type, f" --key-file '{options.key_file}'" if options.key_file else "")
+            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
     bad.end()
     return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
@@ -5156,7 +5156,7 @@ ARGUMENTS = (  # the commands that take it, its name, what it is, and what argpa
     ("watch demo", "--json", "print each event as a line of JSON", FLAG),
     ("watch demo", "--plain", "print each event as a line of text", FLAG),
     ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
-    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append", "default": []}),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
     ("watch demo", "--limit", "stop after so many events", {"type": int}),
     ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
     ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
