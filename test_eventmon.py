@@ -33,7 +33,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import tracemalloc
 import weakref
 import zipapp
