@@ -1780,9 +1780,10 @@ class Task:
         return wraps(function)(wrap)  # type: ignore[return-value]
 
 
-@lru_cache(None)
-def log_handler() -> type:
-    """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
+def __getattr__(name: str) -> Any:
+    """Make the class LogHandler when it is asked for: importing logging costs more than all the rest."""
+    if name != "LogHandler":
+        raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
     import logging
 
     class LogHandler(logging.NullHandler):  # which has no lock: a send() could wait for it, and it cannot be pickled
@@ -1824,13 +1825,7 @@ def log_handler() -> type:
             finally:
                 _logging.set(False)
 
-    return LogHandler
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LogHandler":
-        return log_handler()
-    raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
+    return globals().setdefault(name, LogHandler)
 
 
 def __dir__() -> list[str]:
@@ -5088,11 +5083,7 @@ def check(options: Any) -> int:
 
 def serve(events: Dispatcher, seconds: float) -> NoReturn:
     """Be a shop, with what goes well and wrong in one, and then die."""
-    import logging
     from random import random
-
-    log = logging.Logger("shop")  # noqa: LOG001 - of our own
-    log.addHandler(log_handler()(events))
 
     @events.task("shop.charge")
     def charge(order: int, cents: int) -> dict[str, int]:
@@ -5114,7 +5105,8 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
                     time.sleep(random())
                     if random() < 0.6:
                         break
-                    log.warning("no answer from mail.example.com, attempt %d", retries + 1)
+                    message = f"no answer from mail.example.com, attempt {retries + 1}"
+                    events.send("log-warning", logger="shop", message=message, uuid=mail.uuid)
                     mail.retried(TimeoutError("mail.example.com"))
     os._exit(1)
 
