@@ -1598,9 +1598,7 @@ if hasattr(os, "register_at_fork"):
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
 
-MAX_TRACEBACK = 65536  # characters of an exception's traceback, the last ones
-MAX_FRAMES = 100  # of a traceback, the innermost: to format all of a deep recursion would take seconds
-STACK = 40  # calls that the end of a task may need: none begins where the stack has no room for them
+MAX_FRAMES = 50  # of a traceback, the innermost: to format all of a deep recursion would take seconds
 _current_task: ContextVar[Task | None] = ContextVar("eventmon_task", default=None)  # the last one that began here
 _logging: ContextVar[bool] = ContextVar("eventmon_logging", default=False)  # whether a LogHandler is at work
 
@@ -1611,8 +1609,8 @@ def start_of_value(value: Any, limit: int, left: Iterator[int]) -> Any:
     if kind in (str, bytes):
         return value[:limit]
     if kind is dict:
-        pairs = ((key, value[key]) for key, _ in zip(value, left))
-        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for key, item in pairs}
+        items = zip(value.items(), left)
+        return {start_of_value(key, limit, left): start_of_value(item, limit, left) for (key, item), _ in items}
     if kind in (list, tuple, set):
         return kind(start_of_value(item, limit, left) for item, _ in zip(value, left))
     return value
@@ -1630,52 +1628,32 @@ def shortened(value: Any, limit: int = MAX_REPR) -> str:
     return cut(readable(value), limit)
 
 
-OUR_FRAME = (  # a pattern of it in the text of a traceback, which may be that of an exception group
-    rf'(?m)^([ |]*)  File "{re.escape(cut.__code__.co_filename)}", line \d+, in (in_task\w*|__enter__|reserve)\n'
-    r"(\1    .*\n)*"
-)
+OUR_FUNCTIONS = ("in_task", "in_task_async", "in_task_generator", "in_task_async_generator", "__enter__", "reserve")
+OUR_FRAMES = {(cut.__code__.co_filename, name) for name in OUR_FUNCTIONS}
 
 
-def traceback_of(problem: BaseException, inside: bool = False) -> str:
-    """Return the end of an exception's traceback, without our frames.
-
-    An exception that leaves a task `inside` another takes the text along: the outer one only adds its own frames.
-    """
-    import linecache
+def traceback_of(problem: BaseException) -> str:
+    """Return the end of an exception's traceback, 65,536 characters at most, without our frames."""
     import traceback
 
     try:
-        told: tuple[int, str] = vars(problem).pop("_eventmon", (0, ""))
-        start, text = told  # from this traceback object on
-        node, outer = problem.__traceback__, ""
-        while start and node and id(node) != start:
-            frame, line = node.tb_frame, node.tb_lineno
-            source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-            outer += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-            outer += f"    {source}\n" if source else ""
-            node = node.tb_next
-        if not (start and node):
-            lines = traceback.format_exception(type(problem), problem, problem.__traceback__, limit=-MAX_FRAMES)
-            text = re.sub(OUR_FRAME, "", "\n" + "".join(lines))
-        elif text.count('  File "') < MAX_FRAMES / 2:
-            causes, header, rest = text.rpartition("\nTraceback (most recent call last):\n")
-            if header:  # an exception group has another one
-                text = causes + header + re.sub(OUR_FRAME, "", outer) + rest
-        text = text[-MAX_TRACEBACK:]
-        if inside:
-            vars(problem)["_eventmon"] = id(problem.__traceback__), text
-        return text.lstrip("\n")
+        report: Any = traceback.TracebackException(type(problem), problem, None, limit=-MAX_FRAMES)
+        frames = deque(traceback.walk_tb(problem.__traceback__), MAX_FRAMES)
+        report.stack = traceback.StackSummary.extract(iter(frames), lookup_lines=False)  # without columns, which cost most
+        reports = [report]
+        for each in reports:
+            each.stack[:] = (frame for frame in each.stack if (frame.filename, frame.name) not in OUR_FRAMES)
+            causes = each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())
+            reports += filter(None, causes)
+        return "".join(report.format())[-65536:]
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
         return readable(problem)
 
 
 def reserve(calls: int) -> None:
-    """Raise RecursionError, without these frames, unless the stack has room for so many calls."""
-    try:
-        if calls:
-            reserve(calls - 1)
-    except RecursionError as problem:
-        raise problem.with_traceback(None) from None
+    """Raise RecursionError unless the stack has room for so many calls."""
+    if calls:
+        reserve(calls - 1)
 
 
 class Task:
@@ -1696,13 +1674,10 @@ class Task:
         self.uuid = self.root_id = uuid or str(uuid4())
         self._dispatcher, self._given, self._fields = dispatcher, uuid, fields
         self._outer: Task | None = None  # the one in which this one began
-        self._is_parent = True
-        self._ended = self._retried = False
-        self._outcome: dict[str, Any] = {}
 
-    def running(self) -> Task | None:
-        """Return this task or, if it has ended, the innermost one around it that has not."""
-        task: Task | None = self
+    @staticmethod
+    def running(task: Task | None) -> Task | None:
+        """Return a task or, if it has ended, the innermost one around it that has not."""
         while task and task._ended:
             task = task._outer
         return task
@@ -1715,47 +1690,43 @@ class Task:
 
     def retried(self, exception: BaseException | None = None) -> None:
         """Say that this attempt failed and another follows: the task ends with task-retried, however it ends."""
-        self._retried, self._outcome = True, {} if exception is None else self._failure(exception)
+        self._type, self._outcome = "task-retried", self._failure(exception)
 
     def __enter__(self) -> Task:  # noqa: PYI034 - typing.Self is younger than Python 3.9
-        reserve(STACK)
-        last = _current_task.get()
-        outer = last.running() if last else None
+        reserve(40)  # calls that the end of a task may need
+        outer = self.running(_current_task.get())
+        parent_id, root_id = (outer.uuid, outer.root_id) if outer else (None, self.uuid)
         fields: dict[str, Any] = {"name": self.name, "args": "()", "kwargs": "{}", "retries": 0}
-        fields.update(root_id=outer.root_id if outer else self.uuid, parent_id=outer.uuid if outer else None)
-        fields.update(self._fields)
+        fields.update({"parent_id": parent_id, "root_id": root_id, **self._fields})
         self._dispatcher.begin_task(self.uuid, fields)
-        self.root_id, self._outer, self._start = fields["root_id"], outer, time.monotonic()
-        self._ended, self._retried, self._outcome = False, False, {}
-        if self._is_parent:
-            _current_task.set(self)
+        self.root_id, self._outer, self._ended = fields["root_id"], outer, False
+        self._start, self._type, self._outcome = time.monotonic(), "", {}
+        _current_task.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         outer, self._outer, self._ended = self._outer, None, True
-        self._outer = outer.running() if outer else None  # so that no chain of ended ones grows
+        self._outer = self.running(outer)  # so that no chain of ended ones grows
         if _current_task.get() is self:  # else another one has begun since, or this is another context
             _current_task.set(self._outer)
-        failed = problem is not None and not isinstance(problem, GeneratorExit)  # which ends a generator, no failure
-        outcome = {"runtime": time.monotonic() - self._start, **(self._failure(problem) if failed else {})}
-        type = "task-retried" if self._retried else "task-failed" if failed else "task-succeeded"
-        self._dispatcher.end_task(type, self.uuid, {**outcome, **self._outcome})
+        failure = {} if isinstance(problem, GeneratorExit) else self._failure(problem)  # a generator has been closed
+        type = self._type or ("task-failed" if failure else "task-succeeded")
+        outcome = {"runtime": time.monotonic() - self._start, **failure, **self._outcome}
+        self._dispatcher.end_task(type, self.uuid, outcome)
 
-    def _failure(self, problem: Any) -> dict[str, str]:
-        """Return what is told of an exception."""
-        text = self._brief(problem)
-        nested = self._outer is not None or not self._is_parent  # of a generator nobody knows
-        return {"exception": text, "traceback": traceback_of(problem, nested)} if text else {}
+    def _failure(self, problem: BaseException | None) -> dict[str, str]:
+        """Return what is told of an exception, if there is one."""
+        if problem is None or not self._dispatcher.enabled:
+            return {}
+        return {"exception": self._brief(problem), "traceback": traceback_of(problem)}
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
 
-    def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
+    def _call(self, args: Any, kwargs: Any) -> Task:
         """Return the task of one call of a decorated function."""
         fields = {"args": self._brief(args), "kwargs": self._brief(kwargs), **self._fields}
-        task = Task(self._dispatcher, self.name, self._given, fields)
-        task._is_parent = is_parent
-        return task
+        return Task(self._dispatcher, self.name, self._given, fields)
 
     def _returned(self, result: Any) -> Any:
         self._outcome["result"] = self._brief(result)
@@ -1780,24 +1751,24 @@ class Task:
                 return task._returned(await body(*args, **kwargs))
 
         def in_task_generator(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs, is_parent=False) as task:
+            with self._call(args, kwargs) as task:
+                _current_task.set(task._outer)  # whoever takes the values is not inside
                 return task._returned((yield from body(*args, **kwargs)))
 
         async def in_task_async_generator(*args: Any, **kwargs: Any) -> Any:
-            with self._call(args, kwargs, is_parent=False):
+            with self._call(args, kwargs) as task:
+                _current_task.set(task._outer)
                 generator, hooks = body(*args, **kwargs), sys.get_asyncgen_hooks()
                 sys.set_asyncgen_hooks(None, None)  # at its end the event loop closes this one, and this one the other
                 step = generator.__anext__()
                 sys.set_asyncgen_hooks(*hooks)
-                while True:
-                    try:
+                with suppress(StopAsyncIteration):
+                    while True:
                         item = await step
-                    except StopAsyncIteration:
-                        return
-                    try:
-                        step = generator.asend((yield item))
-                    except BaseException as problem:  # noqa: BLE001 - for the generator to see
-                        step = generator.athrow(problem)
+                        try:
+                            step = generator.asend((yield item))
+                        except BaseException as problem:  # noqa: BLE001 - for the generator to see
+                            step = generator.athrow(problem)
 
         kinds: Any = (
             (inspect.isasyncgenfunction, in_task_async_generator),
@@ -1809,12 +1780,13 @@ class Task:
         return wraps(function)(wrap)  # type: ignore[return-value]
 
 
-@lru_cache(None)
-def log_handler() -> type:
-    """Make the class LogHandler: not before it is asked for, since importing logging costs more than all the rest."""
+def __getattr__(name: str) -> Any:
+    """Make the class LogHandler when it is asked for: importing logging costs more than all the rest."""
+    if name != "LogHandler":
+        raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
     import logging
 
-    class LogHandler(logging.Handler):
+    class LogHandler(logging.NullHandler):  # which has no lock: a send() could wait for it, and it cannot be pickled
         """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
 
         Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
@@ -1825,10 +1797,6 @@ def log_handler() -> type:
         def __init__(self, dispatcher: Dispatcher) -> None:
             super().__init__()
             self.dispatcher = dispatcher
-
-        def createLock(self) -> None:
-            """Do without: a signal handler, or a __del__, that logs in the middle of a send() would wait for ever."""
-            self.lock = None
 
         def handle(self, record: Any) -> Any:
             """Send the record if the filters let it pass."""
@@ -1841,30 +1809,23 @@ def log_handler() -> type:
             """Send the record."""
             if _logging.get():
                 return
-            token = _logging.set(True)
+            _logging.set(True)
             try:
                 fields: Any = {"timestamp": record.created, "logger": record.name, "message": record.getMessage()}
-                last, problem = _current_task.get(), record.exc_info and record.exc_info[1]
-                task = last.running() if last else None
+                task, problem = Task.running(_current_task.get()), record.exc_info and record.exc_info[1]
                 if task:
                     fields["uuid"] = task.uuid
-                if problem or record.exc_text:
-                    fields["exception"] = traceback_of(problem, task is not None) if problem else record.exc_text
+                if problem:
+                    fields["exception"] = traceback_of(problem)
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
                 with suppress(Exception):  # there may be no standard error to tell of it
                     self.handleError(record)
             finally:
-                _logging.reset(token)
+                _logging.set(False)
 
-    return LogHandler
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LogHandler":
-        return log_handler()
-    raise AttributeError(f"module 'eventmon' has no attribute {name!r}")
+    return globals().setdefault(name, LogHandler)
 
 
 def __dir__() -> list[str]:
@@ -4835,9 +4796,6 @@ def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
-FLUSH_ALL = 60.0  # seconds that the command `send` waits for watchers that are alive but behind
-
-
 def send(options: Any) -> int:
     """Send an event, or those on standard input, and say how many watchers have everything."""
     fields, bad = parse_fields(options.type, options.field), BadLines()
@@ -4852,7 +4810,7 @@ def send(options: Any) -> int:
             except ValueError as problem:  # too large
                 bad(problem)
         bad.end()
-        watchers = dispatcher.flush(FLUSH_ALL)
+        watchers = dispatcher.flush(60.0)  # seconds for those that are alive but behind
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
         raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
@@ -4869,8 +4827,7 @@ def send(options: Any) -> int:
 
 TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
 SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
-MAX_TAIL = 65536  # bytes of standard error that are kept, and
-MAX_LINES = 20  # of these the last lines
+MAX_TAIL = 65536  # bytes of standard error that are kept
 
 
 def in_foreground() -> bool:
@@ -4894,7 +4851,7 @@ def signals_passed_on(command: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for number in signal.Signals:
-            if number.name in TYPED + SENT and signal.getsignal(number) is not None:  # which Python could not set again
+            if number.name in TYPED + SENT:
                 stack.callback(signal.signal, number, signal.signal(number, pass_on))
         yield
 
@@ -4913,7 +4870,7 @@ def piped_streams() -> dict[str, Any]:
 
 
 def copy_errors(command: Any) -> str:
-    """Copy the pipe of a command to standard error until the command has ended, and return its last lines."""
+    """Copy the pipe of a command to standard error until the command has ended, and return its last 20 lines."""
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
@@ -4928,7 +4885,7 @@ def copy_errors(command: Any) -> str:
                 target.flush()
         if data:  # a child of the command still has the pipe, and may outlive us
             Popen(["cat"], stdin=pipe, stdout=2)
-    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-MAX_LINES:])
+    return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-20:])
 
 
 def describe_end(code: int, errors: str) -> dict[str, Any]:
@@ -4958,11 +4915,10 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     except OSError as problem:
         if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
             return run_command(["/bin/sh", *words])
-        is_missing = isinstance(problem, FileNotFoundError)
-        reason = "not found" if is_missing else str(problem.strerror)
-        hint = f", did you mean run -- sh -c '{words[0]}'?" if is_missing and " " in words[0] else ""
+        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
+        hint = f", did you mean run -- sh -c '{words[0]}'?" if status == 127 and " " in words[0] else ""
         complain(f"{words[0]}: {reason}{hint}")
-        return {"exit_status": 127 if is_missing else 126, "exception": reason}
+        return {"exit_status": status, "exception": reason}
     with signals_passed_on(command):
         errors = copy_errors(command) if streams else ""
         return describe_end(command.wait(), errors)
@@ -4971,24 +4927,23 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
 def run(options: Any) -> int:
     """Run COMMAND as if it were run alone, and send the events of a task for it."""
     from shlex import join
-    from uuid import uuid4
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise ValueError("no command to run, expected run -- COMMAND")
-    name, args = options.name or os.path.basename(words[0]), cut(join(words), MAX_REPR)
-    uuid, began = str(uuid4()), time.monotonic()
     with Dispatcher(options.url, key=options.key) as dispatcher:
-        dispatcher.begin_task(uuid, {"name": name, "args": args})
+        task, began = dispatcher.task(options.name or os.path.basename(words[0])), time.monotonic()
+        dispatcher.begin_task(task.uuid, {"name": task.name, "args": cut(join(words), MAX_REPR)})
         outcome = run_command(words)
-        kind = "task-failed" if outcome["exit_status"] else "task-succeeded"
-        dispatcher.end_task(kind, uuid, {"runtime": time.monotonic() - began, **outcome})
+        type = "task-failed" if outcome["exit_status"] else "task-succeeded"
+        dispatcher.end_task(type, task.uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
 
 
 # check
 
-REASONS = {  # the name of an error of the system -> what it means, and what to do
+STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
+REASONS = {  # the name of an error of the system, or one of ours -> what it means, and what to do
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
@@ -4997,115 +4952,88 @@ REASONS = {  # the name of an error of the system -> what it means, and what to 
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
     "EACCES": "not permitted: a firewall or a sandbox on this machine forbids it, or the port is below 1024",
+    "nobody": "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:{port} there, with the same key,"
+    " and let UDP through its firewall",
+    "nothing": "it does not come back: a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast"
+    " drops it; try another interface below, or unicast: start python eventmon.py watch --url udp://0.0.0.0:{port} there",
 }
 HEAR_TIME = 1.0  # the longest that a datagram is waited for
-LISTEN_TIME = 0.6  # two beats of every sender
-MAX_SKEW = 15  # seconds that clocks may differ: half of what a key allows
 
 
 def in_words(problem: BaseException | None, url: Url) -> str:
-    """Return what an error of the system means, and what to do."""
+    """Return what an error of the system, or one of ours, means, and what to do."""
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else ""
+    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else str(problem)
     where = url.interface or url.host
     return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
 
-class Trial:
-    """A URL that is tried. A step is a method that returns what it has found, or raises OSError or Failure."""
+def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
+    """Yield what comes of it if an event is sent, if a watcher is to confirm it, and if it is large."""
 
-    STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
-
-    def __init__(self, url: str, key: bytes) -> None:
-        self.url = parse_url(url)
-        self.dispatcher = Dispatcher(url, key=key)
-        self.receiver = Receiver(url, {"*": self.hear}, key=key)
-        self.listens, self.confirmed = False, 0
-        self.heard: dict[str, str] = {}  # hostname -> how its clock is wrong
-
-    def hear(self, event: Event) -> None:
-        """Note who sends, and whether the clocks differ."""
-        name, ahead = event.get("hostname"), event.timestamp - event["local_received"]
-        if name != self.dispatcher.hostname:
-            self.heard[printable(name)] = f", whose clock is {ahead:+,.0f} s from ours" if abs(ahead) > MAX_SKEW else ""
-
-    def try_event(self, fill: str = "") -> int:
+    def confirmed(fill: str) -> int:
         """Send an event with this field; return how many watchers confirm it: we are one, if we can listen."""
-        self.dispatcher.send("eventmon-check", fill=fill)
-        return max(self.dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
+        dispatcher.send("eventmon-check", fill=fill)
+        return max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
 
-    def open(self) -> str:
-        """Open a socket that sends."""
-        Link(self.url).close()
-        return f"a socket that sends to {self.url.host}, ttl={self.url.ttl} (0: this machine, 1: this network)"
+    watchers = confirmed("")
+    if not dispatcher.stats["datagrams"]:
+        raise Failure(in_words(dispatcher.problem, url))
+    yield "the system took a datagram"
+    if not watchers:
+        raise Failure("nothing" if listens else "nobody")
+    yield "it has come back on this machine" if listens else "a watcher has confirmed it"
+    size = MAX_LOOPBACK if on_loopback(url) else MAX_DATAGRAM
+    if confirmed("x" * (size - 4 * MAX_HEADER)) < watchers:
+        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+    yield f"up to {size:,} bytes in a datagram"
 
-    def join(self) -> str:
-        """Listen, unless another watcher has the port of a unicast URL."""
+
+def buffer_text(sock: socket.socket) -> str:
+    """Return how large a receive buffer is, and how it gets as large as is asked for."""
+    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
+    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+    return f"{size:,} bytes" + (more if size < BUFFER else "")
+
+
+def try_url(url: str, key: bytes) -> Iterator[str]:
+    """Yield what each of STEPS finds, up to the first one in which OSError or Failure is raised."""
+    parts, heard = parse_url(url), set[str]()
+    handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
+    with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
+        Link(parts).close()
+        yield f"a socket that sends to {parts.host}, ttl={parts.ttl} (0: this machine, 1: this network)"
+        taken = None
         try:
-            self.receiver.fileno()
+            receiver.fileno()
+            threading.Thread(target=receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
         except OSError as problem:
-            if is_group(self.url.host):
+            if is_group(parts.host):
                 raise
-            return f"{in_words(problem, self.url)}; whoever watches there is to confirm"
-        threading.Thread(target=self.receiver.capture, kwargs={"wakeup": False}, daemon=True).start()
-        self.listens = True
-        return f"{self.url.host}, port {self.url.port}"
-
-    def send(self) -> str:
-        """Send an event."""
-        self.confirmed = self.try_event()
-        if not self.dispatcher.stats["datagrams"]:
-            raise Failure(in_words(self.dispatcher.problem, self.url))
-        return "the system took a datagram"
-
-    def receive(self) -> str:
-        """Be told that the event has arrived."""
-        if self.confirmed:
-            return "it has come back on this machine" if self.listens else "a watcher has confirmed it"
-        there = f"start python eventmon.py watch --url udp://0.0.0.0:{self.url.port} there"
-        if not self.listens:
-            raise Failure(f"nobody confirms it: {there}, with the same key, and let UDP through its firewall")
-        causes = "a firewall, a VPN that took the route, Docker's bridge or a cloud without multicast drops it"
-        raise Failure(f"it does not come back: {causes}; try another interface below, or unicast: {there}")
-
-    def sizes(self) -> str:
-        """Send an event that takes about the largest datagram that is sent to this URL; it is to arrive everywhere."""
-        size = MAX_LOOPBACK if on_loopback(self.url) else MAX_DATAGRAM
-        if self.try_event("x" * (size - 4 * MAX_HEADER)) < self.confirmed:
-            raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
-        return f"up to {size:,} bytes in a datagram"
-
-    def buffer(self) -> str:
-        """Compare a receive buffer with what is asked for."""
-        with socket.socket(type=socket.SOCK_DGRAM) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            got = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
-        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-        return f"{got:,} bytes" + (more if got < BUFFER else "")
-
-    def others(self) -> str:
-        """Listen for a moment, and say who else is there."""
-        time.sleep(LISTEN_TIME)
-        hosts = [host for host, _ in self.dispatcher.watchers()]
-        senders, watchers = self.receiver.stats["streams"] - self.listens, len(hosts) - self.listens
+            taken = f"{in_words(problem, parts)}; whoever watches there is to confirm"
+        yield taken or f"{parts.host}, port {parts.port}"
+        yield from try_sending(dispatcher, parts, taken is None)
+        yield "as large as the other watcher's" if taken else buffer_text(receiver.channel)
+        time.sleep(0.6)  # two beats of every sender
+        mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
+        senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
         texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
-        if self.heard:
-            texts.append("events come from " + ", ".join(sorted(map("".join, self.heard.items()))[:MAX_TOLD]))
-        return "; ".join(texts + troubles(self.receiver) + troubles(self.dispatcher))
+        if names := heard - {printable(dispatcher.hostname)}:
+            texts.append(f"events come from {', '.join(sorted(names)[:MAX_TOLD])}")
+        yield "; ".join(texts + troubles(receiver) + troubles(dispatcher))
 
 
 def check_steps(url: str, key: bytes) -> Iterator[str]:
     """Yield "ok" or "wrong", the name of a step and what came of it, as a line, up to the first one that is wrong."""
-    trial = Trial(url, key)
-    with trial.dispatcher, trial.receiver:
-        for name in trial.STEPS:
-            try:
-                yield f"ok    {name:<7} {getattr(trial, name)()}"
-            except (OSError, Failure) as problem:
-                yield f"wrong {name:<7} {in_words(problem, trial.url)}"
-                return
+    found = try_url(url, key)
+    for name in STEPS:
+        try:
+            yield f"ok    {name:<7} {next(found)}"
+        except (OSError, Failure) as problem:
+            yield f"wrong {name:<7} {in_words(problem, parse_url(url))}"
+            return
 
 
 def check(options: Any) -> int:
@@ -5131,13 +5059,9 @@ def check(options: Any) -> int:
 # demo
 
 
-def serve(events: Dispatcher) -> NoReturn:
-    """Be a shop, for ever, with what goes well and wrong in one."""
-    import logging
+def serve(events: Dispatcher, seconds: float) -> NoReturn:
+    """Be a shop, with what goes well and wrong in one, and then die."""
     from random import random
-
-    log = logging.Logger("shop")  # noqa: LOG001 - of our own
-    log.addHandler(log_handler()(events))
 
     @events.task("shop.charge")
     def charge(order: int, cents: int) -> dict[str, int]:
@@ -5146,7 +5070,8 @@ def serve(events: Dispatcher) -> NoReturn:
             raise ConnectionRefusedError(f"the bank refuses {cents} cents for order {order}: card expired")
         return {"paid": cents}
 
-    while True:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         number = int(1000 + 9000 * random())
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
@@ -5158,8 +5083,10 @@ def serve(events: Dispatcher) -> NoReturn:
                     time.sleep(random())
                     if random() < 0.6:
                         break
-                    log.warning("no answer from mail.example.com, attempt %d", retries + 1)
+                    message = f"no answer from mail.example.com, attempt {retries + 1}"
+                    events.send("log-warning", logger="shop", message=message, uuid=mail.uuid)
                     mail.retried(TimeoutError("mail.example.com"))
+    os._exit(1)
 
 
 def demo(options: Any) -> int:
@@ -5169,20 +5096,15 @@ def demo(options: Any) -> int:
     if options.worker:
         with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
             for _ in range(3):
-                threading.Thread(target=serve, args=(events,), daemon=True).start()
-            if options.worker == "gamma":  # which dies
-                death = threading.Timer(15, os._exit, (1,))
-                death.daemon = True
-                death.start()
+                threading.Thread(target=serve, args=(events, 15 if options.worker == "gamma" else inf), daemon=True).start()
             sys.stdin.read()  # until the monitor ends
         return 0
-    options.url = options.url or f"udp://239.255.{os.getpid() % 256}.1:{20000 + os.getpid() % 40000}"
+    options.url = options.url or f"udp://239.255.69.86:{20000 + os.getpid() % 40000}"
     program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
-    words = [sys.executable, program, "demo", "--url", options.url]
-    words += ["--key-file", options.key_file] if options.key_file else []
+    words = [sys.executable, program, "demo", *options.words, "--url", options.url, "--worker"]
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
-            stack.enter_context(Popen([*words, "--worker", name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
+            stack.enter_context(Popen([*words, name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
         return watch(options)
 
 
@@ -5232,10 +5154,8 @@ def read_key(path: str) -> bytes:
     """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
     with open(path, "rb") as file:
         key = file.read()
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if key.startswith(mark):
-            with suppress(UnicodeError):
-                key = key.decode(encoding).encode()
+    with suppress(UnicodeError):  # a key need not be text
+        key = key.decode("utf-16" if key[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").encode()
     if not key.strip():
         raise Failure(f"key file {path} is empty")
     return key.strip()
@@ -5251,7 +5171,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
     parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
-    parser.set_defaults(file=None, key=None)
+    parser.set_defaults(file=None, key=None, words=words)
     for commands, argument, text, settings in ARGUMENTS:
         if name in commands:
             parser.add_argument(argument, help=text, **settings)

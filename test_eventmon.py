@@ -33,7 +33,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import tracemalloc
 import weakref
 import zipapp
@@ -1709,10 +1708,7 @@ def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
     assert len({text.splitlines()[-1] for text in texts}) == 2 + (sys.version_info >= (3, 11))
 
 
-def test_an_exception_that_passes_through_many_tasks_is_formatted_once_and_stays_as_it_was(monkeypatch):
-    made, form = [], traceback.format_exception
-    monkeypatch.setattr(traceback, "format_exception", lambda *args, **how: made.append(args) or form(*args, **how))
-
+def test_an_exception_that_passes_through_many_tasks_costs_little_and_stays_as_it_was():
     def work(dispatcher):
         @dispatcher.task("deep")
         def deeper(left):
@@ -1723,15 +1719,17 @@ def test_an_exception_that_passes_through_many_tasks_is_formatted_once_and_stays
 
         with pytest.raises(ValueError, match="x") as info:
             deeper(50)
-        assert (vars(info.value), len(made)) == ({}, 1)
+        assert vars(info.value) == {}
         with pytest.raises(RecursionError):
             deeper(10**6)
+        assert time.process_time() - began < 2
 
+    began = time.process_time()
     events = told(work, max_wait=2)
     received, started, failed = (
         [event["uuid"] for event in events if event.subject == subject] for subject in ("received", "started", "failed")
     )
-    assert received == started and sorted(received) == sorted(failed) and len(received) > 150 and len(made) == 2
+    assert received == started and sorted(received) == sorted(failed) and len(received) > 150
     assert max(event.get("traceback", "").count(", line ") for event in events) <= eventmon.MAX_FRAMES
 
 
@@ -3806,7 +3804,7 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
             old.send("old", n=n)
         with Dispatcher(hostname="wrong\x1b@there") as wrong:
             done = threading.Event()
-            late = threading.Thread(target=lambda: [wrong.send("x", timestamp=0) for _ in iter(lambda: done.wait(0.05), True)])
+            late = threading.Thread(target=lambda: [wrong.send("x") for _ in iter(lambda: done.wait(0.05), True)])
             late.start()
             status, steps, others = check(capsys)
             done.set()
@@ -3816,7 +3814,7 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
         who, where, names = steps["others"][1].split("; ")
         assert who == "2 Dispatchers and 1 watcher beside this one"
         assert where == "watchers are at 127.0.0.1, and prove that events get there"
-        assert re.fullmatch("events come from wrong[^\x1b]*, whose clock is -[0-9,]+ s from ours", names)
+        assert re.fullmatch("events come from wrong[^\x1b]*", names)
         assert f"{old.stats['repairs']}{receiver.stats['lost']}" == "00"  # it asks for no history
         assert {event.type for event in events if "hostname" in event} >= {"eventmon-check", "old"}
     assert all(re.fullmatch(r"  \S+ +'udp://[0-9.:]+\?interface=\S+&ttl=[01]'", line) for line in others)
