@@ -1632,11 +1632,18 @@ OUR_FUNCTIONS = ("in_task", "in_task_async", "in_task_generator", "in_task_async
 OUR_FRAMES = {(cut.__code__.co_filename, name) for name in OUR_FUNCTIONS}
 
 
-def traceback_of(problem: BaseException) -> str:
-    """Return the end of an exception's traceback, 65,536 characters at most, without our frames."""
+def traceback_of(problem: BaseException, is_nested: bool = False) -> str:
+    """Return the end of an exception's traceback, 65,536 characters at most, without our frames.
+
+    One that is cut is the same in the task around a nested one: the exception takes it along.
+    """
     import traceback
 
     try:
+        text: str = vars(problem).pop("_eventmon", "")
+        if text:
+            vars(problem).update({"_eventmon": text} if is_nested else {})
+            return text
         report: Any = traceback.TracebackException(type(problem), problem, None, limit=-MAX_FRAMES)
         frames = deque(traceback.walk_tb(problem.__traceback__), MAX_FRAMES)
         report.stack = traceback.StackSummary.extract(iter(frames), lookup_lines=False)  # without columns, which cost most
@@ -1645,15 +1652,21 @@ def traceback_of(problem: BaseException) -> str:
             each.stack[:] = (frame for frame in each.stack if (frame.filename, frame.name) not in OUR_FRAMES)
             causes = each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())
             reports += filter(None, causes)
-        return "".join(report.format())[-65536:]
+        text = "".join(report.format())[-65536:]
+        if is_nested and len(frames) == MAX_FRAMES:
+            vars(problem)["_eventmon"] = text
+        return text
     except Exception:  # noqa: BLE001 - of an exception of the user's, which may be anything
         return readable(problem)
 
 
 def reserve(calls: int) -> None:
-    """Raise RecursionError unless the stack has room for so many calls."""
-    if calls:
-        reserve(calls - 1)
+    """Raise RecursionError, without these frames, unless the stack has room for so many calls."""
+    try:
+        if calls:
+            reserve(calls - 1)
+    except RecursionError as problem:
+        raise problem.with_traceback(None) from None
 
 
 class Task:
@@ -1718,7 +1731,7 @@ class Task:
         """Return what is told of an exception, if there is one."""
         if problem is None or not self._dispatcher.enabled:
             return {}
-        return {"exception": self._brief(problem), "traceback": traceback_of(problem)}
+        return {"exception": self._brief(problem), "traceback": traceback_of(problem, self._outer is not None)}
 
     def _brief(self, value: Any) -> str:
         return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
@@ -1816,7 +1829,7 @@ def __getattr__(name: str) -> Any:
                 if task:
                     fields["uuid"] = task.uuid
                 if problem:
-                    fields["exception"] = traceback_of(problem)
+                    fields["exception"] = traceback_of(problem, "uuid" in fields)
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
