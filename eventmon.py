@@ -393,14 +393,15 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "taken", "waited")
+    __slots__ = ("address", "has_left", "heard", "lost", "position", "send_limit", "serial", "taken", "waited")
 
     def __init__(self) -> None:
         self.position = -1  # everything up to this sequence number has arrived there, or is given up
         self.lost = 0  # datagrams of this stream that it gave up
         self.taken = -1  # datagrams of all streams that it has read
-        self.limit = inf  # the cost up to which its buffer has room
+        self.send_limit = inf  # what may be sent, in bytes, until its buffer is full
         self.heard = -inf
+        self.has_left = False
         self.waited = 0.0  # seconds that send() has waited for it since it last advanced
         self.serial = -1  # of its last answer, with a key
         self.address: Source | None = None
@@ -409,117 +410,107 @@ class Watcher:
 class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes. The cost of a
-    datagram is what it takes of a watcher's buffer. send() waits while `cost`, that of all datagrams so far, is above
-    the `horizon`; `patient` is a sender that has nothing else to do. The half and the quarter of guarantee 4 are here.
+    Pure: times are seconds of any clock that only goes forward. The last `history` bytes are kept. Flow control: `sent`
+    is how many bytes all datagrams so far take of a watcher's buffer, and send() waits while that is above
+    `send_limit`. It waits a quarter second at most for a watcher that does not advance, and half of the time at most
+    for all, unless the sender is `patient`: it has nothing else to do.
     """
 
     MAX_WATCHERS = 64  # that are waited for
-    FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # the cost that is sent before the first answer is waited for
+    FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # bytes that are sent before the first answer is waited for
     FIRST_ANSWER = QUARTER = 0.25  # how long it is waited for, and for a watcher that does not advance
     GRACE, LEAST_WAIT = 1.0, 0.01  # of waiting before it is counted against the program's own time; worth to begin
 
-    def __init__(self, limit: int = HISTORY, patient: float = 0.0) -> None:
-        self.limit = limit
+    def __init__(self, history: int = HISTORY, patient: float = 0.0) -> None:
+        self.history = history
         self.trail = 1
         self.next = 1
-        self.cost = 0
-        self.horizon: float = inf
+        self.sent = 0
+        self.send_limit: float = inf
         self.watchers: dict[int, Watcher] = {}
-        self.opened_at = inf
+        self.opened_at = -inf
         self.advanced_at = -inf  # when a watcher last did
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
-        self._gone = 0  # the cost of everything before trail
-        self._credit = self.GRACE  # how much longer may be waited
+        self._kept = 0  # bytes of them
+        self._may_wait = self.GRACE  # how much longer, at the end of the last wait
         self._waited_until = -inf
-        self._repaired: dict[int, float] = {}
-        self._allowance: float = 0.0
+        self._repaired: dict[int, float] = {}  # when
+        self._allowance: float = 0.0  # bytes that may be repaired, when it was last filled up
         self._refilled = -inf
 
     def add(self, frame: bytes) -> None:
         """Keep the datagram that has the sequence number `next`."""
-        seq = self.next
+        seq, size = self.next, len(frame)
         self._frames[seq] = frame
         self.next = seq + 1  # from here on it counts as sent, whatever a signal handler raises
-        self.cost += len(frame) + DATAGRAM_COST
-        if not seq % 64:
-            self._trim()
-
-    def _trim(self) -> None:
-        while self.cost - self._gone - DATAGRAM_COST * len(self._frames) > self.limit and self.trail < self.next - 1:
-            self._gone += len(self._frames.pop(self.trail, b"")) + DATAGRAM_COST
+        self.sent += size + DATAGRAM_COST
+        self._kept += size
+        while self._kept > self.history and self.trail < seq:
             self.trail += 1
+            self._kept -= len(self._frames.pop(self.trail - 1))
 
     def open(self, now: float) -> None:
         """Begin slowly: from now on the first answer is waited for."""
         self.opened_at = self.advanced_at = now
-        self.look_ahead(now)
+        self.limit_sending(now)
 
-    def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> bool:
-        """Take note of what a watcher has confirmed, unless there are too many of them; False if it cannot be true."""
+    def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> Watcher:
+        """Take note of what a watcher has confirmed, and return it; WireError if it cannot be true."""
         if position >= self.next:
-            return False
-        watcher = self.watchers.get(name)
-        if watcher is None:
-            if len(self.watchers) >= self.MAX_WATCHERS:
-                self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
-                if len(self.watchers) >= self.MAX_WATCHERS:
-                    return True  # neither waited for nor counted, but helped
-            watcher = self.watchers[name] = Watcher()
+            raise WireError(f"confirms {position}, expected at most {self.next - 1}")
+        if name not in self.watchers and len(self.watchers) >= self.MAX_WATCHERS:
+            self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
+        watcher = self.watchers.get(name) or Watcher()
+        if len(self.watchers) < self.MAX_WATCHERS:  # else it is neither waited for nor counted, but helped
+            self.watchers[name] = watcher
         if taken > watcher.taken:
             watcher.taken = taken
             watcher.waited = 0.0
             if watcher.position < self.next - 1:  # whoever has everything only answers
-                self.advanced_at = max(self.advanced_at, now)
+                self.advanced_at = now
         watcher.position = max(position, watcher.position)
         watcher.lost = max(lost, watcher.lost)
-        watcher.limit = self._cost_at(watcher.position) + room
-        watcher.heard = now
-        self.look_ahead(now)
-        return True
+        watcher.heard, watcher.has_left = now, False
+        unread = range(max(watcher.position + 1, self.trail), self.next)
+        is_near = len(unread) <= 4 * ROOM // DATAGRAM_COST  # else there is no room left, and too many to look at
+        buffered = sum(len(self._frames[seq]) + DATAGRAM_COST for seq in unread) if is_near else inf
+        watcher.send_limit = self.sent - buffered + room
+        self.limit_sending(now)
+        return watcher
 
-    def leave(self, name: int) -> None:
-        """Wait no more for a watcher, but remember one that has everything."""
-        if name in self.watchers:
-            self.watchers[name].heard = -inf
+    def _is_live(self, watcher: Watcher, now: float) -> bool:
+        return not watcher.has_left and now - watcher.heard < self._alive
 
     def live(self, now: float) -> list[Watcher]:
         """Return the watchers heard lately."""
         return [watcher for watcher in list(self.watchers.values()) if self._is_live(watcher, now)]
 
-    def lacking(self, now: float) -> list[tuple[int, int]]:
-        """Return for each live watcher how many datagrams it has not confirmed yet, and how many it has given up."""
-        return [(self.next - 1 - watcher.position, watcher.lost) for watcher in self.live(now)]
-
     def complete(self, now: float) -> int:
         """Return how many watchers have everything, those that have left with it counted."""
-        known = [watcher for watcher in self.watchers.values() if self._is_live(watcher, now) or watcher.heard == -inf]
+        known = [watcher for watcher in self.watchers.values() if watcher.has_left or self._is_live(watcher, now)]
         return sum(watcher.position == self.next - 1 and not watcher.lost for watcher in known)
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
         own = max(0.0, since - self._waited_until)
         span = now - max(since, self._waited_until)
-        self._credit = min(self._credit + own, self.GRACE) - span
+        self._may_wait = min(self._may_wait + own, self.GRACE) - span
         self._waited_until = now
         for watcher in self.live(now):
-            if watcher.limit < self.cost:
+            if watcher.send_limit < self.sent:
                 watcher.waited += span
-        self.look_ahead(now)
+        self.limit_sending(now)
 
-    def look_ahead(self, now: float) -> None:
-        """Set the horizon: the cost at which a watcher that is waited for has no more room."""
-        if not self.live(now) and self.opened_at <= now < self.opened_at + self.FIRST_ANSWER:
-            self.horizon = self.FIRST_FLIGHT
-        elif self._patient:
-            self.horizon = min((watcher.limit for watcher in self.live(now)), default=inf)
-        elif self._credit + now - self._waited_until < self.LEAST_WAIT:
-            self.horizon = inf
-        else:
-            limits = (watcher.limit for watcher in self.live(now) if watcher.waited < self.QUARTER)
-            self.horizon = min(limits, default=inf)
+    def limit_sending(self, now: float) -> None:
+        """Set `send_limit`: to the least of those of the watchers that are waited for."""
+        live = self.live(now)
+        may_wait = self._may_wait + now - self._waited_until >= self.LEAST_WAIT
+        limits = [it.send_limit for it in live if self._patient or may_wait and it.waited < self.QUARTER]
+        if not live and now < self.opened_at + self.FIRST_ANSWER:
+            limits = [self.FIRST_FLIGHT]
+        self.send_limit = min(limits, default=inf)
 
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
@@ -532,10 +523,10 @@ class TransmitWindow:
         self._allowance = min(self._allowance + (now - self._refilled) * rate, burst)
         self._refilled = now
         known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
-        asked = list(islice((seq for run in known for seq in run if seq in self._frames), 512))
+        asked = list(islice(chain.from_iterable(known), 512))
         hold = 0.004 + len(asked) * 0.0001
         if len(self._repaired) > 8192:
-            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < 0.06}
+            self._repaired.clear()
         frames: list[bytes] = []
         for seq in asked:
             if now - self._repaired.get(seq, -inf) < hold:
@@ -548,16 +539,6 @@ class TransmitWindow:
             self._repaired[seq] = now
             frames.append(frame)
         return frames
-
-    def _is_live(self, watcher: Watcher, now: float) -> bool:
-        return now - watcher.heard < self._alive
-
-    def _cost_at(self, position: int) -> float:
-        """Return the cost of everything up to `position`; -inf where so much has come since that no room is left."""
-        since = range(max(position + 1, self.trail), self.next)
-        if len(since) > 4 * ROOM // DATAGRAM_COST:
-            return -inf
-        return self.cost - sum(len(self._frames.get(seq, b"")) + DATAGRAM_COST for seq in since)
 
 
 class ReceiveWindow:
@@ -619,13 +600,12 @@ class ReceiveWindow:
 
     def announce(self, lead: int, trail: int, now: float) -> list[Any]:
         """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
-        items = []
         if not self._trail and self.next < trail <= lead + 1:  # it was gone before we came
             self.next = min([trail, *self._held])
             self.end = max(self.end, trail)
-            items = self._deliver(now)
         self._trail = max(self._trail, trail)
         self._expect(lead, now)
+        items = self._deliver(now)
         if self.next < self.end:
             self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
@@ -668,8 +648,6 @@ class ReceiveWindow:
                 self._counts["lost"] += gone - first + 1
                 first = self.next = gone + 1
                 items += self._deliver(self._delivered_at)
-            if first <= last:
-                break
         return items
 
     def give_up_at(self) -> float:
@@ -685,12 +663,10 @@ class ReceiveWindow:
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
         first = self.next
-        for seq in sorted(self._held):
+        for seq in [*sorted(self._held), self.end]:
             if seq > first:
                 yield first, seq - 1
             first = seq + 1
-        if first < self.end:
-            yield first, self.end - 1
 
     def _expect(self, lead: int, now: float) -> None:
         """Know that everything up to `lead` has been sent."""
@@ -1056,7 +1032,8 @@ class Dispatcher:
 
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
-        return [sum(numbers) for numbers in self._window.lacking(time.monotonic())]
+        live, lead = self._window.live(time.monotonic()), self._window.next - 1
+        return [lead - watcher.position + watcher.lost for watcher in live]
 
     def watchers(self) -> list[Source]:
         """Return where each live watcher answers from."""
@@ -1092,7 +1069,7 @@ class Dispatcher:
             self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
             return event
         window = self._window
-        if window.cost > window.horizon:
+        if window.sent > window.send_limit:
             self._wait_for_room(time.monotonic() + self._max_wait)
         with self._lock:
             self._send_frame(frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest))
@@ -1228,7 +1205,7 @@ class Dispatcher:
             parts = [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
             with self._lock:
                 self._counts["events"] -= len(parts) - 1
-                self._window.limit = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
+                self._window.history = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
             self._outbox.extend(parts)
         else:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
@@ -1242,7 +1219,7 @@ class Dispatcher:
         """
         window, deadline = self._window, 0.0
         while not self._is_inside():
-            if self._outbox and window.cost > window.horizon:
+            if self._outbox and window.sent > window.send_limit:
                 deadline = deadline or time.monotonic() + self._max_wait
                 self._wait_for_room(deadline)
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
@@ -1381,7 +1358,7 @@ class Dispatcher:
             except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
                 break
             self._on_answer(data, source, now)
-        self._window.look_ahead(now)
+        self._window.limit_sending(now)
 
     def _on_answer(self, data: bytes, source: Source, now: float) -> None:
         """Take note of a watcher's answer, and repair what it asks for."""
@@ -1393,20 +1370,15 @@ class Dispatcher:
                 raise WireError(f"a {frame.kind.decode()}, expected an answer to this stream")
             ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
             position, name, room, lost, taken = frame.numbers
-            watcher = window.watchers.get(name)
-            if serial and watcher and serial <= watcher.serial:
+            known = window.watchers.get(name)
+            if serial and known and serial <= known.serial:
                 raise Replay("an answer seen before")
-            if not window.on_ack(name, position, room, lost, taken, now):
-                raise WireError(f"confirms {position}, expected at most {window.next - 1}")
+            watcher = window.on_ack(name, position, room, lost, taken, now)
         except WireError as problem:
             self._counts["rejected"] += 1
             self.problem = problem
             return
-        watcher = window.watchers.get(name)
-        if watcher:
-            watcher.address, watcher.serial = source, serial
-        if frame.kind == b"leave":
-            window.leave(name)
+        watcher.address, watcher.serial, watcher.has_left = source, serial, frame.kind == b"leave"
         if any(first < window.trail for first, _ in ranges) and now >= self._beaten_at + 0.05:
             self._beat(b"beat", now)  # tells what cannot be had any more
         for repair in window.repairs(ranges, room, now):
@@ -1416,7 +1388,7 @@ class Dispatcher:
         """Wait until every watcher that advances has room again, or until the deadline."""
         window, pause = self._window, 0.001
         now = time.monotonic()
-        while window.cost > window.horizon and now < deadline:
+        while window.sent > window.send_limit and now < deadline:
             time.sleep(min(pause, deadline - now))
             since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
             with self._lock:
@@ -1440,7 +1412,7 @@ class Dispatcher:
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
-                unconfirmed = [number for number, _ in window.lacking(now)]
+                unconfirmed = [window.next - 1 - watcher.position for watcher in window.live(now)]
                 if any(unconfirmed) or not self._link:
                     end = max(start, window.advanced_at) + stall
                 else:
