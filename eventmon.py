@@ -426,9 +426,9 @@ class TransmitWindow:
         self.trail = 1
         self.next = 1
         self.sent = 0
-        self.send_limit: float = inf
+        self.send_limit: float = self.FIRST_FLIGHT
         self.watchers: dict[int, Watcher] = {}
-        self.opened_at = -inf
+        self.opened_at = -inf  # when the first answer began to be waited for
         self.advanced_at = -inf  # when a watcher last did
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
@@ -451,17 +451,13 @@ class TransmitWindow:
             self.trail += 1
             self._kept -= len(self._frames.pop(self.trail - 1))
 
-    def open(self, now: float) -> None:
-        """Begin slowly: from now on the first answer is waited for."""
-        self.opened_at = self.advanced_at = now
-        self.limit_sending(now)
-
     def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> Watcher:
         """Take note of what a watcher has confirmed, and return it; WireError if it cannot be true."""
         if position >= self.next:
             raise WireError(f"confirms {position}, expected at most {self.next - 1}")
         if name not in self.watchers and len(self.watchers) >= self.MAX_WATCHERS:
-            self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
+            live = self.live(now)
+            self.watchers = {name: known for name, known in self.watchers.items() if known in live}
         watcher = self.watchers.get(name) or Watcher()
         if len(self.watchers) < self.MAX_WATCHERS:  # else it is neither waited for nor counted, but helped
             self.watchers[name] = watcher
@@ -480,16 +476,13 @@ class TransmitWindow:
         self.limit_sending(now)
         return watcher
 
-    def _is_live(self, watcher: Watcher, now: float) -> bool:
-        return not watcher.has_left and now - watcher.heard < self._alive
-
     def live(self, now: float) -> list[Watcher]:
         """Return the watchers heard lately."""
-        return [watcher for watcher in list(self.watchers.values()) if self._is_live(watcher, now)]
+        return [it for it in list(self.watchers.values()) if not it.has_left and now - it.heard < self._alive]
 
     def complete(self, now: float) -> int:
         """Return how many watchers have everything, those that have left with it counted."""
-        known = [watcher for watcher in self.watchers.values() if watcher.has_left or self._is_live(watcher, now)]
+        known = self.live(now) + [watcher for watcher in list(self.watchers.values()) if watcher.has_left]
         return sum(watcher.position == self.next - 1 and not watcher.lost for watcher in known)
 
     def waited(self, since: float, now: float) -> None:
@@ -901,27 +894,57 @@ class Link:
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
 
 OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
-PASSING = frozenset(  # errors that another socket would not mend
-    (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.EINTR)
-    + (errno.ECONNREFUSED, errno.ECONNRESET)
-)
+# Errors that another socket would not mend.
+PASSING = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.ECONNREFUSED)
 
 # Of the events of a type: what we add, their JSON and frame, to be filled in, if they are held, how long the rest may be.
 Known = namedtuple("Known", ["ours", "template", "frame", "buffered", "room"])
 
-
-class Part(bytes):
-    """A part of a large event: what stands behind SEQ in its frame."""
-
-
 _ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
 
 
-def witness(clock: int) -> None:
+def set_clock_past(clock: int) -> None:
     """Set this process's Lamport clock past one that was received."""
     global _ticks
     if next(_ticks) <= clock < 1 << 62:
         _ticks = count(clock + 1)
+
+
+_dispatchers: WeakSet[Any] = WeakSet()
+_exit_by = inf  # once the interpreter exits: when all of them are to be closed
+_fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
+with suppress(ImportError, AttributeError, OSError, ValueError):
+    import mmap
+
+    _page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
+    _fork_mark = _page
+_fork_mark[0] = 1
+
+
+def after_fork() -> None:
+    """In the child of a fork: every Dispatcher begins a stream of its own."""
+    for dispatcher in list(_dispatchers):
+        with suppress(Exception):  # the others are not to pay for it
+            dispatcher.on_after_fork()
+    _fork_mark[0] = 1
+
+
+def at_exit() -> None:
+    """When the interpreter exits: close what is open, all in the time of one."""
+    global _exit_by
+    _exit_by = time.monotonic() + CLOSE_TIME
+    for dispatcher in list(_dispatchers):
+        try:
+            dispatcher.close()
+        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
+            sys.excepthook(*sys.exc_info())
+
+
+CLOSE_TIME = 2.9  # the longest that a close() waits for watchers: its 3 s, less the goodbye
+atexit.register(at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
 
 
 def default_hostname() -> str:
@@ -962,9 +985,9 @@ class Dispatcher:
 
         if freq is not None and not freq >= 0:
             raise ValueError(f"freq is {freq!r}, expected seconds")
-        groups, buffer_group = frozenset(groups or ()), frozenset(buffer_group)
-        again = partial(type(self), url, hostname, enabled=enabled, groups=groups, buffer_group=buffer_group, freq=freq)
-        self._again = partial(again, buffer_limit=buffer_limit, key=key, max_wait=max_wait, max_repr=max_repr)
+        self._groups, self._buffered = frozenset(groups or ()), frozenset(buffer_group)
+        again = partial(type(self), url, hostname, enabled=enabled, groups=self._groups, buffer_group=self._buffered)
+        self._again = partial(again, buffer_limit=buffer_limit, freq=freq, key=key, max_wait=max_wait, max_repr=max_repr)
         self.url = url_from(url)
         self.enabled = False
         self.on_enabled: set[Callable[[], object]] = set()
@@ -973,13 +996,11 @@ class Dispatcher:
         self._url = parse_url(self.url)
         self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
         self._name = hostname
-        self._groups = groups
-        self._buffered = buffer_group
         self._buffer_limit = max(1, buffer_limit)
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
-        self._closed = self._exits = False
+        self._closed = False
         self._begin()
         _dispatchers.add(self)
         if enabled:
@@ -992,31 +1013,19 @@ class Dispatcher:
         self.hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
         self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
-        self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
+        self._outbox: deque[bytes] = deque()  # events that are to be sent, by whoever has the lock
+        self._part = 0, 0  # of a large event that is first there: its name, and how many parts of it have been sent
         self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= 1 else 0.0)
-        self._stream = os.urandom(8).hex().encode()
-        self._data_head, self._part_head = head_of(b"data", self._stream), head_of(b"part", self._stream)
-        # events and datagrams beside the one of each that has a sequence number
+        self._stream = b"" if self._closed else os.urandom(8).hex().encode()  # b"" once it has ended
+        self._head = head_of(b"data", self._stream)
         self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
-        self._large = count(1)  # numbers the events in parts
         self._link: Link | None = None
         self._finalizer: Any = None
-        self._thread: threading.Thread | None = None
         self._started = self._resolving = self._close_soon = False
-        self._ended = self._closed
         self._beaten_at = self._reopen_at = -inf
         self._work_at = inf
         self._active = self._processed = 0
-        self._ours: dict[str, Any] = {}
-        self._introduce()
-
-    def _introduce(self) -> None:
-        """Note what every event says of its sender."""
-        ours = {"type": "", "timestamp": 0.0, "hostname": self.hostname, "pid": self.pid}
-        ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
-        if ours != self._ours:
-            self._ours = ours
-            self._known: dict[str, Known] = {}  # by type
+        self._known: dict[str, Known] = {}  # by type
 
     @property
     def stats(self) -> dict[str, int]:
@@ -1024,11 +1033,8 @@ class Dispatcher:
 
         `behind` is how many of these lack something: it is not confirmed yet, or they gave it up.
         """
-        lacking, sent = self.lacking(), self._window.next - 1
-        counts = {**self._counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
-        counts["events"] += sent + len(self._outbox)
-        counts["datagrams"] += sent
-        return counts
+        lacking, events = self.lacking(), self._counts["events"] + len(self._outbox)
+        return {**self._counts, "events": events, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
 
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
@@ -1047,11 +1053,7 @@ class Dispatcher:
         """
         if not _fork_mark[0]:
             after_fork()
-        try:
-            usual = type in self._known and not blind and OURS.isdisjoint(fields)
-        except TypeError:  # not even hashable
-            usual = False
-        if not usual:
+        if blind or not isinstance(type, str) or type not in self._known or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
         comma, rest = b"," if fields else b"", format_json(fields)[1:]
@@ -1065,12 +1067,10 @@ class Dispatcher:
         event["timestamp"] = now / 1e6
         event["clock"] = clock
         event.update(fields)
-        if buffered or self._outbox or len(rest) > room or self._is_inside():
+        window = self._window
+        if buffered or self._outbox or len(rest) > room or window.sent > window.send_limit or self._is_inside():
             self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
             return event
-        window = self._window
-        if window.sent > window.send_limit:
-            self._wait_for_room(time.monotonic() + self._max_wait)
         with self._lock:
             self._send_frame(frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest))
         if self._outbox:  # of a signal handler meanwhile
@@ -1079,8 +1079,6 @@ class Dispatcher:
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
-        if not _fork_mark[0]:
-            after_fork()
         known = self._look_up(event.get("type"))
         if known:
             self._post(format_json(dict(event)), known.buffered)
@@ -1097,7 +1095,7 @@ class Dispatcher:
         self._send_outbox()
         with self._lock:
             self._start()
-        self._settle(0.2, inf, timeout, time.monotonic())
+        self._settle(timeout)
         return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
@@ -1143,7 +1141,21 @@ class Dispatcher:
         Takes at most 50 ms with nobody watching, 250 ms while watchers do not advance, 3 s while they do. Never raises,
         but for what a callback of `on_disabled` does. Also called at the exit of the interpreter.
         """
-        self._close(2.9)
+        if not _fork_mark[0]:
+            after_fork()
+        if self._is_inside():
+            self._close_soon = True  # by the thread, after the send that this interrupts
+            return
+        try:
+            self.disable()
+        finally:
+            with self._lock:
+                first, self._closed = not self._closed, True
+            if first:
+                self._send_outbox()
+                self._beaten_at = -inf  # so that the goodbye is said at once
+                self._settle(min(CLOSE_TIME, _exit_by - time.monotonic()), is_leaving=True)
+                self._end()
 
     def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1154,18 +1166,13 @@ class Dispatcher:
     def __reduce__(self) -> Any:
         return self._again, ()  # pickled or copied, it is a new one
 
-    def __repr__(self) -> str:
-        return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
-
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
-        if not _fork_mark[0]:  # also where a task or a log record comes first
-            after_fork()
-        known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
+        known = self._look_up(type)
         if known is None:
             return None
-        ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
+        ours = {**known.ours, "timestamp": time.time(), "clock": next(_ticks)}
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
@@ -1174,56 +1181,57 @@ class Dispatcher:
 
     def _look_up(self, type: Any) -> Known | None:
         """Return what is to be known of a type of events; None if they are not sent."""
-        table, group = self._known, Event(type).group
+        if not _fork_mark[0]:
+            after_fork()
+        if isinstance(type, str) and type in self._known:
+            return self._known[type]
+        group = Event(type).group
         if self._closed:
             self._refuse()
         if not self.enabled or self._groups and group not in self._groups:
             return None
         with self._lock:
             self._start()
-        ours = {**self._ours, "type": type}
+        ours = {"type": type, "timestamp": 0.0, "hostname": self.hostname, "pid": self.pid}
+        ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
         told = format_json({key: ours[key] for key in ("hostname", "pid", "utcoffset")})[1:-1]
         words = [text.replace(b"%", b"%%") for text in (format_json(type), told)]
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
         room = self._room - len(template) - MAX_HEADER
-        known = Known(ours, template, self._data_head + b"%d\n" + template, group in self._buffered, room)
-        if len(table) < 200 and len(type) <= 100:
-            table[type] = known
+        frame, buffered = self._head + b"%d\n" + template, group in self._buffered
+        self._known[type] = known = Known(ours, template, frame, buffered, room)
         return known
 
     def _refuse(self) -> None:
-        if not self._exits:  # else a thread that outlives the program has nobody to tell
+        if _exit_by == inf:  # else a thread that outlives the program has nobody to tell
             raise ValueError("the dispatcher is closed")
 
     def _post(self, body: bytes, buffered: bool) -> None:
         """Put an event into the outbox, and send it unless it is to be held."""
-        if len(body) <= self._room:
-            self._outbox.append(body)
-        elif len(body) <= MAX_EVENT:
-            event, starts = next(self._large), range(0, len(body), self._room)
-            heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
-            parts = [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
-            with self._lock:
-                self._counts["events"] -= len(parts) - 1
-                self._window.history = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
-            self._outbox.extend(parts)
-        else:
+        if len(body) > MAX_EVENT:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        if not (buffered and len(self._outbox) < self._buffer_limit and self._thread and not self._closed):
+        self._outbox.append(body)
+        if not (buffered and len(self._outbox) < self._buffer_limit and not self._closed):
             self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Send what is in the outbox, in turn with other threads.
+        """Send what is in the outbox, in turn with other threads; first wait while a watcher has no room.
 
         A signal handler, or a __del__, that has interrupted a send leaves this to the send.
         """
-        window, deadline = self._window, 0.0
+        window, deadline = self._window, time.monotonic() + self._max_wait
         while not self._is_inside():
-            if self._outbox and window.sent > window.send_limit:
-                deadline = deadline or time.monotonic() + self._max_wait
-                self._wait_for_room(deadline)
+            since = time.monotonic()
+            if self._outbox and window.sent > window.send_limit and since < deadline:
+                time.sleep(min(0.002, deadline - since))
+                with self._lock:
+                    now = time.monotonic()
+                    self._listen(now)
+                    window.waited(since, now)
+                    self._ask(b"beat", now)
+                continue
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
-                if self._outbox and self._ended:
+                if self._outbox and not self._stream:
                     return self._refuse()  # and leave there what other threads are to be told of, too
                 if self._outbox:
                     self._send_datagram()
@@ -1232,63 +1240,62 @@ class Dispatcher:
 
     def _send_datagram(self) -> None:
         """Number, keep and send as much of the outbox as a datagram takes."""
-        seq, taken = self._window.next, [self._outbox.popleft()]
+        seq, size = self._window.next, 0
+        bodies: list[bytes] = []
+        if len(self._outbox[0]) > self._room:
+            return self._send_part(seq, self._outbox[0])
         try:
-            if type(taken[0]) is Part:
-                frame = self._part_head + b"%d" % seq + taken[0]
-            else:
-                frame = self._data_head + b"%d\n" % seq + self._gather(taken)
-            self._send_frame(frame)
-            self._counts["events"] += len(taken) - 1
+            while self._outbox and len(bodies) < self._buffer_limit:
+                size += len(self._outbox[0]) + 2
+                if bodies and size > self._room:
+                    break
+                bodies.append(self._outbox.popleft())
+            body = b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
+            self._send_frame(self._head + b"%d\n%b" % (seq, body), len(bodies))
         except BaseException:  # of a signal handler, say
             if self._window.next == seq:
-                self._outbox.extendleft(reversed(taken))
+                self._outbox.extendleft(reversed(bodies))
             raise
 
-    def _send_frame(self, frame: bytes) -> None:
-        """Keep and send the datagram that has the next sequence number."""
-        window, link = self._window, self._link
+    def _send_part(self, seq: int, body: bytes) -> None:
+        """Send the next part of a large event, whose name is the sequence number of its first part."""
+        event, index = self._part if self._part[1] else (seq, 0)
+        total, start = ceil(len(body) / self._room), index * self._room
+        numbers, is_last = (seq, event, index, total), index + 1 == total
+        self._window.history = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
+        self._part = (0, 0) if is_last else (event, index + 1)
+        if is_last:
+            self._outbox.popleft()
+        piece = body[start : start + self._room]
+        self._send_frame(format_frame(b"part", self._stream, numbers, piece), int(is_last))
+
+    def _send_frame(self, frame: bytes, events: int = 1) -> None:
+        """Keep and send the datagram that has the next sequence number, and completes so many events."""
+        window = self._window
         window.add(frame)
-        try:
-            link.send(seal(frame, self._key) if self._key else frame)  # type: ignore[union-attr]
-        except (OSError, AttributeError) as problem:
-            self._counts["datagrams"] -= 1
-            self._on_failure(problem)
+        self._counts["events"] += events
+        self._transmit(frame)
         if not window.next % 64:  # the thread gets few chances while a loop sends
             self._listen(time.monotonic())
-
-    def _gather(self, bodies: list[bytes]) -> bytes:
-        """Take as many events more out of the outbox as a datagram takes; return them all."""
-        size = len(bodies[0])
-        while self._outbox and type(self._outbox[0]) is not Part and len(bodies) < self._buffer_limit:
-            size += len(self._outbox[0]) + 2
-            if size > self._room:
-                break
-            bodies.append(self._outbox.popleft())
-        return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
         link = self._link
-        try:
-            link.send(seal(frame, self._key), to)  # type: ignore[union-attr]
-        except (OSError, AttributeError) as problem:
-            return self._on_failure(problem)
-        self._counts["datagrams"] += 1
-        return True
-
-    def _on_failure(self, problem: Any) -> bool:
-        """Count what the kernel did not take, and say so if nothing is sent any more."""
-        if self._link is None:
-            if self._ended:
+        if link is None:
+            if not self._stream:
                 self._refuse()
             self._counts["errors"] += not self._resolving
             return False
-        if problem.errno is None:  # a TimeoutError, say, of a signal handler
-            raise problem
-        self._link.broken = self._link.broken or problem.errno not in PASSING
-        self._count_error(problem)
-        return False
+        try:
+            link.send(seal(frame, self._key) if self._key else frame, to)
+        except OSError as problem:
+            if problem.errno is None:  # a TimeoutError, say, of a signal handler
+                raise
+            link.broken = link.broken or problem.errno not in PASSING
+            self._count_error(problem)
+            return False
+        self._counts["datagrams"] += 1
+        return True
 
     def _count_error(self, problem: BaseException) -> None:
         self._counts["errors"] += 1
@@ -1303,9 +1310,7 @@ class Dispatcher:
         if not self._resolving:
             self._connect()
         try:
-            thread = threading.Thread(target=self._serve, name="eventmon", daemon=True)
-            thread.start()
-            self._thread = thread
+            threading.Thread(target=self._serve, name="eventmon", daemon=True).start()
         except RuntimeError:  # no more threads, as at the exit of the interpreter, or in a subinterpreter
             if self._resolving:
                 self._connect()
@@ -1315,22 +1320,21 @@ class Dispatcher:
 
     def _connect(self) -> None:
         """Open a link, in the place of one that is broken."""
-        now, stream = time.monotonic(), self._stream
-        self._reopen_at = now + 1.0
+        stream, self._reopen_at = self._stream, time.monotonic() + 1.0
         try:
             link = Link(self._url)
         except (OSError, UnicodeError) as problem:
             self._resolving = False
             return self._count_error(problem)
         with self._lock:
-            if self._stream is not stream or self._ended:  # forked, or closed, in the meantime
+            if self._stream is not stream:  # forked, or closed, in the meantime
                 return link.close()
             old, self._link, self._resolving = self._link, link, False
+            now = time.monotonic()
             if old:
                 old.close()
             else:
-                now = time.monotonic()
-                self._window.open(now)
+                self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
                     self._transmit(frame)
             self._beat(b"beat", now)
@@ -1341,12 +1345,12 @@ class Dispatcher:
         That goes on for a minute after a watcher was heard: a stopped one that goes on is to know what it has lost.
         """
         self._beaten_at = now
-        process = process_name(self.pid, self.hostname)
-        frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail), process)
-        known = [watcher for watcher in list(self._window.watchers.values()) if now - watcher.heard < 60]
-        behind = [watcher.address for watcher in known if watcher.position < self._window.next - 1]
-        for address in (None, *filter(None, behind)):
-            self._transmit(frame, address)
+        lead = self._window.next - 1
+        frame = format_frame(kind, self._stream, (lead, self._window.trail), process_name(self.pid, self.hostname))
+        self._transmit(frame)
+        for watcher in list(self._window.watchers.values()):
+            if watcher.position < lead and not watcher.has_left and now - watcher.heard < 60:
+                self._transmit(frame, watcher.address)
 
     # Listening to watchers.
 
@@ -1384,89 +1388,58 @@ class Dispatcher:
         for repair in window.repairs(ranges, room, now):
             self._counts["repairs"] += self._transmit(repair)
 
-    def _wait_for_room(self, deadline: float) -> None:
-        """Wait until every watcher that advances has room again, or until the deadline."""
-        window, pause = self._window, 0.001
-        now = time.monotonic()
-        while window.sent > window.send_limit and now < deadline:
-            time.sleep(min(pause, deadline - now))
-            since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
-            with self._lock:
-                self._listen(now)
-                window.waited(since, now)
-                self._ask(now)
+    def _ask(self, kind: bytes, now: float, is_behind: bool = True) -> None:
+        """Ask watchers where they are, by a beat of this kind: the longer those behind do not advance, the less often."""
+        advanced_at = self._window.advanced_at if is_behind else now - 0.02
+        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
+            self._beat(kind, now)
 
-    def _ask(self, now: float, pause: float = 0.01) -> None:
-        """Ask watchers where they are: the longer they do not advance, the less often."""
-        advanced_at = self._window.advanced_at
-        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(pause, (now - advanced_at) / 2)):
-            self._beat(b"beat", now)
+    def _settle(self, timeout: float, is_leaving: bool = False) -> None:
+        """Wait until every live watcher has confirmed everything, or `timeout` seconds.
 
-    def _settle(self, patience: float, stall: float, timeout: float, asked_at: float) -> None:
-        """Wait until every live watcher has confirmed everything, none of them advances in `stall`, or `timeout`.
-
-        Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
+        While none is known, watchers have 0.2 s to speak up, and so have others while the stream is new. Who is leaving
+        says goodbye, and waits until they have answered that: 40 ms at most, or 0.2 s while those behind do not advance.
         """
+        kind, patience, stall = (b"bye", 0.04, 0.2) if is_leaving else (b"beat", 0.2, inf)
         start = now = time.monotonic()
         window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
-                unconfirmed = [window.next - 1 - watcher.position for watcher in window.live(now)]
-                if any(unconfirmed) or not self._link:
+                live = window.live(now)
+                is_behind = any(watcher.position < window.next - 1 for watcher in live)
+                if is_behind or not self._link:
                     end = max(start, window.advanced_at) + stall
+                elif is_leaving:
+                    end = start + patience if live or not window.watchers else now
                 else:
-                    end = max(window.opened_at, -inf if unconfirmed else asked_at) + patience
+                    end = max(window.opened_at, -inf if live else start) + patience
                 end = min(end, start + timeout)
                 if now >= end:
                     return
-                self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
+                self._ask(kind, now, is_behind)
             time.sleep(min(pause, end - now))  # meanwhile the thread listens
-            now, pause = time.monotonic(), min(2 * pause, 0.02)
+            now, pause = time.monotonic(), min(2 * pause, 0.01)
 
-    def _close(self, timeout: float) -> None:
-        if not _fork_mark[0]:
-            after_fork()
-        if self._is_inside():
-            self._close_soon = True  # by the thread, after the send that this interrupts
-            return
-        try:
-            self.disable()
-        finally:
-            with self._lock:
-                first, self._closed = not self._closed, True
-            if first:
-                self._send_outbox()
-                self._settle(0.03, 0.2, timeout, -inf)
-                self._say_goodbye()
-                with self._lock:
-                    if self._link:
-                        self._link.close()
-                    elif self._window.next > 1:  # no name was found in time
-                        self._counts["errors"] += 1
-                    self._link, self._ended = None, True
-                if self._finalizer:
-                    self._finalizer.cancel()
-
-    def _say_goodbye(self) -> None:
-        """Say that this was all until every live watcher has answered, for 50 ms at most: nobody asks for a bye again."""
-        for attempt in range(25):
-            with self._lock:
-                if not self._link:
-                    return
-                now = time.monotonic()
-                self._beat(b"bye", now)
-                self._listen(now)
-                if attempt > 2 and not self._window.live(now):
-                    return
-            time.sleep(0.002)
+    def _end(self) -> None:
+        """End the stream; what is said three times more is that this was all, since nobody asks for a bye again."""
+        with self._lock:
+            for _ in range(3 if self._link else 0):
+                self._beat(b"bye", time.monotonic())
+            if self._link:
+                self._link.close()
+            elif self._window.next > 1:  # no name was found in time
+                self._counts["errors"] += 1
+            self._link, self._stream = None, b""
+        if self._finalizer:
+            self._finalizer.cancel()
 
     # The thread.
 
     def _serve(self) -> None:
         """Answer watchers, beat, and send what is due, until the stream ends."""
         stream = self._stream
-        while self._stream is stream and not self._ended:
+        while self._stream is stream:
             try:
                 self._tend()
             except Exception as problem:  # noqa: BLE001 - whatever it is, the Dispatcher is not to fall silent
@@ -1476,12 +1449,11 @@ class Dispatcher:
     def _tend(self) -> None:
         """Wait until something is to be done, and do it."""
         now, link = time.monotonic(), self._link
-        if now >= self._reopen_at and (link is None or not link.is_intact()):
-            self._connect()
-            link = self._link
-        due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
-        if link and link.is_intact():
+        if link and not link.broken and link.is_ours():
+            due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
             wait_for(due - now, link.socket)
+        elif now >= self._reopen_at:
+            self._connect()
         else:
             time.sleep(0.05)
         if self._close_soon:
@@ -1489,10 +1461,10 @@ class Dispatcher:
         now = time.monotonic()
         with self._lock:
             self._listen(now)
-            if now >= self._beaten_at + BEAT and not self._ended:
-                self._introduce()  # the clock may have been put forward for the summer
+            if now >= self._beaten_at + BEAT and self._stream:
+                self._known = {}  # the clock may have been put forward for the summer
                 self._beat(b"beat", now)
-        if self._outbox and not self._ended:
+        if self._outbox and self._stream:
             self._send_outbox()
         if self._freq and self.enabled and now >= self._work_at:
             self._work_at = now + self._freq
@@ -1500,25 +1472,19 @@ class Dispatcher:
 
     # The worker and its tasks.
 
-    def sends_tasks(self) -> bool:
-        """Whether the events of tasks are sent."""
-        return self.enabled and (not self._groups or "task" in self._groups)
-
     def begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
         """Send task-received, with `fields`, and task-started, together in a datagram; errors as in send()."""
         self._send("task-received", {"uuid": uuid, **fields}, hold=True)
         self._send("task-started", {"uuid": uuid})
-        self._count_task(1, 0)
+        with self._lock:
+            self._active += 1
 
     def end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
         """Send how a task ended; never raises."""
-        self._count_task(-1, 1)
-        self._send_quietly(type, {"uuid": uuid, **outcome})
-
-    def _count_task(self, active: int, processed: int) -> None:
         with self._lock:
-            self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
-            self._processed += processed
+            self._active = max(0, self._active - 1)  # in the child of a fork ends what began in the parent
+            self._processed += 1
+        self._send_quietly(type, {"uuid": uuid, **outcome})
 
     def _send_worker(self, type: str) -> None:
         fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
@@ -1531,41 +1497,6 @@ class Dispatcher:
         """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
         with suppress(ValueError):  # closed meanwhile, or too large
             self._send(type, fields)
-
-
-_dispatchers: WeakSet[Dispatcher] = WeakSet()
-_fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
-with suppress(ImportError, AttributeError, OSError, ValueError):
-    import mmap
-
-    _page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
-    _fork_mark = _page
-_fork_mark[0] = 1
-
-
-def after_fork() -> None:
-    """In the child of a fork: every Dispatcher begins a stream of its own."""
-    for dispatcher in list(_dispatchers):
-        with suppress(Exception):  # the others are not to pay for it
-            dispatcher.on_after_fork()
-    _fork_mark[0] = 1
-
-
-def at_exit() -> None:
-    """When the interpreter exits: close what is open, all in the time of one."""
-    end = time.monotonic() + 2.9
-    for dispatcher in list(_dispatchers):
-        dispatcher._exits = True
-        try:
-            dispatcher._close(max(0.0, end - time.monotonic()))
-        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
-            sys.excepthook(*sys.exc_info())
-
-
-atexit.register(at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
 
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
@@ -1720,7 +1651,7 @@ class Task:
         return {"exception": text, "traceback": traceback_of(problem, nested)} if text else {}
 
     def _brief(self, value: Any) -> str:
-        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.sends_tasks() else ""
+        return shortened(value, self._dispatcher.max_repr) if self._dispatcher.enabled else ""
 
     def _call(self, args: Any, kwargs: Any, is_parent: bool = True) -> Task:
         """Return the task of one call of a decorated function."""
@@ -2081,7 +2012,7 @@ class Receiver:
             event["local_received"] = now
             if type(tick := event.get("clock")) is int and tick > clock:
                 clock = tick
-        witness(clock)
+        set_clock_past(clock)
         self._counts["events"] += len(events)
         self._ready += events
 
