@@ -411,14 +411,15 @@ class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
     Pure: times are seconds of any clock that only goes forward. The last `history` bytes are kept. Flow control: `sent`
-    is how many bytes all datagrams so far take of a watcher's buffer, and send() waits while that is above
-    `send_limit`. It waits a quarter second at most for a watcher that does not advance, and half of the time at most
+    is how many bytes all datagrams so far take of a watcher's buffer, and send() listens, and waits,
+    while that is above `send_limit`. It waits a quarter second at most for a watcher that does not advance, and half of the time at most
     for all, unless the sender is `patient`: it has nothing else to do.
     """
 
     MAX_WATCHERS = 64  # that are waited for
     FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # bytes that are sent before the first answer is waited for
     FIRST_ANSWER = QUARTER = 0.25  # how long it is waited for, and for a watcher that does not advance
+    UNHEARD = 256 * (DATAGRAM_COST + 300)  # bytes sent between two looks at answers: a busy loop leaves a thread few
     GRACE, LEAST_WAIT = 1.0, 0.01  # of waiting before it is counted against the program's own time; worth to begin
 
     def __init__(self, history: int = HISTORY, patient: float = 0.0) -> None:
@@ -433,7 +434,7 @@ class TransmitWindow:
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
-        self._kept = 0  # bytes of them
+        self._gone = 0  # what `sent` was before the first of them
         self._may_wait = self.GRACE  # how much longer, at the end of the last wait
         self._waited_until = -inf
         self._repaired: dict[int, float] = {}  # when
@@ -442,14 +443,13 @@ class TransmitWindow:
 
     def add(self, frame: bytes) -> None:
         """Keep the datagram that has the sequence number `next`."""
-        seq, size = self.next, len(frame)
+        seq = self.next
         self._frames[seq] = frame
         self.next = seq + 1  # from here on it counts as sent, whatever a signal handler raises
-        self.sent += size + DATAGRAM_COST
-        self._kept += size
-        while self._kept > self.history and self.trail < seq:
+        self.sent += len(frame) + DATAGRAM_COST
+        while not seq % 64 and self.sent - self._gone - DATAGRAM_COST * len(self._frames) > self.history:
             self.trail += 1
-            self._kept -= len(self._frames.pop(self.trail - 1))
+            self._gone += len(self._frames.pop(self.trail - 1)) + DATAGRAM_COST
 
     def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> Watcher:
         """Take note of what a watcher has confirmed, and return it; WireError if it cannot be true."""
@@ -497,13 +497,13 @@ class TransmitWindow:
         self.limit_sending(now)
 
     def limit_sending(self, now: float) -> None:
-        """Set `send_limit`: to the least of those of the watchers that are waited for."""
+        """Set `send_limit`: to the least of those of the watchers that are waited for, or where to listen again."""
         live = self.live(now)
         may_wait = self._may_wait + now - self._waited_until >= self.LEAST_WAIT
         limits = [it.send_limit for it in live if self._patient or may_wait and it.waited < self.QUARTER]
         if not live and now < self.opened_at + self.FIRST_ANSWER:
             limits = [self.FIRST_FLIGHT]
-        self.send_limit = min(limits, default=inf)
+        self.send_limit = min([self.sent + self.UNHEARD, *limits])
 
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
@@ -866,7 +866,7 @@ class Link:
         self.socket = udp_socket(url)
         self.broken = False  # an error says that another socket may do better
         self._inode = inode(self.socket)
-        self._checked_at = -inf  # when it was ours
+        self.checked_at = -inf  # when it was ours
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
     def is_ours(self) -> bool:
@@ -877,14 +877,11 @@ class Link:
         """Whether the socket is ours, and takes datagrams."""
         return not self.broken and self.is_ours()
 
-    def send(self, data: bytes, to: Source | None = None) -> None:
-        """Send a datagram, to all if `to` is None; OSError if the kernel refuses it, or the socket is not ours."""
-        now = time.monotonic()
-        if now > self._checked_at + 0.001:  # looked at each time, it would cost a third of the send
-            if not self.is_ours():
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._checked_at = now
-        self.socket.sendto(data, to or self.target)
+    def check(self, now: float) -> None:
+        """Raise OSError if the socket is not ours."""
+        if not self.is_ours():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.checked_at = now
 
     def close(self) -> None:
         """Close the socket."""
@@ -1014,11 +1011,13 @@ class Dispatcher:
         self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
         self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
         self._outbox: deque[bytes] = deque()  # events that are to be sent, by whoever has the lock
-        self._part = 0, 0  # of a large event that is first there: its name, and how many parts of it have been sent
+        self._part: tuple[int, int] | None = None  # the name and next index of a large event, of which some is sent
         self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= 1 else 0.0)
         self._stream = b"" if self._closed else os.urandom(8).hex().encode()  # b"" once it has ended
         self._head = head_of(b"data", self._stream)
-        self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
+        self._outbox_events = self._outbox_datagrams = 0  # that were sent from there; others have a datagram each
+        self._refused = 0  # datagrams that the kernel did not take when they were new
+        self._counts = {"repairs": 0, "errors": 0, "rejected": 0}
         self._link: Link | None = None
         self._finalizer: Any = None
         self._started = self._resolving = self._close_soon = False
@@ -1029,12 +1028,14 @@ class Dispatcher:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers.
+        """Counts: events, their datagrams, repairs among these, errors of the network, rejected answers, live watchers.
 
         `behind` is how many of these lack something: it is not confirmed yet, or they gave it up.
         """
-        lacking, events = self.lacking(), self._counts["events"] + len(self._outbox)
-        return {**self._counts, "events": events, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
+        lacking, lead = self.lacking(), self._window.next - 1
+        events = lead - self._outbox_datagrams + self._outbox_events + len(self._outbox)
+        counts = {"events": events, "datagrams": lead - self._refused + self._counts["repairs"], **self._counts}
+        return {**counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
 
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
@@ -1053,7 +1054,11 @@ class Dispatcher:
         """
         if not _fork_mark[0]:
             after_fork()
-        if blind or not isinstance(type, str) or type not in self._known or not OURS.isdisjoint(fields):
+        try:
+            is_usual = not blind and type in self._known and OURS.isdisjoint(fields)
+        except TypeError:  # not even hashable
+            is_usual = False
+        if not is_usual:
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
         comma, rest = b"," if fields else b"", format_json(fields)[1:]
@@ -1072,7 +1077,10 @@ class Dispatcher:
             self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
             return event
         with self._lock:
-            self._send_frame(frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest))
+            data = frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest)
+            window.add(data)
+            if not self._transmit(data):
+                self._refused += 1
         if self._outbox:  # of a signal handler meanwhile
             self._send_outbox()
         return event
@@ -1222,14 +1230,16 @@ class Dispatcher:
         window, deadline = self._window, time.monotonic() + self._max_wait
         while not self._is_inside():
             since = time.monotonic()
-            if self._outbox and window.sent > window.send_limit and since < deadline:
-                time.sleep(min(0.002, deadline - since))
+            if self._outbox and window.sent > window.send_limit:
                 with self._lock:
-                    now = time.monotonic()
-                    self._listen(now)
-                    window.waited(since, now)
-                    self._ask(b"beat", now)
-                continue
+                    self._listen(since)
+                if window.sent > window.send_limit and since < deadline:
+                    time.sleep(min(0.002, deadline - since))
+                    with self._lock:
+                        now = time.monotonic()
+                        window.waited(since, now)
+                        self._ask(b"beat", now)
+                    continue
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
                 if self._outbox and not self._stream:
                     return self._refuse()  # and leave there what other threads are to be told of, too
@@ -1240,43 +1250,42 @@ class Dispatcher:
 
     def _send_datagram(self) -> None:
         """Number, keep and send as much of the outbox as a datagram takes."""
-        seq, size = self._window.next, 0
+        window, size = self._window, 0
+        seq = window.next
         bodies: list[bytes] = []
-        if len(self._outbox[0]) > self._room:
-            return self._send_part(seq, self._outbox[0])
         try:
             while self._outbox and len(bodies) < self._buffer_limit:
                 size += len(self._outbox[0]) + 2
-                if bodies and size > self._room:
+                if size > self._room:
                     break
                 bodies.append(self._outbox.popleft())
-            body = b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
-            self._send_frame(self._head + b"%d\n%b" % (seq, body), len(bodies))
+            if bodies:
+                body = b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
+                frame, events = self._head + b"%d\n%b" % (seq, body), len(bodies)
+            else:
+                frame, events = self._next_part(seq)
+            window.add(frame)
         except BaseException:  # of a signal handler, say
-            if self._window.next == seq:
+            if window.next == seq:
                 self._outbox.extendleft(reversed(bodies))
             raise
+        self._outbox_events += events
+        self._outbox_datagrams += 1
+        self._refused += not self._transmit(frame)
 
-    def _send_part(self, seq: int, body: bytes) -> None:
-        """Send the next part of a large event, whose name is the sequence number of its first part."""
-        event, index = self._part if self._part[1] else (seq, 0)
-        total, start = ceil(len(body) / self._room), index * self._room
-        numbers, is_last = (seq, event, index, total), index + 1 == total
+    def _next_part(self, seq: int) -> tuple[bytes, int]:
+        """Return a frame with the next part of a large event, and how many events that completes.
+
+        The event is the first in the outbox; its name is the sequence number of its first part.
+        """
+        body, (event, index) = self._outbox[0], self._part or (seq, 0)
+        total, piece = ceil(len(body) / self._room), body[index * self._room : (index + 1) * self._room]
+        is_last = index + 1 == total
+        self._part = None if is_last else (event, index + 1)
         self._window.history = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
-        self._part = (0, 0) if is_last else (event, index + 1)
         if is_last:
             self._outbox.popleft()
-        piece = body[start : start + self._room]
-        self._send_frame(format_frame(b"part", self._stream, numbers, piece), int(is_last))
-
-    def _send_frame(self, frame: bytes, events: int = 1) -> None:
-        """Keep and send the datagram that has the next sequence number, and completes so many events."""
-        window = self._window
-        window.add(frame)
-        self._counts["events"] += events
-        self._transmit(frame)
-        if not window.next % 64:  # the thread gets few chances while a loop sends
-            self._listen(time.monotonic())
+        return format_frame(b"part", self._stream, (seq, event, index, total), piece), int(is_last)
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
@@ -1287,14 +1296,16 @@ class Dispatcher:
             self._counts["errors"] += not self._resolving
             return False
         try:
-            link.send(seal(frame, self._key) if self._key else frame, to)
+            now = time.monotonic()
+            if now > link.checked_at + 0.001:  # at each time it would cost a third of the send
+                link.check(now)
+            link.socket.sendto(seal(frame, self._key) if self._key else frame, to or link.target)
         except OSError as problem:
             if problem.errno is None:  # a TimeoutError, say, of a signal handler
                 raise
             link.broken = link.broken or problem.errno not in PASSING
             self._count_error(problem)
             return False
-        self._counts["datagrams"] += 1
         return True
 
     def _count_error(self, problem: BaseException) -> None:
@@ -1336,7 +1347,7 @@ class Dispatcher:
             else:
                 self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
-                    self._transmit(frame)
+                    self._counts["repairs"] += self._transmit(frame)
             self._beat(b"beat", now)
 
     def _beat(self, kind: bytes, now: float) -> None:
