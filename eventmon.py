@@ -393,18 +393,15 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "has_left", "heard", "lost", "position", "send_limit", "serial", "taken", "waited")
-
-    def __init__(self) -> None:
-        self.position = -1  # everything up to this sequence number has arrived there, or is given up
-        self.lost = 0  # datagrams of this stream that it gave up
-        self.taken = -1  # datagrams of all streams that it has read
-        self.send_limit = inf  # what may be sent, in bytes, until its buffer is full
-        self.heard = -inf
-        self.has_left = False
-        self.waited = 0.0  # seconds that send() has waited for it since it last advanced
-        self.serial = -1  # of its last answer, with a key
-        self.address: Source | None = None
+    position = -1  # everything up to this sequence number has arrived there, or is given up
+    lost = 0  # datagrams of this stream that it gave up
+    taken = -1  # datagrams of all streams that it has read
+    send_limit = inf  # what may be sent, in bytes, until its buffer is full
+    heard = -inf
+    has_left = False
+    waited = 0.0  # seconds that send() has waited for it since it last advanced
+    serial = -1  # of its last answer, with a key
+    address: Source | None = None
 
 
 class TransmitWindow:
@@ -777,47 +774,38 @@ def membership(url: Url) -> bytes:
     return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
 
 
-def udp_socket(url: Url, bind: bool = True) -> socket.socket:
-    """Return a new socket that sends on the interface and with the ttl of `url`, and never blocks."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def udp_socket(url: Url, listens: bool = False) -> socket.socket:
+    """Return a new socket that never blocks: it sends as `url` says, or receives what is sent there."""
+    sock, level = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.IPPROTO_IP
     try:
         sock.setblocking(False)
         if is_group(url.host):
-            interface = membership(url)
-            sock.setsockopt(
-                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface
-            )
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+            group = membership(url)
+            sock.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
+            sock.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
         elif url.ttl:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, url.ttl)
-        if bind:
+            sock.setsockopt(level, socket.IP_TTL, url.ttl)
+        if not listens:
             sock.bind((url.interface if is_address(url.interface) else "", 0))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen(url: Url) -> socket.socket:
-    """Return a socket that receives what is sent to `url`, beside others on this machine if it is a group."""
-    sock = udp_socket(url, bind=False)
-    try:
+            return sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         if not is_group(url.host):
             sock.bind((url.host, url.port))
             return sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT") and sys.platform != "linux":  # BSD wants it; Linux would share out
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
+        if sys.platform == "linux":
+            sock.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
+        elif hasattr(socket, "SO_REUSEPORT"):  # BSD wants it; Linux would share out
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if sys.platform == "linux":  # IP_MULTICAST_ALL: hear only what this socket has joined
-            sock.setsockopt(socket.IPPROTO_IP, 49, 0)
         sock.bind(("" if sys.platform == "win32" else url.host, url.port))
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(url))
+        sock.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+listen = partial(udp_socket, listens=True)
 
 
 def inode(sock: socket.socket) -> int:
@@ -838,8 +826,7 @@ def wait_for(seconds: float, *files: Any) -> None:
         poll = select.poll()  # unlike select() not limited to the first 1,024 files
         for file in files:
             poll.register(file, select.POLLIN)
-        found = poll.poll(seconds * 1000)
-        if not found or not found[0][1] & select.POLLNVAL:
+        if not any(events & select.POLLNVAL for _, events in poll.poll(seconds * 1000)):
             return
     except (OSError, ValueError):
         pass
@@ -866,7 +853,6 @@ class Link:
         self.socket = udp_socket(url)
         self.broken = False  # an error says that another socket may do better
         self._inode = inode(self.socket)
-        self.checked_at = -inf  # when it was ours
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
     def is_ours(self) -> bool:
@@ -876,12 +862,6 @@ class Link:
     def is_intact(self) -> bool:
         """Whether the socket is ours, and takes datagrams."""
         return not self.broken and self.is_ours()
-
-    def check(self, now: float) -> None:
-        """Raise OSError if the socket is not ours."""
-        if not self.is_ours():
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        self.checked_at = now
 
     def close(self) -> None:
         """Close the socket."""
@@ -1021,7 +1001,7 @@ class Dispatcher:
         self._link: Link | None = None
         self._finalizer: Any = None
         self._started = self._resolving = self._close_soon = False
-        self._beaten_at = self._reopen_at = -inf
+        self._beaten_at = self._reopen_at = self._checked_at = -inf
         self._work_at = inf
         self._active = self._processed = 0
         self._known: dict[str, Known] = {}  # by type
@@ -1297,8 +1277,10 @@ class Dispatcher:
             return False
         try:
             now = time.monotonic()
-            if now > link.checked_at + 0.001:  # at each time it would cost a third of the send
-                link.check(now)
+            if now > self._checked_at + 0.001:  # to look each time would cost a third of the send
+                if not link.is_ours():
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                self._checked_at = now
             link.socket.sendto(seal(frame, self._key) if self._key else frame, to or link.target)
         except OSError as problem:
             if problem.errno is None:  # a TimeoutError, say, of a signal handler
@@ -1452,13 +1434,26 @@ class Dispatcher:
         stream = self._stream
         while self._stream is stream:
             try:
-                self._tend()
+                self._wait()
+                if self._close_soon:
+                    return self.close()
+                now = time.monotonic()
+                with self._lock:
+                    self._listen(now)
+                    if now >= self._beaten_at + BEAT and self._stream:
+                        self._known = {}  # the clock may have been put forward for the summer
+                        self._beat(b"beat", now)
+                if self._outbox and self._stream:
+                    self._send_outbox()
+                if self._freq and self.enabled and now >= self._work_at:
+                    self._work_at = now + self._freq
+                    self._send_worker("worker-heartbeat")
             except Exception as problem:  # noqa: BLE001 - whatever it is, the Dispatcher is not to fall silent
                 self._count_error(problem)
                 time.sleep(BEAT)
 
-    def _tend(self) -> None:
-        """Wait until something is to be done, and do it."""
+    def _wait(self) -> None:
+        """Wait until something is to be done, with a link that works, if one can be had."""
         now, link = time.monotonic(), self._link
         if link and not link.broken and link.is_ours():
             due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
@@ -1467,19 +1462,6 @@ class Dispatcher:
             self._connect()
         else:
             time.sleep(0.05)
-        if self._close_soon:
-            return self.close()
-        now = time.monotonic()
-        with self._lock:
-            self._listen(now)
-            if now >= self._beaten_at + BEAT and self._stream:
-                self._known = {}  # the clock may have been put forward for the summer
-                self._beat(b"beat", now)
-        if self._outbox and self._stream:
-            self._send_outbox()
-        if self._freq and self.enabled and now >= self._work_at:
-            self._work_at = now + self._freq
-            self._send_worker("worker-heartbeat")
 
     # The worker and its tasks.
 
