@@ -1083,7 +1083,7 @@ class Dispatcher:
         self._send_outbox()
         with self._lock:
             self._start()
-        self._settle(timeout)
+        self._settle(timeout, patience=0.2, stall=inf)
         return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
@@ -1141,8 +1141,7 @@ class Dispatcher:
                 first, self._closed = not self._closed, True
             if first:
                 self._send_outbox()
-                self._beaten_at = -inf  # so that the goodbye is said at once
-                self._settle(min(CLOSE_TIME, _exit_by - time.monotonic()), is_leaving=True)
+                self._settle(min(CLOSE_TIME, _exit_by - time.monotonic()), patience=0.04, stall=0.2)
                 self._end()
 
     def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
@@ -1218,7 +1217,7 @@ class Dispatcher:
                     with self._lock:
                         now = time.monotonic()
                         window.waited(since, now)
-                        self._ask(b"beat", now)
+                        self._ask(now)
                     continue
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
                 if self._outbox and not self._stream:
@@ -1381,19 +1380,18 @@ class Dispatcher:
         for repair in window.repairs(ranges, room, now):
             self._counts["repairs"] += self._transmit(repair)
 
-    def _ask(self, kind: bytes, now: float, is_behind: bool = True) -> None:
-        """Ask watchers where they are, by a beat of this kind: the longer those behind do not advance, the less often."""
+    def _ask(self, now: float, is_behind: bool = True) -> None:
+        """Ask watchers where they are: the longer those that are behind do not advance, the less often."""
         advanced_at = self._window.advanced_at if is_behind else now - 0.02
         if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
-            self._beat(kind, now)
+            self._beat(b"beat", now)
 
-    def _settle(self, timeout: float, is_leaving: bool = False) -> None:
+    def _settle(self, timeout: float, patience: float, stall: float) -> None:
         """Wait until every live watcher has confirmed everything, or `timeout` seconds.
 
-        While none is known, watchers have 0.2 s to speak up, and so have others while the stream is new. Who is leaving
-        says goodbye, and waits until they have answered that: 40 ms at most, or 0.2 s while those behind do not advance.
+        While none is live, watchers have `patience` seconds to speak up, and so have others while the stream is new. Those
+        that are behind are waited for until none of them has advanced for `stall` seconds.
         """
-        kind, patience, stall = (b"bye", 0.04, 0.2) if is_leaving else (b"beat", 0.2, inf)
         start = now = time.monotonic()
         window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
@@ -1403,22 +1401,26 @@ class Dispatcher:
                 is_behind = any(watcher.position < window.next - 1 for watcher in live)
                 if is_behind or not self._link:
                     end = max(start, window.advanced_at) + stall
-                elif is_leaving:
-                    end = start + patience if live or not window.watchers else now
                 else:
                     end = max(window.opened_at, -inf if live else start) + patience
                 end = min(end, start + timeout)
                 if now >= end:
                     return
-                self._ask(kind, now, is_behind)
+                self._ask(now, is_behind)
             time.sleep(min(pause, end - now))  # meanwhile the thread listens
             now, pause = time.monotonic(), min(2 * pause, 0.01)
 
     def _end(self) -> None:
-        """End the stream; what is said three times more is that this was all, since nobody asks for a bye again."""
+        """Say that this was all until every live watcher has answered, for 50 ms at most, and end the stream."""
+        for attempt in range(25):  # since nobody asks for a bye again
+            with self._lock:
+                now = time.monotonic()
+                if not self._link or attempt > 2 and not self._window.live(now):
+                    break
+                self._beat(b"bye", now)
+                self._listen(now)
+            time.sleep(0.002)
         with self._lock:
-            for _ in range(3 if self._link else 0):
-                self._beat(b"bye", time.monotonic())
             if self._link:
                 self._link.close()
             elif self._window.next > 1:  # no name was found in time
