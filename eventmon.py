@@ -1034,11 +1034,7 @@ class Dispatcher:
         """
         if not _fork_mark[0]:
             after_fork()
-        try:
-            is_usual = not blind and type in self._known and OURS.isdisjoint(fields)
-        except TypeError:  # not even hashable
-            is_usual = False
-        if not is_usual:
+        if blind or type.__class__ is not str or type not in self._known or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
         comma, rest = b"," if fields else b"", format_json(fields)[1:]
