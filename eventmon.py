@@ -1203,25 +1203,25 @@ class Dispatcher:
         A signal handler, or a __del__, that has interrupted a send leaves this to the send.
         """
         window, deadline = self._window, time.monotonic() + self._max_wait
+        since = inf  # when a wait began
         while not self._is_inside():
-            since = time.monotonic()
-            if self._outbox and window.sent > window.send_limit:
-                with self._lock:
-                    self._listen(since)
-                if window.sent > window.send_limit and since < deadline:
-                    time.sleep(min(0.002, deadline - since))
-                    with self._lock:
-                        now = time.monotonic()
-                        window.waited(since, now)
-                        self._ask(now)
-                    continue
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
-                if self._outbox and not self._stream:
+                now = time.monotonic()
+                if since < now:
+                    window.waited(since, now)
+                    self._ask(now)
+                if window.sent > window.send_limit:
+                    self._listen(now)
+                if not self._outbox:
+                    return
+                if not self._stream:
                     return self._refuse()  # and leave there what other threads are to be told of, too
-                if self._outbox:
+                must_wait = window.sent > window.send_limit and now < deadline
+                if not must_wait:
                     self._send_datagram()
-            if not self._outbox:
-                return
+            since = now if must_wait else inf
+            if must_wait:
+                time.sleep(min(0.002, deadline - now))
 
     def _send_datagram(self) -> None:
         """Number, keep and send as much of the outbox as a datagram takes."""
