@@ -393,49 +393,49 @@ def format_ranges(ranges: Ranges) -> bytes:
 class Watcher:
     """A Receiver as a TransmitWindow knows it."""
 
-    __slots__ = ("address", "heard", "limit", "lost", "position", "serial", "taken", "waited")
-
-    def __init__(self) -> None:
-        self.position = -1  # everything up to this sequence number has arrived there, or is given up
-        self.lost = 0  # datagrams of this stream that it gave up
-        self.taken = -1  # datagrams of all streams that it has read
-        self.limit = inf  # the cost up to which its buffer has room
-        self.heard = -inf
-        self.waited = 0.0  # seconds that send() has waited for it since it last advanced
-        self.serial = -1  # of its last answer, with a key
-        self.address: Source | None = None
+    position = -1  # everything up to this sequence number has arrived there, or is given up
+    lost = 0  # datagrams of this stream that it gave up
+    taken = -1  # datagrams of all streams that it has read
+    send_limit = inf  # what may be sent, in bytes, until its buffer is full
+    heard = -inf
+    has_left = False
+    waited = 0.0  # seconds that send() has waited for it since it last advanced
+    serial = -1  # of its last answer, with a key
+    address: Source | None = None
 
 
 class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
-    Pure: times are seconds of any clock that only goes forward. `limit` bounds what is kept, in bytes. The cost of a
-    datagram is what it takes of a watcher's buffer. send() waits while `cost`, that of all datagrams so far, is above
-    the `horizon`; `patient` is a sender that has nothing else to do. The half and the quarter of guarantee 4 are here.
+    Pure: times are seconds of any clock that only goes forward. The last `history` bytes are kept. Flow control: `sent`
+    is how many bytes all datagrams so far take of a watcher's buffer, and send() listens, and waits,
+    while that is above `send_limit`. It waits a quarter second at most for a watcher that does not advance, and half of the time at most
+    for all, unless the sender is `patient`: it has nothing else to do.
     """
 
     MAX_WATCHERS = 64  # that are waited for
-    FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # the cost that is sent before the first answer is waited for
+    FIRST_FLIGHT = 100 * (DATAGRAM_COST + 300)  # bytes that are sent before the first answer is waited for
     FIRST_ANSWER = QUARTER = 0.25  # how long it is waited for, and for a watcher that does not advance
+    UNHEARD = 256 * (DATAGRAM_COST + 300)  # bytes sent between two looks at answers: a busy loop leaves a thread few
     GRACE, LEAST_WAIT = 1.0, 0.01  # of waiting before it is counted against the program's own time; worth to begin
 
-    def __init__(self, limit: int = HISTORY, patient: float = 0.0) -> None:
-        self.limit = limit
+    def __init__(self, history: int = HISTORY, patient: float = 0.0) -> None:
+        self.history = history
         self.trail = 1
         self.next = 1
-        self.cost = 0
-        self.horizon: float = inf
+        self.sent = 0
+        self.send_limit: float = self.FIRST_FLIGHT
         self.watchers: dict[int, Watcher] = {}
-        self.opened_at = inf
+        self.opened_at = -inf  # when the first answer began to be waited for
         self.advanced_at = -inf  # when a watcher last did
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
-        self._gone = 0  # the cost of everything before trail
-        self._credit = self.GRACE  # how much longer may be waited
+        self._gone = 0  # what `sent` was before the first of them
+        self._may_wait = self.GRACE  # how much longer, at the end of the last wait
         self._waited_until = -inf
-        self._repaired: dict[int, float] = {}
-        self._allowance: float = 0.0
+        self._repaired: dict[int, float] = {}  # when
+        self._allowance: float = 0.0  # bytes that may be repaired, when it was last filled up
         self._refilled = -inf
 
     def add(self, frame: bytes) -> None:
@@ -443,83 +443,64 @@ class TransmitWindow:
         seq = self.next
         self._frames[seq] = frame
         self.next = seq + 1  # from here on it counts as sent, whatever a signal handler raises
-        self.cost += len(frame) + DATAGRAM_COST
-        if not seq % 64:
-            self._trim()
-
-    def _trim(self) -> None:
-        while self.cost - self._gone - DATAGRAM_COST * len(self._frames) > self.limit and self.trail < self.next - 1:
-            self._gone += len(self._frames.pop(self.trail, b"")) + DATAGRAM_COST
+        self.sent += len(frame) + DATAGRAM_COST
+        while not seq % 64 and self.sent - self._gone - DATAGRAM_COST * len(self._frames) > self.history:
             self.trail += 1
+            self._gone += len(self._frames.pop(self.trail - 1)) + DATAGRAM_COST
 
-    def open(self, now: float) -> None:
-        """Begin slowly: from now on the first answer is waited for."""
-        self.opened_at = self.advanced_at = now
-        self.look_ahead(now)
-
-    def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> bool:
-        """Take note of what a watcher has confirmed, unless there are too many of them; False if it cannot be true."""
+    def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> Watcher:
+        """Take note of what a watcher has confirmed, and return it; WireError if it cannot be true."""
         if position >= self.next:
-            return False
-        watcher = self.watchers.get(name)
-        if watcher is None:
-            if len(self.watchers) >= self.MAX_WATCHERS:
-                self.watchers = {name: known for name, known in self.watchers.items() if self._is_live(known, now)}
-                if len(self.watchers) >= self.MAX_WATCHERS:
-                    return True  # neither waited for nor counted, but helped
-            watcher = self.watchers[name] = Watcher()
+            raise WireError(f"confirms {position}, expected at most {self.next - 1}")
+        if name not in self.watchers and len(self.watchers) >= self.MAX_WATCHERS:
+            live = self.live(now)
+            self.watchers = {name: known for name, known in self.watchers.items() if known in live}
+        watcher = self.watchers.get(name) or Watcher()
+        if len(self.watchers) < self.MAX_WATCHERS:  # else it is neither waited for nor counted, but helped
+            self.watchers[name] = watcher
         if taken > watcher.taken:
             watcher.taken = taken
             watcher.waited = 0.0
             if watcher.position < self.next - 1:  # whoever has everything only answers
-                self.advanced_at = max(self.advanced_at, now)
+                self.advanced_at = now
         watcher.position = max(position, watcher.position)
         watcher.lost = max(lost, watcher.lost)
-        watcher.limit = self._cost_at(watcher.position) + room
-        watcher.heard = now
-        self.look_ahead(now)
-        return True
-
-    def leave(self, name: int) -> None:
-        """Wait no more for a watcher, but remember one that has everything."""
-        if name in self.watchers:
-            self.watchers[name].heard = -inf
+        watcher.heard, watcher.has_left = now, False
+        unread = range(max(watcher.position + 1, self.trail), self.next)
+        is_near = len(unread) <= 4 * ROOM // DATAGRAM_COST  # else there is no room left, and too many to look at
+        buffered = sum(len(self._frames[seq]) + DATAGRAM_COST for seq in unread) if is_near else inf
+        watcher.send_limit = self.sent - buffered + room
+        self.limit_sending(now)
+        return watcher
 
     def live(self, now: float) -> list[Watcher]:
         """Return the watchers heard lately."""
-        return [watcher for watcher in list(self.watchers.values()) if self._is_live(watcher, now)]
-
-    def lacking(self, now: float) -> list[tuple[int, int]]:
-        """Return for each live watcher how many datagrams it has not confirmed yet, and how many it has given up."""
-        return [(self.next - 1 - watcher.position, watcher.lost) for watcher in self.live(now)]
+        return [it for it in list(self.watchers.values()) if not it.has_left and now - it.heard < self._alive]
 
     def complete(self, now: float) -> int:
         """Return how many watchers have everything, those that have left with it counted."""
-        known = [watcher for watcher in self.watchers.values() if self._is_live(watcher, now) or watcher.heard == -inf]
+        known = self.live(now) + [watcher for watcher in list(self.watchers.values()) if watcher.has_left]
         return sum(watcher.position == self.next - 1 and not watcher.lost for watcher in known)
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
         own = max(0.0, since - self._waited_until)
         span = now - max(since, self._waited_until)
-        self._credit = min(self._credit + own, self.GRACE) - span
+        self._may_wait = min(self._may_wait + own, self.GRACE) - span
         self._waited_until = now
         for watcher in self.live(now):
-            if watcher.limit < self.cost:
+            if watcher.send_limit < self.sent:
                 watcher.waited += span
-        self.look_ahead(now)
+        self.limit_sending(now)
 
-    def look_ahead(self, now: float) -> None:
-        """Set the horizon: the cost at which a watcher that is waited for has no more room."""
-        if not self.live(now) and self.opened_at <= now < self.opened_at + self.FIRST_ANSWER:
-            self.horizon = self.FIRST_FLIGHT
-        elif self._patient:
-            self.horizon = min((watcher.limit for watcher in self.live(now)), default=inf)
-        elif self._credit + now - self._waited_until < self.LEAST_WAIT:
-            self.horizon = inf
-        else:
-            limits = (watcher.limit for watcher in self.live(now) if watcher.waited < self.QUARTER)
-            self.horizon = min(limits, default=inf)
+    def limit_sending(self, now: float) -> None:
+        """Set `send_limit`: to the least of those of the watchers that are waited for, or where to listen again."""
+        live = self.live(now)
+        may_wait = self._may_wait + now - self._waited_until >= self.LEAST_WAIT
+        limits = [it.send_limit for it in live if self._patient or may_wait and it.waited < self.QUARTER]
+        if not live and now < self.opened_at + self.FIRST_ANSWER:
+            limits = [self.FIRST_FLIGHT]
+        self.send_limit = min([self.sent + self.UNHEARD, *limits])
 
     def repairs(self, ranges: Ranges, room: int, now: float) -> list[bytes]:
         """Return the datagrams to send again for a NAK from a watcher that has `room`.
@@ -532,10 +513,10 @@ class TransmitWindow:
         self._allowance = min(self._allowance + (now - self._refilled) * rate, burst)
         self._refilled = now
         known = (range(max(first, self.trail), min(last + 1, self.next)) for first, last in ranges)
-        asked = list(islice((seq for run in known for seq in run if seq in self._frames), 512))
+        asked = list(islice(chain.from_iterable(known), 512))
         hold = 0.004 + len(asked) * 0.0001
         if len(self._repaired) > 8192:
-            self._repaired = {seq: then for seq, then in self._repaired.items() if now - then < 0.06}
+            self._repaired.clear()
         frames: list[bytes] = []
         for seq in asked:
             if now - self._repaired.get(seq, -inf) < hold:
@@ -548,16 +529,6 @@ class TransmitWindow:
             self._repaired[seq] = now
             frames.append(frame)
         return frames
-
-    def _is_live(self, watcher: Watcher, now: float) -> bool:
-        return now - watcher.heard < self._alive
-
-    def _cost_at(self, position: int) -> float:
-        """Return the cost of everything up to `position`; -inf where so much has come since that no room is left."""
-        since = range(max(position + 1, self.trail), self.next)
-        if len(since) > 4 * ROOM // DATAGRAM_COST:
-            return -inf
-        return self.cost - sum(len(self._frames.get(seq, b"")) + DATAGRAM_COST for seq in since)
 
 
 class ReceiveWindow:
@@ -619,13 +590,12 @@ class ReceiveWindow:
 
     def announce(self, lead: int, trail: int, now: float) -> list[Any]:
         """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
-        items = []
         if not self._trail and self.next < trail <= lead + 1:  # it was gone before we came
             self.next = min([trail, *self._held])
             self.end = max(self.end, trail)
-            items = self._deliver(now)
         self._trail = max(self._trail, trail)
         self._expect(lead, now)
+        items = self._deliver(now)
         if self.next < self.end:
             self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
@@ -668,8 +638,6 @@ class ReceiveWindow:
                 self._counts["lost"] += gone - first + 1
                 first = self.next = gone + 1
                 items += self._deliver(self._delivered_at)
-            if first <= last:
-                break
         return items
 
     def give_up_at(self) -> float:
@@ -685,12 +653,10 @@ class ReceiveWindow:
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
         first = self.next
-        for seq in sorted(self._held):
+        for seq in [*sorted(self._held), self.end]:
             if seq > first:
                 yield first, seq - 1
             first = seq + 1
-        if first < self.end:
-            yield first, self.end - 1
 
     def _expect(self, lead: int, now: float) -> None:
         """Know that everything up to `lead` has been sent."""
@@ -808,47 +774,38 @@ def membership(url: Url) -> bytes:
     return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
 
 
-def udp_socket(url: Url, bind: bool = True) -> socket.socket:
-    """Return a new socket that sends on the interface and with the ttl of `url`, and never blocks."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def udp_socket(url: Url, listens: bool = False) -> socket.socket:
+    """Return a new socket that never blocks: it sends as `url` says, or receives what is sent there."""
+    sock, level = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.IPPROTO_IP
     try:
         sock.setblocking(False)
         if is_group(url.host):
-            interface = membership(url)
-            sock.setsockopt(
-                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface[4:] if len(interface) == 8 else interface
-            )
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, url.ttl)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+            group = membership(url)
+            sock.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
+            sock.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
         elif url.ttl:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, url.ttl)
-        if bind:
+            sock.setsockopt(level, socket.IP_TTL, url.ttl)
+        if not listens:
             sock.bind((url.interface if is_address(url.interface) else "", 0))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen(url: Url) -> socket.socket:
-    """Return a socket that receives what is sent to `url`, beside others on this machine if it is a group."""
-    sock = udp_socket(url, bind=False)
-    try:
+            return sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         if not is_group(url.host):
             sock.bind((url.host, url.port))
             return sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT") and sys.platform != "linux":  # BSD wants it; Linux would share out
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
+        if sys.platform == "linux":
+            sock.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
+        elif hasattr(socket, "SO_REUSEPORT"):  # BSD wants it; Linux would share out
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if sys.platform == "linux":  # IP_MULTICAST_ALL: hear only what this socket has joined
-            sock.setsockopt(socket.IPPROTO_IP, 49, 0)
         sock.bind(("" if sys.platform == "win32" else url.host, url.port))
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(url))
+        sock.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+listen = partial(udp_socket, listens=True)
 
 
 def inode(sock: socket.socket) -> int:
@@ -869,8 +826,7 @@ def wait_for(seconds: float, *files: Any) -> None:
         poll = select.poll()  # unlike select() not limited to the first 1,024 files
         for file in files:
             poll.register(file, select.POLLIN)
-        found = poll.poll(seconds * 1000)
-        if not found or not found[0][1] & select.POLLNVAL:
+        if not any(events & select.POLLNVAL for _, events in poll.poll(seconds * 1000)):
             return
     except (OSError, ValueError):
         pass
@@ -897,7 +853,6 @@ class Link:
         self.socket = udp_socket(url)
         self.broken = False  # an error says that another socket may do better
         self._inode = inode(self.socket)
-        self._checked_at = -inf  # when it was ours
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
     def is_ours(self) -> bool:
@@ -908,15 +863,6 @@ class Link:
         """Whether the socket is ours, and takes datagrams."""
         return not self.broken and self.is_ours()
 
-    def send(self, data: bytes, to: Source | None = None) -> None:
-        """Send a datagram, to all if `to` is None; OSError if the kernel refuses it, or the socket is not ours."""
-        now = time.monotonic()
-        if now > self._checked_at + 0.001:  # looked at each time, it would cost a third of the send
-            if not self.is_ours():
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._checked_at = now
-        self.socket.sendto(data, to or self.target)
-
     def close(self) -> None:
         """Close the socket."""
         shut({self.socket: self._inode})
@@ -925,27 +871,57 @@ class Link:
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
 
 OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))  # fields that a Dispatcher adds
-PASSING = frozenset(  # errors that another socket would not mend
-    (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.EINTR)
-    + (errno.ECONNREFUSED, errno.ECONNRESET)
-)
+# Errors that another socket would not mend.
+PASSING = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.ECONNREFUSED)
 
 # Of the events of a type: what we add, their JSON and frame, to be filled in, if they are held, how long the rest may be.
 Known = namedtuple("Known", ["ours", "template", "frame", "buffered", "room"])
 
-
-class Part(bytes):
-    """A part of a large event: what stands behind SEQ in its frame."""
-
-
 _ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
 
 
-def witness(clock: int) -> None:
+def set_clock_past(clock: int) -> None:
     """Set this process's Lamport clock past one that was received."""
     global _ticks
     if next(_ticks) <= clock < 1 << 62:
         _ticks = count(clock + 1)
+
+
+_dispatchers: WeakSet[Any] = WeakSet()
+_exit_by = inf  # once the interpreter exits: when all of them are to be closed
+_fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
+with suppress(ImportError, AttributeError, OSError, ValueError):
+    import mmap
+
+    _page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
+    _fork_mark = _page
+_fork_mark[0] = 1
+
+
+def after_fork() -> None:
+    """In the child of a fork: every Dispatcher begins a stream of its own."""
+    for dispatcher in list(_dispatchers):
+        with suppress(Exception):  # the others are not to pay for it
+            dispatcher.on_after_fork()
+    _fork_mark[0] = 1
+
+
+def at_exit() -> None:
+    """When the interpreter exits: close what is open, all in the time of one."""
+    global _exit_by
+    _exit_by = time.monotonic() + CLOSE_TIME
+    for dispatcher in list(_dispatchers):
+        try:
+            dispatcher.close()
+        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
+            sys.excepthook(*sys.exc_info())
+
+
+CLOSE_TIME = 2.9  # the longest that a close() waits for watchers: its 3 s, less the goodbye
+atexit.register(at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
 
 
 def default_hostname() -> str:
@@ -986,9 +962,9 @@ class Dispatcher:
 
         if freq is not None and not freq >= 0:
             raise ValueError(f"freq is {freq!r}, expected seconds")
-        groups, buffer_group = frozenset(groups or ()), frozenset(buffer_group)
-        again = partial(type(self), url, hostname, enabled=enabled, groups=groups, buffer_group=buffer_group, freq=freq)
-        self._again = partial(again, buffer_limit=buffer_limit, key=key, max_wait=max_wait, max_repr=max_repr)
+        self._groups, self._buffered = frozenset(groups or ()), frozenset(buffer_group)
+        again = partial(type(self), url, hostname, enabled=enabled, groups=self._groups, buffer_group=self._buffered)
+        self._again = partial(again, buffer_limit=buffer_limit, freq=freq, key=key, max_wait=max_wait, max_repr=max_repr)
         self.url = url_from(url)
         self.enabled = False
         self.on_enabled: set[Callable[[], object]] = set()
@@ -997,13 +973,11 @@ class Dispatcher:
         self._url = parse_url(self.url)
         self._room = (MAX_LOOPBACK if on_loopback(self._url) else MAX_DATAGRAM) - MAX_HEADER
         self._name = hostname
-        self._groups = groups
-        self._buffered = buffer_group
         self._buffer_limit = max(1, buffer_limit)
         self._freq = freq
         self._key = key_from(key)
         self._max_wait = max_wait
-        self._closed = self._exits = False
+        self._closed = False
         self._begin()
         _dispatchers.add(self)
         if enabled:
@@ -1016,47 +990,37 @@ class Dispatcher:
         self.hostname = self._name or default_hostname()
         self._lock = threading.RLock()  # whoever has it numbers datagrams and hears watchers
         self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined] # as Condition does
-        self._outbox: deque[bytes] = deque()  # what is to be sent, by whoever has the lock
+        self._outbox: deque[bytes] = deque()  # events that are to be sent, by whoever has the lock
+        self._part: tuple[int, int] | None = None  # the name and next index of a large event, of which some is sent
         self._window = TransmitWindow(patient=self._max_wait if self._max_wait >= 1 else 0.0)
-        self._stream = os.urandom(8).hex().encode()
-        self._data_head, self._part_head = head_of(b"data", self._stream), head_of(b"part", self._stream)
-        # events and datagrams beside the one of each that has a sequence number
-        self._counts = {"events": 0, "datagrams": 0, "repairs": 0, "errors": 0, "rejected": 0}
-        self._large = count(1)  # numbers the events in parts
+        self._stream = b"" if self._closed else os.urandom(8).hex().encode()  # b"" once it has ended
+        self._head = head_of(b"data", self._stream)
+        self._outbox_events = self._outbox_datagrams = 0  # that were sent from there; others have a datagram each
+        self._refused = 0  # datagrams that the kernel did not take when they were new
+        self._counts = {"repairs": 0, "errors": 0, "rejected": 0}
         self._link: Link | None = None
         self._finalizer: Any = None
-        self._thread: threading.Thread | None = None
         self._started = self._resolving = self._close_soon = False
-        self._ended = self._closed
-        self._beaten_at = self._reopen_at = -inf
+        self._beaten_at = self._reopen_at = self._checked_at = -inf
         self._work_at = inf
         self._active = self._processed = 0
-        self._ours: dict[str, Any] = {}
-        self._introduce()
-
-    def _introduce(self) -> None:
-        """Note what every event says of its sender."""
-        ours = {"type": "", "timestamp": 0.0, "hostname": self.hostname, "pid": self.pid}
-        ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
-        if ours != self._ours:
-            self._ours = ours
-            self._known: dict[str, Known] = {}  # by type
+        self._known: dict[str, Known] = {}  # by type
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts: events, datagrams and repairs sent, errors of the network, rejected answers, live watchers.
+        """Counts: events, their datagrams, repairs among these, errors of the network, rejected answers, live watchers.
 
         `behind` is how many of these lack something: it is not confirmed yet, or they gave it up.
         """
-        lacking, sent = self.lacking(), self._window.next - 1
-        counts = {**self._counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
-        counts["events"] += sent + len(self._outbox)
-        counts["datagrams"] += sent
-        return counts
+        lacking, lead = self.lacking(), self._window.next - 1
+        events = lead - self._outbox_datagrams + self._outbox_events + len(self._outbox)
+        counts = {"events": events, "datagrams": lead - self._refused + self._counts["repairs"], **self._counts}
+        return {**counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
 
     def lacking(self) -> list[int]:
         """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
-        return [sum(numbers) for numbers in self._window.lacking(time.monotonic())]
+        live, lead = self._window.live(time.monotonic()), self._window.next - 1
+        return [lead - watcher.position + watcher.lost for watcher in live]
 
     def watchers(self) -> list[Source]:
         """Return where each live watcher answers from."""
@@ -1070,11 +1034,7 @@ class Dispatcher:
         """
         if not _fork_mark[0]:
             after_fork()
-        try:
-            usual = type in self._known and not blind and OURS.isdisjoint(fields)
-        except TypeError:  # not even hashable
-            usual = False
-        if not usual:
+        if blind or type.__class__ is not str or type not in self._known or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
         comma, rest = b"," if fields else b"", format_json(fields)[1:]
@@ -1088,22 +1048,21 @@ class Dispatcher:
         event["timestamp"] = now / 1e6
         event["clock"] = clock
         event.update(fields)
-        if buffered or self._outbox or len(rest) > room or self._is_inside():
+        window = self._window
+        if buffered or self._outbox or len(rest) > room or window.sent > window.send_limit or self._is_inside():
             self._post(template % (now // 1000000, now % 1000000, clock, comma, rest), buffered)
             return event
-        window = self._window
-        if window.cost > window.horizon:
-            self._wait_for_room(time.monotonic() + self._max_wait)
         with self._lock:
-            self._send_frame(frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest))
+            data = frame % (window.next, now // 1000000, now % 1000000, clock, comma, rest)
+            window.add(data)
+            if not self._transmit(data):
+                self._refused += 1
         if self._outbox:  # of a signal handler meanwhile
             self._send_outbox()
         return event
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
-        if not _fork_mark[0]:
-            after_fork()
         known = self._look_up(event.get("type"))
         if known:
             self._post(format_json(dict(event)), known.buffered)
@@ -1120,7 +1079,7 @@ class Dispatcher:
         self._send_outbox()
         with self._lock:
             self._start()
-        self._settle(0.2, inf, timeout, time.monotonic())
+        self._settle(timeout, patience=0.2, stall=inf)
         return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
@@ -1166,7 +1125,20 @@ class Dispatcher:
         Takes at most 50 ms with nobody watching, 250 ms while watchers do not advance, 3 s while they do. Never raises,
         but for what a callback of `on_disabled` does. Also called at the exit of the interpreter.
         """
-        self._close(2.9)
+        if not _fork_mark[0]:
+            after_fork()
+        if self._is_inside():
+            self._close_soon = True  # by the thread, after the send that this interrupts
+            return
+        try:
+            self.disable()
+        finally:
+            with self._lock:
+                first, self._closed = not self._closed, True
+            if first:
+                self._send_outbox()
+                self._settle(min(CLOSE_TIME, _exit_by - time.monotonic()), patience=0.04, stall=0.2)
+                self._end()
 
     def __enter__(self) -> Dispatcher:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1177,18 +1149,13 @@ class Dispatcher:
     def __reduce__(self) -> Any:
         return self._again, ()  # pickled or copied, it is a new one
 
-    def __repr__(self) -> str:
-        return f"<Dispatcher {self.hostname} to {self.url}{' closed' if self._closed else ''}>"
-
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
-        if not _fork_mark[0]:  # also where a task or a log record comes first
-            after_fork()
-        known = (isinstance(type, str) and self._known.get(type)) or self._look_up(type)
+        known = self._look_up(type)
         if known is None:
             return None
-        ours = {**self._ours, "timestamp": time.time(), "clock": next(_ticks)}
+        ours = {**known.ours, "timestamp": time.time(), "clock": next(_ticks)}
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
@@ -1197,121 +1164,126 @@ class Dispatcher:
 
     def _look_up(self, type: Any) -> Known | None:
         """Return what is to be known of a type of events; None if they are not sent."""
-        table, group = self._known, Event(type).group
+        if not _fork_mark[0]:
+            after_fork()
+        if isinstance(type, str) and type in self._known:
+            return self._known[type]
+        group = Event(type).group
         if self._closed:
             self._refuse()
         if not self.enabled or self._groups and group not in self._groups:
             return None
         with self._lock:
             self._start()
-        ours = {**self._ours, "type": type}
+        ours = {"type": type, "timestamp": 0.0, "hostname": self.hostname, "pid": self.pid}
+        ours.update(utcoffset=-time.localtime().tm_gmtoff / 3600, clock=0)  # hours, west is positive: as Celery has it
         told = format_json({key: ours[key] for key in ("hostname", "pid", "utcoffset")})[1:-1]
         words = [text.replace(b"%", b"%%") for text in (format_json(type), told)]
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
         room = self._room - len(template) - MAX_HEADER
-        known = Known(ours, template, self._data_head + b"%d\n" + template, group in self._buffered, room)
-        if len(table) < 200 and len(type) <= 100:
-            table[type] = known
+        frame, buffered = self._head + b"%d\n" + template, group in self._buffered
+        self._known[type] = known = Known(ours, template, frame, buffered, room)
         return known
 
     def _refuse(self) -> None:
-        if not self._exits:  # else a thread that outlives the program has nobody to tell
+        if _exit_by == inf:  # else a thread that outlives the program has nobody to tell
             raise ValueError("the dispatcher is closed")
 
     def _post(self, body: bytes, buffered: bool) -> None:
         """Put an event into the outbox, and send it unless it is to be held."""
-        if len(body) <= self._room:
-            self._outbox.append(body)
-        elif len(body) <= MAX_EVENT:
-            event, starts = next(self._large), range(0, len(body), self._room)
-            heads = (b" %d %d %d\n" % (event, index, len(starts)) for index in range(len(starts)))
-            parts = [Part(head + body[start : start + self._room]) for head, start in zip(heads, starts)]
-            with self._lock:
-                self._counts["events"] -= len(parts) - 1
-                self._window.limit = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
-            self._outbox.extend(parts)
-        else:
+        if len(body) > MAX_EVENT:
             raise ValueError(f"event of {len(body):,} bytes as JSON, expected at most {MAX_EVENT:,}")
-        if not (buffered and len(self._outbox) < self._buffer_limit and self._thread and not self._closed):
+        self._outbox.append(body)
+        if not (buffered and len(self._outbox) < self._buffer_limit and not self._closed):
             self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Send what is in the outbox, in turn with other threads.
+        """Send what is in the outbox, in turn with other threads; first wait while a watcher has no room.
 
         A signal handler, or a __del__, that has interrupted a send leaves this to the send.
         """
-        window, deadline = self._window, 0.0
+        window, deadline = self._window, time.monotonic() + self._max_wait
+        since = inf  # when a wait began
         while not self._is_inside():
-            if self._outbox and window.cost > window.horizon:
-                deadline = deadline or time.monotonic() + self._max_wait
-                self._wait_for_room(deadline)
             with self._lock:  # whoever has it may have taken our event, which is in the kernel when we get it
-                if self._outbox and self._ended:
+                now = time.monotonic()
+                if since < now:
+                    window.waited(since, now)
+                    self._ask(now)
+                if window.sent > window.send_limit:
+                    self._listen(now)
+                if not self._outbox:
+                    return
+                if not self._stream:
                     return self._refuse()  # and leave there what other threads are to be told of, too
-                if self._outbox:
+                must_wait = window.sent > window.send_limit and now < deadline
+                if not must_wait:
                     self._send_datagram()
-            if not self._outbox:
-                return
+            since = now if must_wait else inf
+            if must_wait:
+                time.sleep(min(0.002, deadline - now))
 
     def _send_datagram(self) -> None:
         """Number, keep and send as much of the outbox as a datagram takes."""
-        seq, taken = self._window.next, [self._outbox.popleft()]
+        window, size = self._window, 0
+        seq = window.next
+        bodies: list[bytes] = []
         try:
-            if type(taken[0]) is Part:
-                frame = self._part_head + b"%d" % seq + taken[0]
+            while self._outbox and len(bodies) < self._buffer_limit:
+                size += len(self._outbox[0]) + 2
+                if size > self._room:
+                    break
+                bodies.append(self._outbox.popleft())
+            if bodies:
+                body = b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
+                frame, events = self._head + b"%d\n%b" % (seq, body), len(bodies)
             else:
-                frame = self._data_head + b"%d\n" % seq + self._gather(taken)
-            self._send_frame(frame)
-            self._counts["events"] += len(taken) - 1
+                frame, events = self._next_part(seq)
+            window.add(frame)
         except BaseException:  # of a signal handler, say
-            if self._window.next == seq:
-                self._outbox.extendleft(reversed(taken))
+            if window.next == seq:
+                self._outbox.extendleft(reversed(bodies))
             raise
+        self._outbox_events += events
+        self._outbox_datagrams += 1
+        self._refused += not self._transmit(frame)
 
-    def _send_frame(self, frame: bytes) -> None:
-        """Keep and send the datagram that has the next sequence number."""
-        window, link = self._window, self._link
-        window.add(frame)
-        try:
-            link.send(seal(frame, self._key) if self._key else frame)  # type: ignore[union-attr]
-        except (OSError, AttributeError) as problem:
-            self._counts["datagrams"] -= 1
-            self._on_failure(problem)
-        if not window.next % 64:  # the thread gets few chances while a loop sends
-            self._listen(time.monotonic())
+    def _next_part(self, seq: int) -> tuple[bytes, int]:
+        """Return a frame with the next part of a large event, and how many events that completes.
 
-    def _gather(self, bodies: list[bytes]) -> bytes:
-        """Take as many events more out of the outbox as a datagram takes; return them all."""
-        size = len(bodies[0])
-        while self._outbox and type(self._outbox[0]) is not Part and len(bodies) < self._buffer_limit:
-            size += len(self._outbox[0]) + 2
-            if size > self._room:
-                break
-            bodies.append(self._outbox.popleft())
-        return b"[%b]" % b",".join(bodies) if len(bodies) > 1 else bodies[0]
+        The event is the first in the outbox; its name is the sequence number of its first part.
+        """
+        body, (event, index) = self._outbox[0], self._part or (seq, 0)
+        total, piece = ceil(len(body) / self._room), body[index * self._room : (index + 1) * self._room]
+        is_last = index + 1 == total
+        self._part = None if is_last else (event, index + 1)
+        self._window.history = HISTORY + 2 * len(body)  # so that it can be repaired, and the one before
+        if is_last:
+            self._outbox.popleft()
+        return format_frame(b"part", self._stream, (seq, event, index, total), piece), int(is_last)
 
     def _transmit(self, frame: bytes, to: Source | None = None) -> bool:
         """Give the kernel a datagram, for all or for one watcher; what it does not take now is repaired later."""
         link = self._link
-        try:
-            link.send(seal(frame, self._key), to)  # type: ignore[union-attr]
-        except (OSError, AttributeError) as problem:
-            return self._on_failure(problem)
-        self._counts["datagrams"] += 1
-        return True
-
-    def _on_failure(self, problem: Any) -> bool:
-        """Count what the kernel did not take, and say so if nothing is sent any more."""
-        if self._link is None:
-            if self._ended:
+        if link is None:
+            if not self._stream:
                 self._refuse()
             self._counts["errors"] += not self._resolving
             return False
-        if problem.errno is None:  # a TimeoutError, say, of a signal handler
-            raise problem
-        self._link.broken = self._link.broken or problem.errno not in PASSING
-        self._count_error(problem)
-        return False
+        try:
+            now = time.monotonic()
+            if now > self._checked_at + 0.001:  # to look each time would cost a third of the send
+                if not link.is_ours():
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                self._checked_at = now
+            link.socket.sendto(seal(frame, self._key) if self._key else frame, to or link.target)
+        except OSError as problem:
+            if problem.errno is None:  # a TimeoutError, say, of a signal handler
+                raise
+            link.broken = link.broken or problem.errno not in PASSING
+            self._count_error(problem)
+            return False
+        return True
 
     def _count_error(self, problem: BaseException) -> None:
         self._counts["errors"] += 1
@@ -1326,9 +1298,7 @@ class Dispatcher:
         if not self._resolving:
             self._connect()
         try:
-            thread = threading.Thread(target=self._serve, name="eventmon", daemon=True)
-            thread.start()
-            self._thread = thread
+            threading.Thread(target=self._serve, name="eventmon", daemon=True).start()
         except RuntimeError:  # no more threads, as at the exit of the interpreter, or in a subinterpreter
             if self._resolving:
                 self._connect()
@@ -1338,24 +1308,23 @@ class Dispatcher:
 
     def _connect(self) -> None:
         """Open a link, in the place of one that is broken."""
-        now, stream = time.monotonic(), self._stream
-        self._reopen_at = now + 1.0
+        stream, self._reopen_at = self._stream, time.monotonic() + 1.0
         try:
             link = Link(self._url)
         except (OSError, UnicodeError) as problem:
             self._resolving = False
             return self._count_error(problem)
         with self._lock:
-            if self._stream is not stream or self._ended:  # forked, or closed, in the meantime
+            if self._stream is not stream:  # forked, or closed, in the meantime
                 return link.close()
             old, self._link, self._resolving = self._link, link, False
+            now = time.monotonic()
             if old:
                 old.close()
             else:
-                now = time.monotonic()
-                self._window.open(now)
+                self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
-                    self._transmit(frame)
+                    self._counts["repairs"] += self._transmit(frame)
             self._beat(b"beat", now)
 
     def _beat(self, kind: bytes, now: float) -> None:
@@ -1364,12 +1333,12 @@ class Dispatcher:
         That goes on for a minute after a watcher was heard: a stopped one that goes on is to know what it has lost.
         """
         self._beaten_at = now
-        process = process_name(self.pid, self.hostname)
-        frame = format_frame(kind, self._stream, (self._window.next - 1, self._window.trail), process)
-        known = [watcher for watcher in list(self._window.watchers.values()) if now - watcher.heard < 60]
-        behind = [watcher.address for watcher in known if watcher.position < self._window.next - 1]
-        for address in (None, *filter(None, behind)):
-            self._transmit(frame, address)
+        lead = self._window.next - 1
+        frame = format_frame(kind, self._stream, (lead, self._window.trail), process_name(self.pid, self.hostname))
+        self._transmit(frame)
+        for watcher in list(self._window.watchers.values()):
+            if watcher.position < lead and not watcher.has_left and now - watcher.heard < 60:
+                self._transmit(frame, watcher.address)
 
     # Listening to watchers.
 
@@ -1381,7 +1350,7 @@ class Dispatcher:
             except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
                 break
             self._on_answer(data, source, now)
-        self._window.look_ahead(now)
+        self._window.limit_sending(now)
 
     def _on_answer(self, data: bytes, source: Source, now: float) -> None:
         """Take note of a watcher's answer, and repair what it asks for."""
@@ -1393,160 +1362,120 @@ class Dispatcher:
                 raise WireError(f"a {frame.kind.decode()}, expected an answer to this stream")
             ranges = parse_ranges(frame.body) if frame.kind == b"nak" else []
             position, name, room, lost, taken = frame.numbers
-            watcher = window.watchers.get(name)
-            if serial and watcher and serial <= watcher.serial:
+            known = window.watchers.get(name)
+            if serial and known and serial <= known.serial:
                 raise Replay("an answer seen before")
-            if not window.on_ack(name, position, room, lost, taken, now):
-                raise WireError(f"confirms {position}, expected at most {window.next - 1}")
+            watcher = window.on_ack(name, position, room, lost, taken, now)
         except WireError as problem:
             self._counts["rejected"] += 1
             self.problem = problem
             return
-        watcher = window.watchers.get(name)
-        if watcher:
-            watcher.address, watcher.serial = source, serial
-        if frame.kind == b"leave":
-            window.leave(name)
+        watcher.address, watcher.serial, watcher.has_left = source, serial, frame.kind == b"leave"
         if any(first < window.trail for first, _ in ranges) and now >= self._beaten_at + 0.05:
             self._beat(b"beat", now)  # tells what cannot be had any more
         for repair in window.repairs(ranges, room, now):
             self._counts["repairs"] += self._transmit(repair)
 
-    def _wait_for_room(self, deadline: float) -> None:
-        """Wait until every watcher that advances has room again, or until the deadline."""
-        window, pause = self._window, 0.001
-        now = time.monotonic()
-        while window.cost > window.horizon and now < deadline:
-            time.sleep(min(pause, deadline - now))
-            since, now, pause = now, time.monotonic(), min(2 * pause, 0.01)
-            with self._lock:
-                self._listen(now)
-                window.waited(since, now)
-                self._ask(now)
-
-    def _ask(self, now: float, pause: float = 0.01) -> None:
-        """Ask watchers where they are: the longer they do not advance, the less often."""
-        advanced_at = self._window.advanced_at
-        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(pause, (now - advanced_at) / 2)):
+    def _ask(self, now: float, is_behind: bool = True) -> None:
+        """Ask watchers where they are: the longer those that are behind do not advance, the less often."""
+        advanced_at = self._window.advanced_at if is_behind else now - 0.02
+        if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
             self._beat(b"beat", now)
 
-    def _settle(self, patience: float, stall: float, timeout: float, asked_at: float) -> None:
-        """Wait until every live watcher has confirmed everything, none of them advances in `stall`, or `timeout`.
+    def _settle(self, timeout: float, patience: float, stall: float) -> None:
+        """Wait until every live watcher has confirmed everything, or `timeout` seconds.
 
-        Watchers not heard yet get `patience` from the opening of the link, or from `asked_at` where none is known.
+        While none is live, watchers have `patience` seconds to speak up, and so have others while the stream is new. Those
+        that are behind are waited for until none of them has advanced for `stall` seconds.
         """
         start = now = time.monotonic()
         window, pause = self._window, 0.001
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
-                unconfirmed = [number for number, _ in window.lacking(now)]
-                if any(unconfirmed) or not self._link:
+                live = window.live(now)
+                is_behind = any(watcher.position < window.next - 1 for watcher in live)
+                if is_behind or not self._link:
                     end = max(start, window.advanced_at) + stall
                 else:
-                    end = max(window.opened_at, -inf if unconfirmed else asked_at) + patience
+                    end = max(window.opened_at, -inf if live else start) + patience
                 end = min(end, start + timeout)
                 if now >= end:
                     return
-                self._ask(now, 0.01 if any(unconfirmed) else 0.04)  # those that are behind; or who else is there
+                self._ask(now, is_behind)
             time.sleep(min(pause, end - now))  # meanwhile the thread listens
-            now, pause = time.monotonic(), min(2 * pause, 0.02)
+            now, pause = time.monotonic(), min(2 * pause, 0.01)
 
-    def _close(self, timeout: float) -> None:
-        if not _fork_mark[0]:
-            after_fork()
-        if self._is_inside():
-            self._close_soon = True  # by the thread, after the send that this interrupts
-            return
-        try:
-            self.disable()
-        finally:
+    def _end(self) -> None:
+        """Say that this was all until every live watcher has answered, for 50 ms at most, and end the stream."""
+        for attempt in range(25):  # since nobody asks for a bye again
             with self._lock:
-                first, self._closed = not self._closed, True
-            if first:
-                self._send_outbox()
-                self._settle(0.03, 0.2, timeout, -inf)
-                self._say_goodbye()
-                with self._lock:
-                    if self._link:
-                        self._link.close()
-                    elif self._window.next > 1:  # no name was found in time
-                        self._counts["errors"] += 1
-                    self._link, self._ended = None, True
-                if self._finalizer:
-                    self._finalizer.cancel()
-
-    def _say_goodbye(self) -> None:
-        """Say that this was all until every live watcher has answered, for 50 ms at most: nobody asks for a bye again."""
-        for attempt in range(25):
-            with self._lock:
-                if not self._link:
-                    return
                 now = time.monotonic()
+                if not self._link or attempt > 2 and not self._window.live(now):
+                    break
                 self._beat(b"bye", now)
                 self._listen(now)
-                if attempt > 2 and not self._window.live(now):
-                    return
             time.sleep(0.002)
+        with self._lock:
+            if self._link:
+                self._link.close()
+            elif self._window.next > 1:  # no name was found in time
+                self._counts["errors"] += 1
+            self._link, self._stream = None, b""
+        if self._finalizer:
+            self._finalizer.cancel()
 
     # The thread.
 
     def _serve(self) -> None:
         """Answer watchers, beat, and send what is due, until the stream ends."""
         stream = self._stream
-        while self._stream is stream and not self._ended:
+        while self._stream is stream:
             try:
-                self._tend()
+                self._wait()
+                if self._close_soon:
+                    return self.close()
+                now = time.monotonic()
+                with self._lock:
+                    self._listen(now)
+                    if now >= self._beaten_at + BEAT and self._stream:
+                        self._known = {}  # the clock may have been put forward for the summer
+                        self._beat(b"beat", now)
+                if self._outbox and self._stream:
+                    self._send_outbox()
+                if self._freq and self.enabled and now >= self._work_at:
+                    self._work_at = now + self._freq
+                    self._send_worker("worker-heartbeat")
             except Exception as problem:  # noqa: BLE001 - whatever it is, the Dispatcher is not to fall silent
                 self._count_error(problem)
                 time.sleep(BEAT)
 
-    def _tend(self) -> None:
-        """Wait until something is to be done, and do it."""
+    def _wait(self) -> None:
+        """Wait until something is to be done, with a link that works, if one can be had."""
         now, link = time.monotonic(), self._link
-        if now >= self._reopen_at and (link is None or not link.is_intact()):
-            self._connect()
-            link = self._link
-        due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
-        if link and link.is_intact():
+        if link and not link.broken and link.is_ours():
+            due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
             wait_for(due - now, link.socket)
+        elif now >= self._reopen_at:
+            self._connect()
         else:
             time.sleep(0.05)
-        if self._close_soon:
-            return self.close()
-        now = time.monotonic()
-        with self._lock:
-            self._listen(now)
-            if now >= self._beaten_at + BEAT and not self._ended:
-                self._introduce()  # the clock may have been put forward for the summer
-                self._beat(b"beat", now)
-        if self._outbox and not self._ended:
-            self._send_outbox()
-        if self._freq and self.enabled and now >= self._work_at:
-            self._work_at = now + self._freq
-            self._send_worker("worker-heartbeat")
 
     # The worker and its tasks.
-
-    def sends_tasks(self) -> bool:
-        """Whether the events of tasks are sent."""
-        return self.enabled and (not self._groups or "task" in self._groups)
 
     def begin_task(self, uuid: str, fields: Mapping[str, Any]) -> None:
         """Send task-received, with `fields`, and task-started, together in a datagram; errors as in send()."""
         self._send("task-received", {"uuid": uuid, **fields}, hold=True)
         self._send("task-started", {"uuid": uuid})
-        self._count_task(1, 0)
+        with self._lock:
+            self._active += 1
 
     def end_task(self, type: str, uuid: str, outcome: Mapping[str, Any]) -> None:
         """Send how a task ended; never raises."""
-        self._count_task(-1, 1)
-        self._send_quietly(type, {"uuid": uuid, **outcome})
-
-    def _count_task(self, active: int, processed: int) -> None:
         with self._lock:
-            self._active = max(0, self._active + active)  # in the child of a fork ends what began in the parent
-            self._processed += processed
+            self._active = max(0, self._active - 1)  # in the child of a fork ends what began in the parent
+            self._processed += 1
+        self._send_quietly(type, {"uuid": uuid, **outcome})
 
     def _send_worker(self, type: str) -> None:
         fields: dict[str, Any] = {"freq": self._freq, "active": self._active, "processed": self._processed}
@@ -1559,41 +1488,6 @@ class Dispatcher:
         """Send an event that the user did not ask for just now, and so is not told of if it cannot be sent."""
         with suppress(ValueError):  # closed meanwhile, or too large
             self._send(type, fields)
-
-
-_dispatchers: WeakSet[Dispatcher] = WeakSet()
-_fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
-with suppress(ImportError, AttributeError, OSError, ValueError):
-    import mmap
-
-    _page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _page.madvise(18)  # MADV_WIPEONFORK, of Linux since 4.14
-    _fork_mark = _page
-_fork_mark[0] = 1
-
-
-def after_fork() -> None:
-    """In the child of a fork: every Dispatcher begins a stream of its own."""
-    for dispatcher in list(_dispatchers):
-        with suppress(Exception):  # the others are not to pay for it
-            dispatcher.on_after_fork()
-    _fork_mark[0] = 1
-
-
-def at_exit() -> None:
-    """When the interpreter exits: close what is open, all in the time of one."""
-    end = time.monotonic() + 2.9
-    for dispatcher in list(_dispatchers):
-        dispatcher._exits = True
-        try:
-            dispatcher._close(max(0.0, end - time.monotonic()))
-        except Exception:  # noqa: BLE001 - of a callback, which must not keep the others open
-            sys.excepthook(*sys.exc_info())
-
-
-atexit.register(at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
 
 
 # --- Task, LogHandler ---------------------------------------------------------------------------------------------
@@ -2083,7 +1977,7 @@ class Receiver:
             event["local_received"] = now
             if type(tick := event.get("clock")) is int and tick > clock:
                 clock = tick
-        witness(clock)
+        set_clock_past(clock)
         self._counts["events"] += len(events)
         self._ready += events
 

@@ -564,7 +564,7 @@ def transmit_window(sent, size=300, **options):
 
 
 def test_the_history_is_bounded_and_so_are_repairs_however_many_ask():
-    window = transmit_window(2000, limit=100_000)
+    window = transmit_window(2000, history=100_000)
     assert 1500 < window.trail < 1800 and len(window.repairs([(1, 3000)], 1 << 20, 0.0)) == 2001 - window.trail
     window = transmit_window(200, 40_000)
     assert len(window.repairs([(1, 20)], 10**9, 0.0)) == 20
@@ -579,7 +579,7 @@ def test_only_64_watchers_are_waited_for_and_the_dead_make_room():
     window = transmit_window(10)
     assert all(window.on_ack(name, 10, 1000, 0, 1, now=0.0) for name in range(100)) and len(window.live(0.0)) == 64
     assert window.on_ack(200, 10, 1000, 0, 1, now=5.0) and len(window.live(5.0)) == 1
-    window.leave(200)
+    window.watchers[200].has_left = True
     assert window.live(5.0) == []
 
 
@@ -737,7 +737,7 @@ class Network:
         self.cut_off, self.dead = set(), set()  # numbers of hosts
         self.everybody, self.running, self.asleep = [], [], set()
         clock = {"monotonic": lambda: self.now, "time": lambda: self.now, "time_ns": lambda: int(self.now * 1e9)}
-        limited = type("Limited", (eventmon.TransmitWindow,), {"limit": property(lambda _: history, lambda *_: None)})
+        limited = type("Limited", (eventmon.TransmitWindow,), {"history": property(lambda _: history, lambda *_: None)})
         for name, stand_in in {
             "time": SimpleNamespace(sleep=self.run, localtime=time.localtime, **clock),
             "threading": SimpleNamespace(RLock=threading.RLock, Thread=lambda target, **_: VirtualThread(self, target)),
