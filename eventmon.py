@@ -1875,27 +1875,23 @@ def __dir__() -> list[str]:
 
 
 class Stream:
-    """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
+    """One stream as a Receiver follows it."""
 
     __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "name", "process", "serial"),
-        *("source", "window", "worker"),
+        *("head", "heard_at", "is_leaving", "is_lost", "is_worker", "process", "serial", "source"),
+        "window",
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
-        self.name = name
         self.head = head_of(b"data", name)
         self.source = source
         self.window = window
-        self.heard = now  # by the windows' clock
-        self.process = b""  # PID HOSTNAME, once a beat has told
-        self.worker = b""  # the same, once an event of a task or a worker has come from it
-        self.is_offline = False  # its last event was worker-offline
+        self.heard_at = now
+        self.process = b""  # PID HOSTNAME, as a beat tells; before the first one, as an event does
+        self.is_worker = False  # an event of a task or a worker has come from this process, and it is not offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
         self.serial = 0  # the highest, with a key
-        self.cost = 0  # received since the last ack
-        self.ack_at = inf  # when to confirm
 
 
 class Receiver:
@@ -1909,9 +1905,9 @@ class Receiver:
 
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
-    MAX_AHEAD = 320  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
     MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
     MAX_READ = 32  # datagrams that are read at a time
+    READ_TIME = 0.05  # seconds that are spent on reading before something is delivered
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
     def __init__(
@@ -1927,48 +1923,40 @@ class Receiver:
         self.handlers = dict(handlers or {})
         self.should_stop = False
         self.problem: WireError | None = None
+        self.name = int.from_bytes(os.urandom(7), "big")
         self._url = parse_url(self.url)
         self._key = key_from(key)
         self._random = random.random
-        self.name = int.from_bytes(os.urandom(7), "big")
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
         self._sockets: dict[socket.socket, int] = {}  # both, and their inodes
         finalize(self, shut, self._sockets)
         self._space = BUFFER  # what the channel's buffer holds
-        self._ack_cost = BUFFER // 16  # of a stream's data that are confirmed at once
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
         self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
+        self._history = True
+        self._taken = 0  # datagrams
+        # The windows' clock stands still while datagrams wait unread, among which what a window misses may be.
+        self._clock = 0.0
+        self._moved_at = time.monotonic()  # when it was last set
+        self._read_since = 0  # bytes, as they take of the buffer
+        self._roll_due = self._heard_at = 0.0  # by this clock: the next roll call; the last datagram
+        self._announced: dict[Stream, Frame] = {}  # beats for us alone, which may have overtaken data
+        self._gapped: dict[Stream, None] = {}  # streams of which something is missing
         self._unconfirmed: dict[Stream, None] = {}
-        self._broken: dict[Stream, None] = {}  # streams with gaps
+        self._ack_due = inf  # when they are confirmed
+        self._senders = 1  # how many were, the last time
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
         self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str for a body is what we say of the stream
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
-        self._history = True
-        self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
-        self._ack_due = inf  # when the first stream is to be confirmed
-        self._is_more_aside = False  # whether beats sent to this watcher alone may be unread
-        self._mend_due = inf  # when the first one is to be mended, by the windows' clock
-        self._roll_due = 0.0  # when to look who has fallen silent, by the windows' clock
-        self._announced: dict[Stream, Frame] = {}  # beats for us alone
-        self._clock = 0.0  # the windows' clock: see _advance()
-        self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
-        self._read_since = 0
-        self._taken = self._taken_before = 0  # datagrams read in all, and when we last waited for one
-        self._empty = True  # the channel, when we last looked
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed.
-
-        Of a stream that is far ahead of us, what can be neither repaired nor in our buffer is lost already.
-        """
+        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
         counts = {name: self._counts[name] for name in self._counts if name != "held"}
-        buffered = 2 * self._space // DATAGRAM_COST
-        counts["lost"] += sum(max(0, stream.window.gone() - buffered) for stream in list(self._streams.values()))
         return {**counts, "streams": len(self._streams)}
 
     @property
@@ -1984,7 +1972,6 @@ class Receiver:
             answers = udp_socket(self._url)
             self._sockets[answers] = inode(answers)
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-        self._ack_cost = self._space // 16
         self._channel, self._answers = channel, answers
         return channel
 
@@ -1997,7 +1984,7 @@ class Receiver:
         channel, self._channel = self._channel, None
         if channel:
             for stream in list(self._streams.values()):
-                self._send_answer(stream, b"leave", 0)
+                self._answer(stream, b"leave")
             shut(self._sockets)
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
@@ -2023,38 +2010,33 @@ class Receiver:
         stream begins with what is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
-        self._taken_before = self._taken
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
-        last = time.monotonic()
+        read_at = last = time.monotonic()
+        found = 0
         self.fileno()
-        self._is_more_aside = True  # since the last capture
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
                     yield self._ready.popleft()
                     left -= 1
                     last = time.monotonic()
-                    if last > self._read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
-                        self._read(0.0, 1)  # whoever takes its time still advances, for all to see
+                    if last > read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
+                        read_at = last
+                        self._read(1)  # whoever takes its time still advances, for all to see
                     continue
-                if self._channel is None and not self._queue:
-                    return
-                found = bool(self._queue)
-                if found:
-                    self._parse()
-                    for _ in range(self.MAX_AHEAD):
-                        if self._queued > self.MAX_QUEUED or not self._read(0.0, self.MAX_READ):
-                            break
-                else:
-                    found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
-                    if self._queue:  # what came while this process stood still is not too late
-                        self._parse()
+                if not self._queue:
+                    if self._channel is None:
+                        return
+                    self._wait(min(patience, last + patience - time.monotonic()), is_busy=found > 16)
+                found = self._read_all()
+                self._parse()
+                read_at = time.monotonic()
                 # whoever does not want to wait reads what is no event for 20 ms at most
-                if not self._ready and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
+                if not self._ready and read_at >= last + (max(patience, 0.02) if found else patience):
                     return
         finally:
-            self._confirm(inf)  # the caller turns to other things
+            self._confirm()  # the caller turns to other things
 
     def on_event(self, event: Event) -> None:
         """Call the handler of the event's type, or that of "*"."""
@@ -2069,9 +2051,8 @@ class Receiver:
         for: it is given up after a second, at the first call after that.
         """
         now = time.monotonic()
-        self._advance(now, inf)
+        self._move_clock(now, inf)
         self._accept(data, source, now)
-        self._keep_up(now)
         while self._queue:
             self._parse()
         events = list(self._ready)
@@ -2080,17 +2061,279 @@ class Receiver:
 
     def pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        if self._ready or self._queue or self._is_more_aside:
+        if self._ready or self._queue:
             return 0.0
-        return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
+        return max(0.0, min(longest, self._ack_due - time.monotonic(), 0.002 if self._gapped else longest))
 
     # From here on: a datagram on its way to an event.
 
+    def _wait(self, patience: float, is_busy: bool) -> None:
+        """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
+        if is_busy:
+            time.sleep(max(0.0, min(patience, 0.0005)))
+        elif patience > 0:
+            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
+
+    def _read_all(self) -> int:
+        """Take what has arrived; return how many datagrams."""
+        taken, end = self._taken, time.monotonic() + self.READ_TIME
+        while self._queued <= self.MAX_QUEUED and not self._read(self.MAX_READ) and time.monotonic() < end:
+            pass
+        return self._taken - taken
+
+    def _read(self, most: int) -> bool:
+        """Take at most so many datagrams, and do what is due; return whether no more has arrived."""
+        channel, now, taken = self._channel, time.monotonic(), self._taken
+        is_empty = channel is None or not self._is_ours()
+        try:
+            for _ in range(0 if is_empty else most):
+                data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
+                self._read_since += len(data) + DATAGRAM_COST
+                self._accept(data, source, now)
+        except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
+            is_empty = True
+        if self._taken > taken:
+            self._heard_at = self._clock
+        now = time.monotonic()
+        if is_empty:
+            while self._announced:
+                self._on_beat(*self._announced.popitem())
+        if is_empty or self._read_since > self._space:  # all that had arrived when the clock was last set
+            self._move_clock(now, MAX_SLEEP)
+        self._read_aside()
+        if now >= self._ack_due:
+            self._confirm()
+        return is_empty
+
+    def _move_clock(self, now: float, most: float) -> None:
+        """Set the windows' clock, by at most so many seconds: in the rest this process stood still itself."""
+        self._clock += min(now - self._moved_at, most)
+        self._moved_at = now
+        self._read_since = 0
+        if self._gapped:
+            self._mend()
+        if self._clock >= self._roll_due:
+            self._roll_due = self._clock + BEAT
+            self._call_roll()
+            self._check_sockets()
+
+    def _call_roll(self) -> None:
+        """Tell of the streams that have fallen silent, and of those that are heard again."""
+        for stream in self._streams.values():
+            is_silent = self._clock > stream.heard_at + SILENCE
+            if is_silent != stream.is_lost:
+                stream.is_lost = is_silent
+                self._enqueue("worker-lost" if is_silent else "worker-online", stream)
+
+    def _check_sockets(self) -> None:
+        """Open what somebody else has closed, or whose interface has gone and come again."""
+        channel = self._channel
+        with suppress(OSError):  # no network now; or all is as it should be
+            if channel and self._is_ours():
+                if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
+                    return
+                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
+            if channel:
+                self._open()
+
+    def _is_ours(self) -> bool:
+        """Whether the sockets are open, and no file of the program has got the descriptor of one."""
+        return all(inode(sock) == number for sock, number in self._sockets.items())
+
+    def _read_aside(self) -> None:
+        """Answer beats sent to this watcher alone; they count once all that had arrived before them has been read."""
+        for _ in range(64 if self._answers is not self._channel else 0):
+            try:
+                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                frame = parse_frame(unseal(data, self._key)[0])
+            except OSError:
+                return
+            except WireError as problem:
+                self._count(problem)
+                continue
+            stream = self._streams.get(frame.stream)
+            if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
+                self._announced[stream] = frame
+                self._answer(stream, b"ack")
+
+    def _accept(self, data: bytes, source: Source, now: float) -> None:
+        """Queue what a datagram makes deliverable; count it if it is bad."""
+        self._taken += 1
+        stream = None if self._key else self._streams.get(data[NAME])
+        if stream and stream.source == source and data.startswith(stream.head):  # as nearly always
+            start = len(stream.head)
+            end = data.find(b"\n", start, start + 20)
+            digits = data[start:end]
+            if end > 0 and digits.isdigit():
+                stream.heard_at = self._clock
+                return self._on_data(stream, int(digits), data[end + 1 :], len(data), now)
+        try:
+            self._receive(data, source, now)
+        except WireError as problem:
+            self._count(problem)
+            if isinstance(problem, Skewed):
+                self._tell_time(data, source)
+
+    def _receive(self, data: bytes, source: Source, now: float) -> None:
+        if data[:2] != b"EM":
+            if self._key:
+                raise Rejected("bare JSON, expected a frame sealed with the key")
+            return self._enqueue(data, None)
+        data, serial = unseal(data, self._key)
+        frame = parse_frame(data)
+        if frame.kind in (b"ack", b"nak", b"leave"):
+            raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
+        stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
+        is_new = not self._key or serial > stream.serial
+        if stream.source != source and not self._key and self._clock < stream.heard_at + 2 * BEAT:
+            # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
+            raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
+        if is_new:
+            stream.source, stream.heard_at, stream.serial = source, self._clock, serial
+        if frame.kind in (b"data", b"part"):
+            item = frame.body if frame.kind == b"data" else frame
+            return self._on_data(stream, frame.numbers[0], item, len(data), now)
+        if not is_new:
+            raise Replay("a beat seen before")
+        self._streams.move_to_end(frame.stream)
+        self._answer(stream, b"ack")
+        self._on_beat(stream, frame)
+
+    def _on_data(self, stream: Stream, seq: int, item: bytes | Frame, size: int, now: float) -> None:
+        """Take a datagram of a stream: the body of an event or several, or the frame of a part of one."""
+        if stream not in self._unconfirmed:
+            self._unconfirmed[stream] = None
+            self._ack_due = min(self._ack_due, now + self.ACK_DELAY * (1 + self._senders // 8))
+        if type(item) is bytes and stream.window.in_order(seq):
+            self._enqueue(item, stream)
+        else:
+            self._deliver(stream, stream.window.receive(seq, item, size + DATAGRAM_COST, self._clock))
+
+    def _on_beat(self, stream: Stream, frame: Frame) -> None:
+        """Learn what has been sent, by which process, and whether that was all."""
+        if re.match(rb"[0-9]{1,9} ", frame.body) and frame.body != stream.process:
+            stream.process, stream.is_worker = frame.body[:1000], False
+        stream.is_leaving = frame.kind == b"bye"
+        lead, trail = frame.numbers
+        self._deliver(stream, stream.window.announce(lead, trail, self._clock))
+
+    def _tell_time(self, data: bytes, source: Source) -> None:
+        """Answer a beat with our own time, so that its sender learns that the clocks differ."""
+        _, kind, name, _ = data.split(b" ", 3)
+        if kind == b"beat" and self._answers:
+            with suppress(OSError):
+                self._answers.sendto(seal(format_frame(b"leave", name, (0, 0, 0, 0, 0)), self._key), source)
+
+    def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
+        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was.
+
+        From now also once so many are displaced that this may be one of them, of which everything has been delivered.
+        """
+        while len(self._streams) >= self.MAX_STREAMS:
+            self._evict()
+        start = frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
+        if self._history and len(self._displaced) < 16 * self.MAX_STREAMS:
+            start = 1
+        window = ReceiveWindow(self._displaced.get(frame.stream, start), self._clock, self._random, self._counts)
+        stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
+        self._ack_due = now
+        return stream
+
+    def _evict(self) -> None:
+        """Follow the stream no more that is silent longest."""
+        name, stream = self._streams.popitem(last=False)
+        if len(self._displaced) < 16 * self.MAX_STREAMS or name in self._displaced:
+            self._displaced[name] = stream.window.end
+        for known in (self._unconfirmed, self._gapped, self._announced):
+            known.pop(stream, None)
+        self._counts["held"] -= stream.window.size
+        self._counts["lost"] += stream.window.end - stream.window.next
+
+    # Answers.
+
+    def _confirm(self) -> None:
+        """Tell all that have sent something what has come."""
+        self._senders = len(self._unconfirmed)
+        for stream in self._unconfirmed:
+            self._answer(stream, b"ack")
+        self._unconfirmed.clear()
+        self._ack_due = inf
+
+    def _mend(self) -> None:
+        """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
+        reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._gapped))
+        for stream in list(islice(self._gapped, 64)):
+            window = stream.window
+            window.reach = reach
+            del self._gapped[stream]
+            self._deliver(stream, window.overdue(self._clock))  # which puts it behind the others
+            ranges = window.missing(self._clock)
+            for start in range(0, len(ranges), MAX_RANGES):
+                self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
+
+    def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
+        """Send what has come of a stream, and its share of the room for more, if there is a socket to send it with."""
+        window = stream.window
+        room = min(self._space // 2, ROOM) // max(1, self._senders, len(self._unconfirmed))
+        room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
+        numbers = window.next - 1, self.name, room, window.lost, self._taken
+        if self._answers:
+            with suppress(OSError):  # as good as lost on the way: what matters is asked again
+                self._answers.sendto(seal(format_frame(kind, stream.head[NAME], numbers, body), self._key), stream.source)
+
+    # Delivery.
+
+    def _deliver(self, stream: Stream, items: list[Any]) -> None:
+        """Queue what is in order, and look after the stream if something is missing."""
+        for item in items:
+            body = item if type(item) is bytes else self._join(stream, item)
+            if body:
+                self._enqueue(body, stream)
+        if stream.window.next < stream.window.end:
+            self._gapped[stream] = None
+        elif stream.is_leaving:
+            self._enqueue("worker-offline", stream)
+            self._answer(stream, b"leave")
+
+    def _join(self, stream: Stream, frame: Frame) -> bytes:
+        """Add a piece to an event that arrives in parts; return the event with its last one, else nothing."""
+        (_, event, index, total), piece = frame.numbers, frame.body
+        key = stream, event
+        pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
+        is_whole = index + 1 == total
+        if not index < total <= MAX_EVENT // 1024 or not is_whole and len(piece) < 1024:
+            self._counts["malformed"] += 1
+        elif len(pieces) != index:  # something was given up; or, where there is no piece, we came in the middle
+            self._drop_pieces(key)
+        else:
+            pieces.append(piece)
+            self._joined += len(piece)
+            if is_whole:
+                body = b"".join(self._pieces.pop(key))
+                self._joined -= len(body)
+                if body[:1] == b"{":  # many events would take too much memory
+                    return body
+                self._counts["malformed"] += 1
+        while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
+            self._drop_pieces(next(iter(self._pieces)))
+        return b""
+
+    def _drop_pieces(self, key: tuple[Stream, int]) -> None:
+        """Give up an event of which parts have come."""
+        pieces = self._pieces.pop(key, [])
+        key[0].window.lost += len(pieces)
+        self._counts["lost"] += len(pieces)
+        self._joined -= sum(map(len, pieces))
+
+    def _enqueue(self, body: bytes | str, stream: Stream | None) -> None:
+        self._queue.append((body, stream))
+        self._queued += len(body) + 64
+
     def _parse(self) -> None:
-        """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
+        """Make events of what is in the queue; of little at a time, since they take more memory, and senders wait."""
         events: list[Event] = []
-        size = 0
-        while self._queue and size < 65536:
+        size, most = 0, 65536 if len(self._gapped) < 8 else 4096
+        while self._queue and size < most:
             body, stream = self._queue.popleft()
             size += len(body) + 64
             try:
@@ -2099,10 +2342,8 @@ class Receiver:
                 self._count(problem)
                 continue
             events += parsed
-            if stream and parsed:
-                stream.is_offline = parsed[-1]["type"] == "worker-offline"
-                if not stream.worker or stream.process not in (b"", stream.worker):
-                    self._look_for_worker(stream, parsed)
+            if stream and parsed and (not stream.is_worker or parsed[-1]["type"] == "worker-offline"):
+                self._look_for_worker(stream, parsed)
         self._queued -= size
         now, clock = time.time(), 0
         for event in events:
@@ -2118,313 +2359,19 @@ class Receiver:
         for event in events:
             if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
                 process = process_name(event["pid"], event.get("hostname"))
-                if process == (stream.process or process):
-                    stream.worker = process
+                stream.process = stream.process or process
+                if process == stream.process:
+                    stream.is_worker = event["type"] != "worker-offline"
 
     def _say_of(self, stream: Stream, kind: str) -> list[Event]:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
-        if not stream.worker or stream.is_offline or stream.process not in (b"", stream.worker):
-            return []
-        pid, _, hostname = stream.worker.decode("utf-8", "replace").partition(" ")
-        return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
+        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        return [Event(kind, hostname=hostname, pid=int(pid), local=True)] if stream.is_worker else []
 
     def _count(self, problem: WireError) -> None:
         self._counts[problem.counted] += 1
         if isinstance(problem, Rejected):
             self.problem = problem
-
-    def _read(self, patience: float, most: int) -> bool:
-        """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
-        if patience > 0 and self._empty:
-            self._wait(patience)
-        channel, now, taken = self._channel, time.monotonic(), self._taken
-        self._empty = False
-        try:
-            for _ in range(most if channel and self._is_ours() else 0):
-                data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
-                self._read_since += len(data) + DATAGRAM_COST
-                self._accept(data, source, now)
-        except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
-            self._empty = True
-        found, now = self._taken > taken, time.monotonic()
-        if self._empty:
-            self._advance(now, MAX_SLEEP)
-        elif self._read_since > self._space:  # more than the buffer held at the mark
-            self._advance(self._mark, MAX_SLEEP)
-            self._mark = now
-        if found:
-            self._heard_at = now
-        if now >= self._checked_at + 1.0:
-            self._check(now)
-        self._keep_up(now)
-        self._read_at = now
-        return found
-
-    def _keep_up(self, now: float) -> None:
-        """Confirm and mend what is due."""
-        if now >= self._ack_due or self._is_more_aside:
-            self._is_more_aside = self._read_aside(now)
-            self._confirm(now)
-        if self._clock >= self._roll_due:
-            self._call_roll()
-        if self._clock >= self._mend_due:
-            self._mend()
-
-    def _call_roll(self) -> None:
-        """Tell of the streams that have fallen silent, and of those that are heard again."""
-        self._roll_due = self._clock + BEAT
-        for stream in self._streams.values():
-            is_silent = self._clock > stream.heard + SILENCE
-            if is_silent != stream.is_lost:
-                stream.is_lost = is_silent
-                self._enqueue("worker-lost" if is_silent else "worker-online", stream)
-
-    def _wait(self, patience: float) -> None:
-        """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
-        if self._taken > self._taken_before + 16:
-            time.sleep(min(patience, 0.0005))
-        else:
-            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
-        self._taken_before = self._taken
-
-    def _is_ours(self) -> bool:
-        """Whether the sockets are open, and no file of the program has got the descriptor of one."""
-        return all(inode(sock) == number for sock, number in self._sockets.items())
-
-    def _check(self, now: float) -> None:
-        """Once a second: open what somebody else has closed, or whose interface has gone and come again."""
-        channel, self._checked_at = self._channel, now
-        with suppress(OSError):  # no network now; or all is as it should be
-            if channel and self._is_ours():
-                if not is_group(self._url.host) or now < self._heard_at + 1.0:
-                    return
-                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
-            if channel:
-                self._open()
-
-    def _advance(self, complete_at: float, most: float) -> None:
-        """Note that all that arrived before this time has been read.
-
-        So the windows' clock stands still while datagrams wait unread, among which what a window misses may be. It
-        goes at most `most` seconds further: in the rest the receiver stood still itself.
-        """
-        self._clock += min(max(0.0, complete_at - self._complete_at), most)
-        self._complete_at = self._mark = complete_at
-        self._read_since = 0
-        while self._announced:
-            self._on_beat(*self._announced.popitem())
-
-    def _read_aside(self, now: float) -> bool:
-        """Take beats sent to this watcher alone; return whether there may be more.
-
-        They count once all that had arrived before them has been read.
-        """
-        if self._answers is None or self._answers is self._channel:
-            return False
-        for _ in range(16):
-            try:
-                data, source = self._answers.recvfrom(65536)
-                frame = parse_frame(unseal(data, self._key)[0])
-            except OSError:
-                return False
-            except WireError as problem:
-                self._count(problem)
-                continue
-            stream = self._streams.get(frame.stream)
-            if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
-                lead, trail = frame.numbers
-                self._announced[stream] = frame
-                self._plan_ack(stream, now)
-                stream.window.forget(min(trail, lead + 1))
-                self._deliver(stream, stream.window.overdue(self._clock))
-        return True
-
-    def _accept(self, data: bytes, source: Source, now: float) -> None:
-        """Queue what a datagram makes deliverable; count it if it is bad."""
-        self._taken += 1
-        stream = None if self._key else self._streams.get(data[NAME])
-        if stream and stream.source == source:
-            window, head = stream.window, stream.head + b"%d\n" % stream.window.next
-            if data.startswith(head) and window.in_order(window.next):  # as nearly always
-                stream.heard = self._clock
-                stream.cost += len(data) + DATAGRAM_COST
-                if stream.ack_at == inf or stream.cost > self._ack_cost:
-                    self._plan_ack(stream, now, self.ACK_DELAY)
-                return self._enqueue(data[len(head) :], stream)
-        try:
-            self._receive(data, source, now)
-        except WireError as problem:
-            self._count(problem)
-            if isinstance(problem, Skewed):
-                self._tell_time(data, source, now)
-
-    def _enqueue(self, body: bytes | str, stream: Stream | None) -> None:
-        self._queue.append((body, stream))
-        self._queued += len(body) + 64
-
-    def _receive(self, data: bytes, source: Source, now: float) -> None:
-        if data[:2] != b"EM":
-            if self._key:
-                raise Rejected("bare JSON, expected a frame sealed with the key")
-            return self._enqueue(data, None)
-        data, serial = unseal(data, self._key)
-        frame = parse_frame(data)
-        if frame.kind in (b"ack", b"nak", b"leave"):
-            raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
-        stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
-        fresh = not self._key or serial > stream.serial
-        if fresh and stream.source != source and not self._key and self._clock < stream.heard + 2 * BEAT:
-            # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
-            raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
-        if fresh:
-            stream.source, stream.heard, stream.serial = source, self._clock, serial
-        if frame.kind in (b"data", b"part"):
-            size = len(data) + DATAGRAM_COST
-            stream.cost += size
-            self._plan_ack(stream, now, self.ACK_DELAY)
-            return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
-        if not fresh:
-            raise Replay("a beat seen before")
-        self._streams.move_to_end(frame.stream)
-        self._plan_ack(stream, now)
-        self._on_beat(stream, frame)
-
-    def _on_beat(self, stream: Stream, frame: Frame) -> None:
-        """Learn what has been sent, by which process, and whether that was all."""
-        if re.match(rb"[0-9]{1,9} ", frame.body):
-            stream.process = frame.body[:1000]
-        stream.is_leaving = frame.kind == b"bye"
-        lead, trail = frame.numbers
-        self._deliver(stream, stream.window.announce(lead, trail, self._clock))
-
-    def _tell_time(self, data: bytes, source: Source, now: float) -> None:
-        """Answer a beat with our own time, so that its sender learns that the clocks differ."""
-        fields = data.split(b" ", 3)
-        if fields[1] == b"beat" and self._answers and now >= self._told_at + 1.0:
-            self._told_at = now
-            with suppress(OSError):
-                answer = format_frame(b"leave", fields[2], (0, 0, 0, 0, 0))
-                self._answers.sendto(seal(answer, self._key), source)
-
-    def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was.
-
-        From now also while many live streams are displaced: this may be one, of which everything has been delivered.
-        """
-        while len(self._streams) >= self.MAX_STREAMS:
-            self._evict(now)
-        first = frame.numbers[0]
-        start = first if frame.kind in (b"data", b"part") else first + 1
-        if self._history and now > self._crowded_until:
-            start = 1
-        start = self._displaced.pop(frame.stream, start)
-        window = ReceiveWindow(start, self._clock, self._random, self._counts)
-        stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
-        self._plan_ack(stream, now)
-        return stream
-
-    def _evict(self, now: float) -> None:
-        """Follow the stream no more that is silent longest."""
-        name, stream = self._streams.popitem(last=False)
-        self._displaced[name] = stream.window.end
-        if len(self._displaced) > 16 * self.MAX_STREAMS:
-            del self._displaced[next(iter(self._displaced))]
-            self._crowded_until = now + 60
-        for known in (self._unconfirmed, self._broken, self._announced):
-            known.pop(stream, None)
-        self._counts["held"] -= stream.window.size
-        self._counts["lost"] += stream.window.end - stream.window.next
-
-    # Answers.
-
-    def _plan_ack(self, stream: Stream, now: float, delay: float = 0.0) -> None:
-        delay *= 1 + len(self._unconfirmed) // 4  # of many streams less often: an ack takes its sender's time, and ours
-        stream.ack_at = min(stream.ack_at, now + delay if stream.cost <= self._ack_cost else now)
-        self._unconfirmed[stream] = None
-        self._ack_due = min(self._ack_due, stream.ack_at)
-
-    def _confirm(self, now: float) -> None:
-        """Send the acks that are due."""
-        for stream in [stream for stream in self._unconfirmed if now >= stream.ack_at]:
-            self._answer(stream, b"ack")
-        self._ack_due = min((stream.ack_at for stream in self._unconfirmed), default=inf)
-
-    def _mend(self) -> None:
-        """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
-        self._mend_due = inf if len(self._broken) <= 64 else self._clock + 0.002
-        reach = max(16, self._space // (4 * DATAGRAM_COST) // max(1, len(self._broken)))
-        for stream in list(islice(self._broken, 64)):
-            window = stream.window
-            window.reach = reach
-            del self._broken[stream]
-            items = window.overdue(self._clock)
-            ranges = window.missing(self._clock)
-            for start in range(0, len(ranges), MAX_RANGES):
-                self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
-            self._deliver(stream, items)  # which sees to the rest
-
-    def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
-        """Confirm what has come of a stream, also as part of a NAK, if there is a socket to send it with."""
-        window = stream.window
-        room = min(self._space // 2, ROOM) // max(1, len(self._unconfirmed))  # shared by who sends at the same time
-        room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
-        self._unconfirmed.pop(stream, None)
-        stream.cost, stream.ack_at = 0, inf
-        self._send_answer(stream, kind, room, body)
-
-    def _send_answer(self, stream: Stream, kind: bytes, room: int, body: bytes = b"") -> None:
-        numbers = stream.window.next - 1, self.name, room, stream.window.lost, self._taken
-        if self._answers:
-            with suppress(OSError):  # as good as lost on the way: what matters is asked again
-                self._answers.sendto(seal(format_frame(kind, stream.name, numbers, body), self._key), stream.source)
-
-    # Delivery.
-
-    def _deliver(self, stream: Stream, frames: list[Frame]) -> None:
-        """Queue the bodies of frames in order, and look after the stream if something is missing."""
-        for frame in frames:
-            try:
-                body = frame.body if frame.kind == b"data" else self._join(stream, frame)
-                if body:
-                    self._enqueue(body, stream)
-            except WireError as problem:
-                self._count(problem)
-        if stream.is_leaving and stream.window.next == stream.window.end:
-            self._enqueue("worker-offline", stream)
-            self._send_answer(stream, b"leave", 0)
-        due = min(stream.window.nak_at, stream.window.give_up_at())
-        if due < inf:
-            self._broken[stream] = None  # behind the others
-            self._mend_due = min(self._mend_due, max(due, self._clock + 0.002))
-
-    def _join(self, stream: Stream, frame: Frame) -> bytes:
-        """Add a piece to an event that arrives in parts; return the event with its last one, else nothing."""
-        (_, event, index, total), piece = frame.numbers, frame.body
-        if not index < total <= MAX_EVENT // 1024 or index + 1 < total and len(piece) < 1024:
-            raise WireError(f"part {index} of {total}, {len(piece)} bytes")
-        key = stream, event
-        pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
-        if len(pieces) != index:  # something was given up; or, where there is no piece, we came in the middle
-            self._drop_pieces(key)
-            return b""
-        pieces.append(piece)
-        self._joined += len(piece)
-        if index + 1 == total:
-            body = b"".join(self._pieces.pop(key))
-            self._joined -= len(body)
-            if body[:1] != b"{":
-                raise WireError(f"an event of {len(body):,} bytes that is no object")
-            return body
-        while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
-            self._drop_pieces(next(iter(self._pieces)))
-        return b""
-
-    def _drop_pieces(self, key: tuple[Stream, int]) -> None:
-        """Give up an event of which parts have come."""
-        pieces = self._pieces.pop(key, [])
-        key[0].window.lost += len(pieces)
-        self._counts["lost"] += len(pieces)
-        self._joined -= sum(map(len, pieces))
 
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
