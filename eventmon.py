@@ -1906,8 +1906,8 @@ class Receiver:
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
     MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
-    MAX_READ = 32  # datagrams that are read at a time
-    READ_TIME = 0.05  # seconds that are spent on reading before something is delivered
+    MAX_READ = 128  # datagrams that are read at a time
+    MAX_AHEAD = 10_000  # that are read before more is delivered, so that senders soon hear of a watcher that is behind
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
     def __init__(
@@ -1942,11 +1942,10 @@ class Receiver:
         self._moved_at = time.monotonic()  # when it was last set
         self._read_since = 0  # bytes, as they take of the buffer
         self._roll_due = self._heard_at = 0.0  # by this clock: the next roll call; the last datagram
-        self._announced: dict[Stream, Frame] = {}  # beats for us alone, which may have overtaken data
         self._gapped: dict[Stream, None] = {}  # streams of which something is missing
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when they are confirmed
-        self._senders = 1  # how many were, the last time
+        self._senders = 1  # that send at the same time
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
         self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str for a body is what we say of the stream
@@ -2021,20 +2020,19 @@ class Receiver:
                     yield self._ready.popleft()
                     left -= 1
                     last = time.monotonic()
-                    if last > read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
-                        read_at = last
-                        self._read(1)  # whoever takes its time still advances, for all to see
-                    continue
-                if not self._queue:
+                    if last < read_at + self.ACK_DELAY / 2:  # else reading goes first: a sender may wait for it
+                        continue
+                elif not self._queue:
                     if self._channel is None:
                         return
                     self._wait(min(patience, last + patience - time.monotonic()), is_busy=found > 16)
                 found = self._read_all()
-                self._parse()
                 read_at = time.monotonic()
-                # whoever does not want to wait reads what is no event for 20 ms at most
-                if not self._ready and read_at >= last + (max(patience, 0.02) if found else patience):
-                    return
+                if not self._ready:
+                    self._parse()
+                    # whoever does not want to wait reads what is no event for 20 ms at most
+                    if not self._ready and read_at >= last + (max(patience, 0.02) if found else patience):
+                        return
         finally:
             self._confirm()  # the caller turns to other things
 
@@ -2076,34 +2074,39 @@ class Receiver:
 
     def _read_all(self) -> int:
         """Take what has arrived; return how many datagrams."""
-        taken, end = self._taken, time.monotonic() + self.READ_TIME
-        while self._queued <= self.MAX_QUEUED and not self._read(self.MAX_READ) and time.monotonic() < end:
+        taken, end = self._taken, self._taken + self.MAX_AHEAD
+        while self._queued <= self.MAX_QUEUED and self._taken < end and not self._read():
             pass
         return self._taken - taken
 
-    def _read(self, most: int) -> bool:
-        """Take at most so many datagrams, and do what is due; return whether no more has arrived."""
+    def _read(self) -> bool:
+        """Take at most MAX_READ datagrams, and do what is due; return whether no more has arrived."""
         channel, now, taken = self._channel, time.monotonic(), self._taken
         is_empty = channel is None or not self._is_ours()
         try:
-            for _ in range(0 if is_empty else most):
+            for _ in range(0 if is_empty else self.MAX_READ):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
         except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
             is_empty = True
-        if self._taken > taken:
-            self._heard_at = self._clock
-        now = time.monotonic()
-        if is_empty:
-            while self._announced:
-                self._on_beat(*self._announced.popitem())
+        found = self._taken > taken
         if is_empty or self._read_since > self._space:  # all that had arrived when the clock was last set
-            self._move_clock(now, MAX_SLEEP)
-        self._read_aside()
-        if now >= self._ack_due:
+            self._move_clock(time.monotonic(), MAX_SLEEP)
+        if found:
+            self._heard_at = self._clock
+            self._read_aside(now)
+        if time.monotonic() >= self._ack_due:
             self._confirm()
         return is_empty
+
+    def _read_aside(self, now: float) -> None:
+        """Take beats sent to this watcher alone, whose buffer for what is sent to all may have been full."""
+        with suppress(OSError):
+            for _ in range(self.MAX_READ if self._answers is not self._channel else 0):
+                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                if data.startswith((b"EM2 beat ", b"EM2 bye ")):
+                    self._accept(data, source, now)
 
     def _move_clock(self, now: float, most: float) -> None:
         """Set the windows' clock, by at most so many seconds: in the rest this process stood still itself."""
@@ -2139,22 +2142,6 @@ class Receiver:
     def _is_ours(self) -> bool:
         """Whether the sockets are open, and no file of the program has got the descriptor of one."""
         return all(inode(sock) == number for sock, number in self._sockets.items())
-
-    def _read_aside(self) -> None:
-        """Answer beats sent to this watcher alone; they count once all that had arrived before them has been read."""
-        for _ in range(64 if self._answers is not self._channel else 0):
-            try:
-                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
-                frame = parse_frame(unseal(data, self._key)[0])
-            except OSError:
-                return
-            except WireError as problem:
-                self._count(problem)
-                continue
-            stream = self._streams.get(frame.stream)
-            if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
-                self._announced[stream] = frame
-                self._answer(stream, b"ack")
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
@@ -2244,7 +2231,7 @@ class Receiver:
         name, stream = self._streams.popitem(last=False)
         if len(self._displaced) < 16 * self.MAX_STREAMS or name in self._displaced:
             self._displaced[name] = stream.window.end
-        for known in (self._unconfirmed, self._gapped, self._announced):
+        for known in (self._unconfirmed, self._gapped):
             known.pop(stream, None)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
@@ -2253,7 +2240,7 @@ class Receiver:
 
     def _confirm(self) -> None:
         """Tell all that have sent something what has come."""
-        self._senders = len(self._unconfirmed)
+        self._senders = max(1, self._senders - 1, len(self._unconfirmed))
         for stream in self._unconfirmed:
             self._answer(stream, b"ack")
         self._unconfirmed.clear()
@@ -2274,7 +2261,7 @@ class Receiver:
     def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
         """Send what has come of a stream, and its share of the room for more, if there is a socket to send it with."""
         window = stream.window
-        room = min(self._space // 2, ROOM) // max(1, self._senders, len(self._unconfirmed))
+        room = min(self._space // 2, ROOM) // self._senders
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         numbers = window.next - 1, self.name, room, window.lost, self._taken
         if self._answers:
@@ -2330,10 +2317,10 @@ class Receiver:
         self._queued += len(body) + 64
 
     def _parse(self) -> None:
-        """Make events of what is in the queue; of little at a time, since they take more memory, and senders wait."""
+        """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
         events: list[Event] = []
-        size, most = 0, 65536 if len(self._gapped) < 8 else 4096
-        while self._queue and size < most:
+        size = 0
+        while self._queue and size < 65536:
             body, stream = self._queue.popleft()
             size += len(body) + 64
             try:
