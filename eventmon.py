@@ -283,6 +283,7 @@ def parse_events(body: bytes) -> list[Event]:
 
 MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
 LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 5, b"nak": 5, b"leave": 5}  # kind -> numbers
+HEADER = re.compile(rb"EM2 ([a-z]+) ([0-9a-zA-Z]{16}) ([0-9]{1,19}(?: [0-9]{1,19}){0,6})( [0-9a-f]{32})?\n")
 NAME = slice(9, 25)  # where the stream's name stands in a data frame
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
@@ -290,22 +291,16 @@ Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, byt
 
 def parse_frame(data: bytes) -> Frame:
     """Return the parts of a frame without a seal, or raise WireError."""
-    head, newline, body = data.partition(b"\n")
-    magic, *fields = head.split(b" ")
-    if magic != MAGIC or not newline or len(fields) < 2:
-        raise WireError(f"header is {head[:40]!r}, expected EM2 KIND STREAM NUMBER... and a newline")
-    kind, stream, *numbers = fields
-    expected = LAYOUT.get(kind)
-    if expected is None:
-        raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
-    if len(numbers) == expected + 3:
+    match = HEADER.match(data)
+    if not match:
+        raise WireError(f"header is {data[:60]!r}, expected EM2 KIND STREAM NUMBER... and a newline")
+    kind, stream, digits, mac = match.groups()
+    if mac:
         raise Rejected("the stream is sealed with a key, and there is none here")
-    if len(numbers) != expected or len(stream) != 16 or not stream.isalnum():
-        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
-    for digits in numbers:
-        if len(digits) > 19 or not digits.isdigit():
-            raise WireError(f"number is {digits[:40]!r}, expected up to 19 decimal digits")
-    return Frame(kind, stream, tuple(map(int, numbers)), body)
+    numbers = tuple(map(int, digits.split()))
+    if LAYOUT.get(kind) != len(numbers):
+        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected one of {LAYOUT}")
+    return Frame(kind, stream, numbers, data[match.end() :])
 
 
 def head_of(kind: bytes, stream: bytes) -> bytes:
@@ -323,6 +318,7 @@ def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes
     return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
 
 
+SEALED = re.compile(rb"(EM2 .{1,%d}) ([0-9]{1,19}) ([0-9]{1,19}) ([0-9a-f]{32})\n" % MAX_HEADER)
 _serials = count(1)
 
 
@@ -342,20 +338,14 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
         return data, 0
     import hmac
 
-    head, _, body = data.partition(b"\n")
-    sealed, _, mac = head.rpartition(b" ")
-    if not hmac.compare_digest(mac, mac_of(sealed, body, key)):
+    match = SEALED.match(data)
+    if not match or not hmac.compare_digest(match[4], mac_of(data[: match.end(3)], data[match.end() :], key)):
         raise Rejected("not sealed with this key")
-    try:
-        head, *numbers = sealed.rsplit(b" ", 2)
-        sent, serial = map(int, numbers)
-        ahead = sent - time.time()
-    except (ValueError, OverflowError):
-        raise WireError(f"sealed header is {sealed[:40]!r}, expected a time and a serial number at its end") from None
+    ahead = int(match[2]) - time.time()
     if abs(ahead) > 30:
         way = "ahead" if ahead > 0 else "behind"
         raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
-    return b"%b\n%b" % (head, body), serial
+    return b"%b\n%b" % (match[1], data[match.end() :]), int(match[3])
 
 
 def seal(frame: bytes, key: bytes) -> bytes:
@@ -644,7 +634,7 @@ class ReceiveWindow:
         if now < self.nak_at:
             return []
         ranges, reach = [], self.reach
-        for first, last in islice(self._gaps(), 256):
+        for first, last in islice(self._gaps(), MAX_RANGES):
             last = min(last, first + reach - 1)
             ranges.append((first, last))
             self._asked = max(self._asked, last)
@@ -1878,11 +1868,11 @@ class Stream:
     """One stream as a Receiver follows it."""
 
     __slots__ = (
-        *("head", "heard_at", "is_leaving", "is_lost", "is_worker", "process", "serial", "source"),
-        "window",
+        *("head", "heard_at", "is_leaving", "is_lost", "is_worker", "name", "process", "serial", "source", "window"),
     )
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
+        self.name = name
         self.head = head_of(b"data", name)
         self.source = source
         self.window = window
@@ -1934,7 +1924,6 @@ class Receiver:
         self._space = BUFFER  # what the channel's buffer holds
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
-        self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
         self._history = True
         self._taken = 0  # datagrams
         # The windows' clock stands still while datagrams wait unread, among which what a window misses may be.
@@ -1948,7 +1937,7 @@ class Receiver:
         self._senders = 1  # that send at the same time
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
-        self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str for a body is what we say of the stream
+        self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str is what we say of the stream
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
 
@@ -2212,29 +2201,28 @@ class Receiver:
                 self._answers.sendto(seal(format_frame(b"leave", name, (0, 0, 0, 0, 0)), self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was.
+        """Begin to follow a stream: from the start of what can be had, or from now.
 
-        From now also once so many are displaced that this may be one of them, of which everything has been delivered.
+        For that one may have to go that is silent; a live one never, so that nothing of it comes twice.
         """
-        while len(self._streams) >= self.MAX_STREAMS:
-            self._evict()
-        start = frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
-        if self._history and len(self._displaced) < 16 * self.MAX_STREAMS:
-            start = 1
-        window = ReceiveWindow(self._displaced.get(frame.stream, start), self._clock, self._random, self._counts)
+        if len(self._streams) >= self.MAX_STREAMS:
+            oldest = next(iter(self._streams.values()))
+            if self._clock < oldest.heard_at + SILENCE:
+                raise Rejected(f"stream {frame.stream.decode()} is one too many: {self.MAX_STREAMS:,} are followed")
+            self._drop_stream(oldest)
+        start = 1 if self._history else frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
+        window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
         self._ack_due = now
         return stream
 
-    def _evict(self) -> None:
-        """Follow the stream no more that is silent longest."""
-        name, stream = self._streams.popitem(last=False)
-        if len(self._displaced) < 16 * self.MAX_STREAMS or name in self._displaced:
-            self._displaced[name] = stream.window.end
+    def _drop_stream(self, stream: Stream) -> None:
+        """Follow a stream no more; what is held back of it, or missing, is lost."""
         for known in (self._unconfirmed, self._gapped):
             known.pop(stream, None)
         self._counts["held"] -= stream.window.size
         self._counts["lost"] += stream.window.end - stream.window.next
+        del self._streams[stream.name]
 
     # Answers.
 
@@ -2255,8 +2243,8 @@ class Receiver:
             del self._gapped[stream]
             self._deliver(stream, window.overdue(self._clock))  # which puts it behind the others
             ranges = window.missing(self._clock)
-            for start in range(0, len(ranges), MAX_RANGES):
-                self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
+            if ranges:
+                self._answer(stream, b"nak", format_ranges(ranges))
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
         """Send what has come of a stream, and its share of the room for more, if there is a socket to send it with."""
@@ -2265,8 +2253,9 @@ class Receiver:
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         numbers = window.next - 1, self.name, room, window.lost, self._taken
         if self._answers:
+            answer = seal(format_frame(kind, stream.name, numbers, body), self._key)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
-                self._answers.sendto(seal(format_frame(kind, stream.head[NAME], numbers, body), self._key), stream.source)
+                self._answers.sendto(answer, stream.source)
 
     # Delivery.
 
@@ -2285,29 +2274,28 @@ class Receiver:
     def _join(self, stream: Stream, frame: Frame) -> bytes:
         """Add a piece to an event that arrives in parts; return the event with its last one, else nothing."""
         (_, event, index, total), piece = frame.numbers, frame.body
-        key = stream, event
-        pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
-        is_whole = index + 1 == total
-        if not index < total <= MAX_EVENT // 1024 or not is_whole and len(piece) < 1024:
+        is_object = index > 0 or piece[:1] == b"{"  # the many events of an array would take too much memory
+        if not (is_object and index < total <= MAX_EVENT // 1024 and (len(piece) >= 1024 or index + 1 == total)):
             self._counts["malformed"] += 1
-        elif len(pieces) != index:  # something was given up; or, where there is no piece, we came in the middle
+            return b""
+        key = stream, event
+        pieces = self._pieces.setdefault(key, [])
+        if len(pieces) != index:  # something was given up, or we came in the middle
             self._drop_pieces(key)
-        else:
-            pieces.append(piece)
-            self._joined += len(piece)
-            if is_whole:
-                body = b"".join(self._pieces.pop(key))
-                self._joined -= len(body)
-                if body[:1] == b"{":  # many events would take too much memory
-                    return body
-                self._counts["malformed"] += 1
+            return b""
+        pieces.append(piece)
+        self._joined += len(piece)
         while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._pieces)))
-        return b""
+        if index + 1 < total:
+            return b""
+        body = b"".join(self._pieces.pop(key, ()))
+        self._joined -= len(body)
+        return body
 
     def _drop_pieces(self, key: tuple[Stream, int]) -> None:
         """Give up an event of which parts have come."""
-        pieces = self._pieces.pop(key, [])
+        pieces = self._pieces.pop(key)
         key[0].window.lost += len(pieces)
         self._counts["lost"] += len(pieces)
         self._joined -= sum(map(len, pieces))
