@@ -21,26 +21,22 @@ How the data flows:
                                     ^                                    |
                                     +------------ acks, NAKs ------------+
 
-The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones, Celery the others):
+The words (RFC 3208 and RFC 5740 have the multicast ones, Celery has task, worker and state):
 
     event     a dict with a "type" ("task-started": group "task", subject "started") and a "timestamp"
-    stream    everything that one Dispatcher sends in one process, in order; its name is 16 random hex digits
-    datagram  a stream's datagrams have the sequence numbers (seq) 1, 2, 3, ...
+    stream    all that one Dispatcher sends in one process, in order: datagrams with the sequence numbers (seq) 1, 2, 3, ...
     frame     a datagram of our own: a header line and a body
-    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it;
-              the receive window restores the order and knows what is missing
+    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it; the receive
+              window restores the order and knows what is missing
     lead      the highest sequence number sent; trail is the lowest that can still be repaired
-    beat      a heartbeat every quarter second: lead and trail; bye is the last one. A process whose stream is silent
-              for 3 s without a bye is lost
-    watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (everything up to there has arrived
-              or is given up), its room (how many bytes more its buffer takes), how many datagrams it lost, and how
-              many it has taken, of all streams: it advances as long as that number rises
-    NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
-              to send the same datagrams again
-    task, worker, state     as in Celery
-    view      what the user of the monitor has chosen to see: the sheets that are open above each other, the first a page
-    sheet     rows to move in: a table of tasks, names, workers or events, or a panel with everything about one of these
-    line      of the screen: a list of spans, text in a style, which take as many cells (columns of the terminal) as it has
+    beat      a heartbeat every quarter second; bye is the last one. Without it, a stream silent for 3 s is lost
+    watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (all up to there has arrived or is given
+              up), room (bytes that its buffer takes), how many datagrams it lost, and how many it has taken of all
+              streams: it advances as long as that number rises
+    NAK       negative acknowledgement: an ack that asks for what is missing; to repair is to send that again
+    view      what the user of the monitor sees: sheets above each other, the first a page
+    sheet     rows to move in: a table, or a panel with everything about one row of it
+    line      of the screen: a list of spans, text in a style, that take as many cells (columns of the terminal) as it has
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
@@ -1867,12 +1863,9 @@ def __dir__() -> list[str]:
 class Stream:
     """One stream as a Receiver follows it."""
 
-    __slots__ = (
-        *("head", "heard_at", "is_leaving", "is_lost", "is_worker", "name", "process", "serial", "source", "window"),
-    )
+    __slots__ = ("head", "heard_at", "is_leaving", "is_lost", "is_worker", "process", "serial", "source", "window")
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
-        self.name = name
         self.head = head_of(b"data", name)
         self.source = source
         self.window = window
@@ -1928,9 +1921,9 @@ class Receiver:
         self._taken = 0  # datagrams
         # The windows' clock stands still while datagrams wait unread, among which what a window misses may be.
         self._clock = 0.0
-        self._moved_at = time.monotonic()  # when it was last set
-        self._read_since = 0  # bytes, as they take of the buffer
-        self._roll_due = self._heard_at = 0.0  # by this clock: the next roll call; the last datagram
+        self._moved_at = time.monotonic()  # when it was last put forward
+        self._read_since = 0  # bytes of the buffer that have been read since then
+        self._heard_at = self._roll_due = 0.0  # by this clock: the last datagram, and the next roll call
         self._gapped: dict[Stream, None] = {}  # streams of which something is missing
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when they are confirmed
@@ -2080,7 +2073,7 @@ class Receiver:
         except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
             is_empty = True
         found = self._taken > taken
-        if is_empty or self._read_since > self._space:  # all that had arrived when the clock was last set
+        if is_empty or self._read_since > self._space:  # all that it held when the clock last moved
             self._move_clock(time.monotonic(), MAX_SLEEP)
         if found:
             self._heard_at = self._clock
@@ -2098,7 +2091,7 @@ class Receiver:
                     self._accept(data, source, now)
 
     def _move_clock(self, now: float, most: float) -> None:
-        """Set the windows' clock, by at most so many seconds: in the rest this process stood still itself."""
+        """Put the windows' clock forward, by `most` seconds at most: in the rest this process stood still itself."""
         self._clock += min(now - self._moved_at, most)
         self._moved_at = now
         self._read_since = 0
@@ -2173,7 +2166,11 @@ class Receiver:
             raise Replay("a beat seen before")
         self._streams.move_to_end(frame.stream)
         self._answer(stream, b"ack")
-        self._on_beat(stream, frame)
+        if re.match(rb"[0-9]{1,9} ", frame.body) and frame.body != stream.process:
+            stream.process, stream.is_worker = frame.body[:1000], False
+        stream.is_leaving = frame.kind == b"bye"
+        lead, trail = frame.numbers
+        self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
     def _on_data(self, stream: Stream, seq: int, item: bytes | Frame, size: int, now: float) -> None:
         """Take a datagram of a stream: the body of an event or several, or the frame of a part of one."""
@@ -2184,14 +2181,6 @@ class Receiver:
             self._enqueue(item, stream)
         else:
             self._deliver(stream, stream.window.receive(seq, item, size + DATAGRAM_COST, self._clock))
-
-    def _on_beat(self, stream: Stream, frame: Frame) -> None:
-        """Learn what has been sent, by which process, and whether that was all."""
-        if re.match(rb"[0-9]{1,9} ", frame.body) and frame.body != stream.process:
-            stream.process, stream.is_worker = frame.body[:1000], False
-        stream.is_leaving = frame.kind == b"bye"
-        lead, trail = frame.numbers
-        self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
     def _tell_time(self, data: bytes, source: Source) -> None:
         """Answer a beat with our own time, so that its sender learns that the clocks differ."""
@@ -2209,20 +2198,16 @@ class Receiver:
             oldest = next(iter(self._streams.values()))
             if self._clock < oldest.heard_at + SILENCE:
                 raise Rejected(f"stream {frame.stream.decode()} is one too many: {self.MAX_STREAMS:,} are followed")
-            self._drop_stream(oldest)
+            self._streams.popitem(last=False)
+            self._unconfirmed.pop(oldest, None)
+            self._gapped.pop(oldest, None)
+            self._counts["held"] -= oldest.window.size
+            self._counts["lost"] += oldest.window.end - oldest.window.next
         start = 1 if self._history else frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
         self._ack_due = now
         return stream
-
-    def _drop_stream(self, stream: Stream) -> None:
-        """Follow a stream no more; what is held back of it, or missing, is lost."""
-        for known in (self._unconfirmed, self._gapped):
-            known.pop(stream, None)
-        self._counts["held"] -= stream.window.size
-        self._counts["lost"] += stream.window.end - stream.window.next
-        del self._streams[stream.name]
 
     # Answers.
 
@@ -2253,7 +2238,7 @@ class Receiver:
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
         numbers = window.next - 1, self.name, room, window.lost, self._taken
         if self._answers:
-            answer = seal(format_frame(kind, stream.name, numbers, body), self._key)
+            answer = seal(format_frame(kind, stream.head[NAME], numbers, body), self._key)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
                 self._answers.sendto(answer, stream.source)
 
@@ -2306,37 +2291,33 @@ class Receiver:
 
     def _parse(self) -> None:
         """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
-        events: list[Event] = []
-        size = 0
+        size, now, clock = 0, time.time(), 0
         while self._queue and size < 65536:
             body, stream = self._queue.popleft()
             size += len(body) + 64
             try:
-                parsed = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
+                events = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
             except WireError as problem:
                 self._count(problem)
                 continue
-            events += parsed
-            if stream and parsed and (not stream.is_worker or parsed[-1]["type"] == "worker-offline"):
-                self._look_for_worker(stream, parsed)
+            for event in events:
+                event["local_received"] = now
+                if type(tick := event.get("clock")) is int and tick > clock:
+                    clock = tick
+                if stream and (not stream.is_worker or event["type"] == "worker-offline"):
+                    self._look_for_worker(stream, event)
+            self._counts["events"] += len(events)
+            self._ready += events
         self._queued -= size
-        now, clock = time.time(), 0
-        for event in events:
-            event["local_received"] = now
-            if type(tick := event.get("clock")) is int and tick > clock:
-                clock = tick
         witness(clock)
-        self._counts["events"] += len(events)
-        self._ready += events
 
-    def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
+    def _look_for_worker(self, stream: Stream, event: Event) -> None:
         """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
-        for event in events:
-            if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
-                process = process_name(event["pid"], event.get("hostname"))
-                stream.process = stream.process or process
-                if process == stream.process:
-                    stream.is_worker = event["type"] != "worker-offline"
+        if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
+            process = process_name(event["pid"], event.get("hostname"))
+            stream.process = stream.process or process
+            if process == stream.process:
+                stream.is_worker = event["type"] != "worker-offline"
 
     def _say_of(self, stream: Stream, kind: str) -> list[Event]:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
