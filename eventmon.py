@@ -238,9 +238,8 @@ def plain(value: Any, above: tuple[int, ...] = (), left: Iterator[int] | None = 
     """
     left = left or iter(range(100_000))
     try:
-        if value is None or isinstance(value, bool) or isinstance(value, int) and value.bit_length() < 4096:
-            return value
-        if isinstance(value, float) and isfinite(value):
+        is_number = isinstance(value, float) and isfinite(value) or isinstance(value, int) and value.bit_length() < 4096
+        if value is None or is_number:
             return value
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode()
@@ -354,17 +353,17 @@ def seal(frame: bytes, key: bytes) -> bytes:
 
 
 MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
+RANGE = re.compile(rb"([0-9]{1,19})(?:-([0-9]{1,19}))?")
 
 
 def parse_ranges(body: bytes) -> Ranges:
     """Return the (first, last) pairs of a NAK, or raise WireError."""
     ranges = []
     for word in body.split(b" ", MAX_RANGES)[:MAX_RANGES]:
-        first, _, last = word.partition(b"-")
-        last = last or first
-        if not (first.isdigit() and last.isdigit() and len(first) < 20 and len(last) < 20):
+        match = RANGE.fullmatch(word)
+        if not match:
             raise WireError(f"range is {word[:40]!r}, expected N or N-N")
-        ranges.append((int(first), int(last)))
+        ranges.append((int(match[1]), int(match[2] or match[1])))
     return ranges
 
 
@@ -1923,7 +1922,7 @@ class Receiver:
         self._clock = 0.0
         self._moved_at = time.monotonic()  # when it was last put forward
         self._read_since = 0  # bytes of the buffer that have been read since then
-        self._heard_at = self._roll_due = 0.0  # by this clock: the last datagram, and the next roll call
+        self._heard_at = self._look_due = 0.0  # by this clock: the last datagram, and when to see who is silent
         self._gapped: dict[Stream, None] = {}  # streams of which something is missing
         self._unconfirmed: dict[Stream, None] = {}
         self._ack_due = inf  # when they are confirmed
@@ -2097,28 +2096,24 @@ class Receiver:
         self._read_since = 0
         if self._gapped:
             self._mend()
-        if self._clock >= self._roll_due:
-            self._roll_due = self._clock + BEAT
-            self._call_roll()
-            self._check_sockets()
+        if self._clock >= self._look_due:
+            self._look_due = self._clock + BEAT
+            self._look_around()
 
-    def _call_roll(self) -> None:
-        """Tell of the streams that have fallen silent, and of those that are heard again."""
+    def _look_around(self) -> None:
+        """Tell who has fallen silent and who is heard again; open sockets anew where that helps."""
         for stream in self._streams.values():
             is_silent = self._clock > stream.heard_at + SILENCE
             if is_silent != stream.is_lost:
                 stream.is_lost = is_silent
                 self._enqueue("worker-lost" if is_silent else "worker-online", stream)
-
-    def _check_sockets(self) -> None:
-        """Open what somebody else has closed, or whose interface has gone and come again."""
         channel = self._channel
         with suppress(OSError):  # no network now; or all is as it should be
             if channel and self._is_ours():
                 if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
                     return
                 channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
-            if channel:
+            if channel:  # somebody else has closed it, or its interface has gone and come again
                 self._open()
 
     def _is_ours(self) -> bool:
@@ -2139,7 +2134,9 @@ class Receiver:
         try:
             self._receive(data, source, now)
         except WireError as problem:
-            self._count(problem)
+            self._counts[problem.counted] += 1
+            if isinstance(problem, Rejected):
+                self.problem = problem
             if isinstance(problem, Skewed):
                 self._tell_time(data, source)
 
@@ -2297,8 +2294,8 @@ class Receiver:
             size += len(body) + 64
             try:
                 events = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
-            except WireError as problem:
-                self._count(problem)
+            except WireError:
+                self._counts["malformed"] += 1
                 continue
             for event in events:
                 event["local_received"] = now
@@ -2323,12 +2320,6 @@ class Receiver:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
         pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
         return [Event(kind, hostname=hostname, pid=int(pid), local=True)] if stream.is_worker else []
-
-    def _count(self, problem: WireError) -> None:
-        self._counts[problem.counted] += 1
-        if isinstance(problem, Rejected):
-            self.problem = problem
-
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
