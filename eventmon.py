@@ -2072,7 +2072,7 @@ class Receiver:
         except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
             is_empty = True
         found = self._taken > taken
-        if is_empty or self._read_since > self._space:  # all that it held when the clock last moved
+        if is_empty or self._read_since > 2 * self._space:  # surely more than it held when the clock last moved
             self._move_clock(time.monotonic(), MAX_SLEEP)
         if found:
             self._heard_at = self._clock
