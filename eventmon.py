@@ -615,15 +615,6 @@ class ReceiveWindow:
             self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
 
-    def forget(self, trail: int) -> None:
-        """Know that nothing can be had from before `trail`, of a stream whose beats have been heard before."""
-        if self._trail:
-            self._trail = max(self._trail, trail)
-
-    def gone(self) -> int:
-        """Return how many of those not delivered yet can be had no more, unless they have arrived unread."""
-        return max(0, self._trail - self.next)
-
     def missing(self, now: float) -> Ranges:
         """Return what to send a NAK for now."""
         if now < self.nak_at:
