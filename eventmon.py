@@ -2104,12 +2104,12 @@ class Receiver:
                 if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
                     return
                 channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
-            if channel:  # somebody else has closed it, or its interface has gone and come again
+            if self._channel:  # somebody else has closed it, or its interface has gone and come again
                 self._open()
 
     def _is_ours(self) -> bool:
         """Whether the sockets are open, and no file of the program has got the descriptor of one."""
-        return all(inode(sock) == number for sock, number in self._sockets.items())
+        return all(inode(sock) == number for sock, number in list(self._sockets.items()))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
