@@ -21,26 +21,22 @@ How the data flows:
                                     ^                                    |
                                     +------------ acks, NAKs ------------+
 
-The words, each with one meaning (RFC 3208 and RFC 5740 have the multicast ones, Celery the others):
+The words (RFC 3208 and RFC 5740 have the multicast ones, Celery has task, worker and state):
 
     event     a dict with a "type" ("task-started": group "task", subject "started") and a "timestamp"
-    stream    everything that one Dispatcher sends in one process, in order; its name is 16 random hex digits
-    datagram  a stream's datagrams have the sequence numbers (seq) 1, 2, 3, ...
+    stream    all that one Dispatcher sends in one process, in order: datagrams with the sequence numbers (seq) 1, 2, 3, ...
     frame     a datagram of our own: a header line and a body
-    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it;
-              the receive window restores the order and knows what is missing
+    window    what one side knows of a stream: the transmit window keeps what was sent, to repair it; the receive
+              window restores the order and knows what is missing
     lead      the highest sequence number sent; trail is the lowest that can still be repaired
-    beat      a heartbeat every quarter second: lead and trail; bye is the last one. A process whose stream is silent
-              for 3 s without a bye is lost
-    watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (everything up to there has arrived
-              or is given up), its room (how many bytes more its buffer takes), how many datagrams it lost, and how
-              many it has taken, of all streams: it advances as long as that number rises
-    NAK       negative acknowledgement: an ack that also asks for what is missing; the sender repairs it, which is
-              to send the same datagrams again
-    task, worker, state     as in Celery
-    view      what the user of the monitor has chosen to see: the sheets that are open above each other, the first a page
-    sheet     rows to move in: a table of tasks, names, workers or events, or a panel with everything about one of these
-    line      of the screen: a list of spans, text in a style, which take as many cells (columns of the terminal) as it has
+    beat      a heartbeat every quarter second; bye is the last one. Without it, a stream silent for 3 s is lost
+    watcher   a Receiver, as a Dispatcher knows it. Its ack gives a position (all up to there has arrived or is given
+              up), room (bytes that its buffer takes), how many datagrams it lost, and how many it has taken of all
+              streams: it advances as long as that number rises
+    NAK       negative acknowledgement: an ack that asks for what is missing; to repair is to send that again
+    view      what the user of the monitor sees: sheets above each other, the first a page
+    sheet     rows to move in: a table, or a panel with everything about one row of it
+    line      of the screen: a list of spans, text in a style, that take as many cells (columns of the terminal) as it has
 
 The wire. A datagram is either bare JSON (an object with a "type", or an array of them), or a frame:
 
@@ -242,9 +238,8 @@ def plain(value: Any, above: tuple[int, ...] = (), left: Iterator[int] | None = 
     """
     left = left or iter(range(100_000))
     try:
-        if value is None or isinstance(value, bool) or isinstance(value, int) and value.bit_length() < 4096:
-            return value
-        if isinstance(value, float) and isfinite(value):
+        is_number = isinstance(value, float) and isfinite(value) or isinstance(value, int) and value.bit_length() < 4096
+        if value is None or is_number:
             return value
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode()
@@ -283,6 +278,7 @@ def parse_events(body: bytes) -> list[Event]:
 
 MAGIC = b"EM2"  # the version: EM1 and EM3 cannot be read
 LAYOUT = {b"data": 1, b"part": 4, b"beat": 2, b"bye": 2, b"ack": 5, b"nak": 5, b"leave": 5}  # kind -> numbers
+HEADER = re.compile(rb"EM2 ([a-z]+) ([0-9a-zA-Z]{16}) ([0-9]{1,19}(?: [0-9]{1,19}){0,6})( [0-9a-f]{32})?\n")
 NAME = slice(9, 25)  # where the stream's name stands in a data frame
 
 Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, bytes, tuple of ints, bytes
@@ -290,22 +286,16 @@ Frame = namedtuple("Frame", ["kind", "stream", "numbers", "body"])  # bytes, byt
 
 def parse_frame(data: bytes) -> Frame:
     """Return the parts of a frame without a seal, or raise WireError."""
-    head, newline, body = data.partition(b"\n")
-    magic, *fields = head.split(b" ")
-    if magic != MAGIC or not newline or len(fields) < 2:
-        raise WireError(f"header is {head[:40]!r}, expected EM2 KIND STREAM NUMBER... and a newline")
-    kind, stream, *numbers = fields
-    expected = LAYOUT.get(kind)
-    if expected is None:
-        raise WireError(f"kind is {kind[:40]!r}, expected one of {b' '.join(LAYOUT).decode()}")
-    if len(numbers) == expected + 3:
+    match = HEADER.match(data)
+    if not match:
+        raise WireError(f"header is {data[:60]!r}, expected EM2 KIND STREAM NUMBER... and a newline")
+    kind, stream, digits, mac = match.groups()
+    if mac:
         raise Rejected("the stream is sealed with a key, and there is none here")
-    if len(numbers) != expected or len(stream) != 16 or not stream.isalnum():
-        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected {expected}, and 16 digits of stream")
-    for digits in numbers:
-        if len(digits) > 19 or not digits.isdigit():
-            raise WireError(f"number is {digits[:40]!r}, expected up to 19 decimal digits")
-    return Frame(kind, stream, tuple(map(int, numbers)), body)
+    numbers = tuple(map(int, digits.split()))
+    if LAYOUT.get(kind) != len(numbers):
+        raise WireError(f"a {kind.decode()} of {len(numbers)} numbers, expected one of {LAYOUT}")
+    return Frame(kind, stream, numbers, data[match.end() :])
 
 
 def head_of(kind: bytes, stream: bytes) -> bytes:
@@ -323,6 +313,7 @@ def format_frame(kind: bytes, stream: bytes, numbers: Iterable[int], body: bytes
     return b"%b%b\n%b" % (head_of(kind, stream), b" ".join([b"%d" % n for n in numbers]), body)
 
 
+SEALED = re.compile(rb"(EM2 .{1,%d}) ([0-9]{1,19}) ([0-9]{1,19}) ([0-9a-f]{32})\n" % MAX_HEADER)
 _serials = count(1)
 
 
@@ -342,20 +333,14 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
         return data, 0
     import hmac
 
-    head, _, body = data.partition(b"\n")
-    sealed, _, mac = head.rpartition(b" ")
-    if not hmac.compare_digest(mac, mac_of(sealed, body, key)):
+    match = SEALED.match(data)
+    if not match or not hmac.compare_digest(match[4], mac_of(data[: match.end(3)], data[match.end() :], key)):
         raise Rejected("not sealed with this key")
-    try:
-        head, *numbers = sealed.rsplit(b" ", 2)
-        sent, serial = map(int, numbers)
-        ahead = sent - time.time()
-    except (ValueError, OverflowError):
-        raise WireError(f"sealed header is {sealed[:40]!r}, expected a time and a serial number at its end") from None
+    ahead = int(match[2]) - time.time()
     if abs(ahead) > 30:
         way = "ahead" if ahead > 0 else "behind"
         raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
-    return b"%b\n%b" % (head, body), serial
+    return b"%b\n%b" % (match[1], data[match.end() :]), int(match[3])
 
 
 def seal(frame: bytes, key: bytes) -> bytes:
@@ -368,17 +353,17 @@ def seal(frame: bytes, key: bytes) -> bytes:
 
 
 MAX_RANGES = 60  # in a NAK, so that it fits MAX_DATAGRAM
+RANGE = re.compile(rb"([0-9]{1,19})(?:-([0-9]{1,19}))?")
 
 
 def parse_ranges(body: bytes) -> Ranges:
     """Return the (first, last) pairs of a NAK, or raise WireError."""
     ranges = []
     for word in body.split(b" ", MAX_RANGES)[:MAX_RANGES]:
-        first, _, last = word.partition(b"-")
-        last = last or first
-        if not (first.isdigit() and last.isdigit() and len(first) < 20 and len(last) < 20):
+        match = RANGE.fullmatch(word)
+        if not match:
             raise WireError(f"range is {word[:40]!r}, expected N or N-N")
-        ranges.append((int(first), int(last)))
+        ranges.append((int(match[1]), int(match[2] or match[1])))
     return ranges
 
 
@@ -600,21 +585,12 @@ class ReceiveWindow:
             self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
 
-    def forget(self, trail: int) -> None:
-        """Know that nothing can be had from before `trail`, of a stream whose beats have been heard before."""
-        if self._trail:
-            self._trail = max(self._trail, trail)
-
-    def gone(self) -> int:
-        """Return how many of those not delivered yet can be had no more, unless they have arrived unread."""
-        return max(0, self._trail - self.next)
-
     def missing(self, now: float) -> Ranges:
         """Return what to send a NAK for now."""
         if now < self.nak_at:
             return []
         ranges, reach = [], self.reach
-        for first, last in islice(self._gaps(), 256):
+        for first, last in islice(self._gaps(), MAX_RANGES):
             last = min(last, first + reach - 1)
             ranges.append((first, last))
             self._asked = max(self._asked, last)
@@ -1743,27 +1719,20 @@ def __dir__() -> list[str]:
 
 
 class Stream:
-    """One stream as a Receiver follows it: its window, and what is not confirmed yet."""
+    """One stream as a Receiver follows it."""
 
-    __slots__ = (
-        *("ack_at", "cost", "head", "heard", "is_leaving", "is_lost", "is_offline", "name", "process", "serial"),
-        *("source", "window", "worker"),
-    )
+    __slots__ = ("head", "heard_at", "is_leaving", "is_lost", "is_worker", "process", "serial", "source", "window")
 
     def __init__(self, name: bytes, source: Source, window: ReceiveWindow, now: float) -> None:
-        self.name = name
         self.head = head_of(b"data", name)
         self.source = source
         self.window = window
-        self.heard = now  # by the windows' clock
-        self.process = b""  # PID HOSTNAME, once a beat has told
-        self.worker = b""  # the same, once an event of a task or a worker has come from it
-        self.is_offline = False  # its last event was worker-offline
+        self.heard_at = now
+        self.process = b""  # PID HOSTNAME, as a beat tells; before the first one, as an event does
+        self.is_worker = False  # an event of a task or a worker has come from this process, and it is not offline
         self.is_leaving = False  # has said goodbye
         self.is_lost = False
         self.serial = 0  # the highest, with a key
-        self.cost = 0  # received since the last ack
-        self.ack_at = inf  # when to confirm
 
 
 class Receiver:
@@ -1777,9 +1746,9 @@ class Receiver:
 
     MAX_STREAMS = 4096
     MAX_JOINED = 24 << 20  # bytes of the pieces of all events that arrive in parts
-    MAX_AHEAD = 320  # times that is done before more is delivered, so that senders soon hear of a watcher that is behind
     MAX_QUEUED = 16 << 20  # bytes read and not delivered yet, from which on no more is read
-    MAX_READ = 32  # datagrams that are read at a time
+    MAX_READ = 128  # datagrams that are read at a time
+    MAX_AHEAD = 10_000  # that are read before more is delivered, so that senders soon hear of a watcher that is behind
     ACK_DELAY = 0.004  # the longest that a busy watcher leaves data unconfirmed: less than half of max_wait
 
     def __init__(
@@ -1795,48 +1764,38 @@ class Receiver:
         self.handlers = dict(handlers or {})
         self.should_stop = False
         self.problem: WireError | None = None
+        self.name = int.from_bytes(os.urandom(7), "big")
         self._url = parse_url(self.url)
         self._key = key_from(key)
         self._random = random.random
-        self.name = int.from_bytes(os.urandom(7), "big")
         self._channel: socket.socket | None = None
         self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
         self._sockets: dict[socket.socket, int] = {}  # both, and their inodes
         finalize(self, shut, self._sockets)
         self._space = BUFFER  # what the channel's buffer holds
-        self._ack_cost = BUFFER // 16  # of a stream's data that are confirmed at once
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
-        self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
+        self._history = True
+        self._taken = 0  # datagrams
+        # The windows' clock stands still while datagrams wait unread, among which what a window misses may be.
+        self._clock = 0.0
+        self._moved_at = time.monotonic()  # when it was last put forward
+        self._read_since = 0  # bytes of the buffer that have been read since then
+        self._heard_at = self._look_due = 0.0  # by this clock: the last datagram, and when to see who is silent
+        self._gapped: dict[Stream, None] = {}  # streams of which something is missing
         self._unconfirmed: dict[Stream, None] = {}
-        self._broken: dict[Stream, None] = {}  # streams with gaps
+        self._ack_due = inf  # when they are confirmed
+        self._senders = 1  # that send at the same time
         self._pieces: dict[tuple[Stream, int], list[bytes]] = {}  # of events that arrive in parts, the oldest first
         self._joined = 0  # bytes of all pieces
-        self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str for a body is what we say of the stream
+        self._queue: deque[tuple[Any, Any]] = deque()  # (body, stream or None); a str is what we say of the stream
         self._queued = 0  # bytes of them
         self._ready: deque[Event] = deque()
-        self._history = True
-        self._crowded_until = self._checked_at = self._heard_at = self._told_at = self._read_at = -inf
-        self._ack_due = inf  # when the first stream is to be confirmed
-        self._is_more_aside = False  # whether beats sent to this watcher alone may be unread
-        self._mend_due = inf  # when the first one is to be mended, by the windows' clock
-        self._roll_due = 0.0  # when to look who has fallen silent, by the windows' clock
-        self._announced: dict[Stream, Frame] = {}  # beats for us alone
-        self._clock = 0.0  # the windows' clock: see _advance()
-        self._complete_at = self._mark = inf  # all that arrived before has been read; since when we count what is read
-        self._read_since = 0
-        self._taken = self._taken_before = 0  # datagrams read in all, and when we last waited for one
-        self._empty = True  # the channel, when we last looked
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed.
-
-        Of a stream that is far ahead of us, what can be neither repaired nor in our buffer is lost already.
-        """
+        """Counts: events; datagrams lost, repaired, duplicates, malformed, rejected; streams followed."""
         counts = {name: self._counts[name] for name in self._counts if name != "held"}
-        buffered = 2 * self._space // DATAGRAM_COST
-        counts["lost"] += sum(max(0, stream.window.gone() - buffered) for stream in list(self._streams.values()))
         return {**counts, "streams": len(self._streams)}
 
     @property
@@ -1852,7 +1811,6 @@ class Receiver:
             answers = udp_socket(self._url)
             self._sockets[answers] = inode(answers)
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-        self._ack_cost = self._space // 16
         self._channel, self._answers = channel, answers
         return channel
 
@@ -1865,7 +1823,7 @@ class Receiver:
         channel, self._channel = self._channel, None
         if channel:
             for stream in list(self._streams.values()):
-                self._send_answer(stream, b"leave", 0)
+                self._answer(stream, b"leave")
             shut(self._sockets)
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
@@ -1891,38 +1849,32 @@ class Receiver:
         stream begins with what is sent from now on. With a timeout of 0 it yields what has arrived already.
         """
         self._history = wakeup
-        self._taken_before = self._taken
         left = inf if limit is None else limit
         patience = inf if timeout is None else timeout
-        last = time.monotonic()
+        read_at = last = time.monotonic()
+        found = 0
         self.fileno()
-        self._is_more_aside = True  # since the last capture
         try:
             while not self.should_stop and left > 0:
                 if self._ready:
                     yield self._ready.popleft()
                     left -= 1
                     last = time.monotonic()
-                    if last > self._read_at + self.ACK_DELAY / 2 and self._queued < self.MAX_QUEUED:
-                        self._read(0.0, 1)  # whoever takes its time still advances, for all to see
-                    continue
-                if self._channel is None and not self._queue:
-                    return
-                found = bool(self._queue)
-                if found:
+                    if last < read_at + self.ACK_DELAY / 2:  # else reading goes first: a sender may wait for it
+                        continue
+                elif not self._queue:
+                    if self._channel is None:
+                        return
+                    self._wait(min(patience, last + patience - time.monotonic()), is_busy=found > 16)
+                found = self._read_all()
+                read_at = time.monotonic()
+                if not self._ready:
                     self._parse()
-                    for _ in range(self.MAX_AHEAD):
-                        if self._queued > self.MAX_QUEUED or not self._read(0.0, self.MAX_READ):
-                            break
-                else:
-                    found = self._read(min(patience, last + patience - time.monotonic()), self.MAX_READ)
-                    if self._queue:  # what came while this process stood still is not too late
-                        self._parse()
-                # whoever does not want to wait reads what is no event for 20 ms at most
-                if not self._ready and time.monotonic() >= last + (max(patience, 0.02) if found else patience):
-                    return
+                    # whoever does not want to wait reads what is no event for 20 ms at most
+                    if not self._ready and read_at >= last + (max(patience, 0.02) if found else patience):
+                        return
         finally:
-            self._confirm(inf)  # the caller turns to other things
+            self._confirm()  # the caller turns to other things
 
     def on_event(self, event: Event) -> None:
         """Call the handler of the event's type, or that of "*"."""
@@ -1937,9 +1889,8 @@ class Receiver:
         for: it is given up after a second, at the first call after that.
         """
         now = time.monotonic()
-        self._advance(now, inf)
+        self._move_clock(now, inf)
         self._accept(data, source, now)
-        self._keep_up(now)
         while self._queue:
             self._parse()
         events = list(self._ready)
@@ -1948,187 +1899,105 @@ class Receiver:
 
     def pause(self, longest: float) -> float:
         """Return for how many seconds, at most `longest`, nothing is to be delivered, confirmed or asked for."""
-        if self._ready or self._queue or self._is_more_aside:
+        if self._ready or self._queue:
             return 0.0
-        return max(0.0, min(longest, self._ack_due - time.monotonic(), self._mend_due - self._clock))
+        return max(0.0, min(longest, self._ack_due - time.monotonic(), 0.002 if self._gapped else longest))
 
     # From here on: a datagram on its way to an event.
 
-    def _parse(self) -> None:
-        """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
-        events: list[Event] = []
-        size = 0
-        while self._queue and size < 65536:
-            body, stream = self._queue.popleft()
-            size += len(body) + 64
-            try:
-                parsed = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
-            except WireError as problem:
-                self._count(problem)
-                continue
-            events += parsed
-            if stream and parsed:
-                stream.is_offline = parsed[-1]["type"] == "worker-offline"
-                if not stream.worker or stream.process not in (b"", stream.worker):
-                    self._look_for_worker(stream, parsed)
-        self._queued -= size
-        now, clock = time.time(), 0
-        for event in events:
-            event["local_received"] = now
-            if type(tick := event.get("clock")) is int and tick > clock:
-                clock = tick
-        set_clock_past(clock)
-        self._counts["events"] += len(events)
-        self._ready += events
+    def _wait(self, patience: float, is_busy: bool) -> None:
+        """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
+        if is_busy:
+            time.sleep(max(0.0, min(patience, 0.0005)))
+        elif patience > 0:
+            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
 
-    def _look_for_worker(self, stream: Stream, events: list[Event]) -> None:
-        """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
-        for event in events:
-            if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
-                process = process_name(event["pid"], event.get("hostname"))
-                if process == (stream.process or process):
-                    stream.worker = process
+    def _read_all(self) -> int:
+        """Take what has arrived; return how many datagrams."""
+        taken, end = self._taken, self._taken + self.MAX_AHEAD
+        while self._queued <= self.MAX_QUEUED and self._taken < end and not self._read():
+            pass
+        return self._taken - taken
 
-    def _say_of(self, stream: Stream, kind: str) -> list[Event]:
-        """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
-        if not stream.worker or stream.is_offline or stream.process not in (b"", stream.worker):
-            return []
-        pid, _, hostname = stream.worker.decode("utf-8", "replace").partition(" ")
-        return [Event(kind, hostname=hostname, pid=int(pid), local=True)]
-
-    def _count(self, problem: WireError) -> None:
-        self._counts[problem.counted] += 1
-        if isinstance(problem, Rejected):
-            self.problem = problem
-
-    def _read(self, patience: float, most: int) -> bool:
-        """Take at most so many datagrams, waiting at most `patience` seconds for one; False if there was none."""
-        if patience > 0 and self._empty:
-            self._wait(patience)
+    def _read(self) -> bool:
+        """Take at most MAX_READ datagrams, and do what is due; return whether no more has arrived."""
         channel, now, taken = self._channel, time.monotonic(), self._taken
-        self._empty = False
+        is_empty = channel is None or not self._is_ours()
         try:
-            for _ in range(most if channel and self._is_ours() else 0):
+            for _ in range(0 if is_empty else self.MAX_READ):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
                 self._read_since += len(data) + DATAGRAM_COST
                 self._accept(data, source, now)
         except OSError:  # nothing more; closed; or, on Windows, an answer of ours found nobody
-            self._empty = True
-        found, now = self._taken > taken, time.monotonic()
-        if self._empty:
-            self._advance(now, MAX_SLEEP)
-        elif self._read_since > self._space:  # more than the buffer held at the mark
-            self._advance(self._mark, MAX_SLEEP)
-            self._mark = now
+            is_empty = True
+        found = self._taken > taken
+        if is_empty or self._read_since > 2 * self._space:  # surely more than it held when the clock last moved
+            self._move_clock(time.monotonic(), MAX_SLEEP)
         if found:
-            self._heard_at = now
-        if now >= self._checked_at + 1.0:
-            self._check(now)
-        self._keep_up(now)
-        self._read_at = now
-        return found
+            self._heard_at = self._clock
+            self._read_aside(now)
+        if time.monotonic() >= self._ack_due:
+            self._confirm()
+        return is_empty
 
-    def _keep_up(self, now: float) -> None:
-        """Confirm and mend what is due."""
-        if now >= self._ack_due or self._is_more_aside:
-            self._is_more_aside = self._read_aside(now)
-            self._confirm(now)
-        if self._clock >= self._roll_due:
-            self._call_roll()
-        if self._clock >= self._mend_due:
+    def _read_aside(self, now: float) -> None:
+        """Take beats sent to this watcher alone, whose buffer for what is sent to all may have been full."""
+        with suppress(OSError):
+            for _ in range(self.MAX_READ if self._answers is not self._channel else 0):
+                data, source = self._answers.recvfrom(65536)  # type: ignore[union-attr]
+                if data.startswith((b"EM2 beat ", b"EM2 bye ")):
+                    self._accept(data, source, now)
+
+    def _move_clock(self, now: float, most: float) -> None:
+        """Put the windows' clock forward, by `most` seconds at most: in the rest this process stood still itself."""
+        self._clock += min(now - self._moved_at, most)
+        self._moved_at = now
+        self._read_since = 0
+        if self._gapped:
             self._mend()
+        if self._clock >= self._look_due:
+            self._look_due = self._clock + BEAT
+            self._look_around()
 
-    def _call_roll(self) -> None:
-        """Tell of the streams that have fallen silent, and of those that are heard again."""
-        self._roll_due = self._clock + BEAT
+    def _look_around(self) -> None:
+        """Tell who has fallen silent and who is heard again; open sockets anew where that helps."""
         for stream in self._streams.values():
-            is_silent = self._clock > stream.heard + SILENCE
+            is_silent = self._clock > stream.heard_at + SILENCE
             if is_silent != stream.is_lost:
                 stream.is_lost = is_silent
                 self._enqueue("worker-lost" if is_silent else "worker-online", stream)
-
-    def _wait(self, patience: float) -> None:
-        """Wait for a datagram; when busy, let some gather: to be woken for each would cost more than all the rest."""
-        if self._taken > self._taken_before + 16:
-            time.sleep(min(patience, 0.0005))
-        else:
-            wait_for(max(0.0005, min(patience, self.pause(MAX_SLEEP))), *filter(None, [self._channel]))
-        self._taken_before = self._taken
+        channel = self._channel
+        with suppress(OSError):  # no network now; or all is as it should be
+            if channel and self._is_ours():
+                if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
+                    return
+                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
+            if self._channel:  # somebody else has closed it, or its interface has gone and come again
+                self._open()
 
     def _is_ours(self) -> bool:
         """Whether the sockets are open, and no file of the program has got the descriptor of one."""
-        return all(inode(sock) == number for sock, number in self._sockets.items())
-
-    def _check(self, now: float) -> None:
-        """Once a second: open what somebody else has closed, or whose interface has gone and come again."""
-        channel, self._checked_at = self._channel, now
-        with suppress(OSError):  # no network now; or all is as it should be
-            if channel and self._is_ours():
-                if not is_group(self._url.host) or now < self._heard_at + 1.0:
-                    return
-                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
-            if channel:
-                self._open()
-
-    def _advance(self, complete_at: float, most: float) -> None:
-        """Note that all that arrived before this time has been read.
-
-        So the windows' clock stands still while datagrams wait unread, among which what a window misses may be. It
-        goes at most `most` seconds further: in the rest the receiver stood still itself.
-        """
-        self._clock += min(max(0.0, complete_at - self._complete_at), most)
-        self._complete_at = self._mark = complete_at
-        self._read_since = 0
-        while self._announced:
-            self._on_beat(*self._announced.popitem())
-
-    def _read_aside(self, now: float) -> bool:
-        """Take beats sent to this watcher alone; return whether there may be more.
-
-        They count once all that had arrived before them has been read.
-        """
-        if self._answers is None or self._answers is self._channel:
-            return False
-        for _ in range(16):
-            try:
-                data, source = self._answers.recvfrom(65536)
-                frame = parse_frame(unseal(data, self._key)[0])
-            except OSError:
-                return False
-            except WireError as problem:
-                self._count(problem)
-                continue
-            stream = self._streams.get(frame.stream)
-            if stream and stream.source == source and frame.kind in (b"beat", b"bye"):
-                lead, trail = frame.numbers
-                self._announced[stream] = frame
-                self._plan_ack(stream, now)
-                stream.window.forget(min(trail, lead + 1))
-                self._deliver(stream, stream.window.overdue(self._clock))
-        return True
+        return all(inode(sock) == number for sock, number in list(self._sockets.items()))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
         self._taken += 1
         stream = None if self._key else self._streams.get(data[NAME])
-        if stream and stream.source == source:
-            window, head = stream.window, stream.head + b"%d\n" % stream.window.next
-            if data.startswith(head) and window.in_order(window.next):  # as nearly always
-                stream.heard = self._clock
-                stream.cost += len(data) + DATAGRAM_COST
-                if stream.ack_at == inf or stream.cost > self._ack_cost:
-                    self._plan_ack(stream, now, self.ACK_DELAY)
-                return self._enqueue(data[len(head) :], stream)
+        if stream and stream.source == source and data.startswith(stream.head):  # as nearly always
+            start = len(stream.head)
+            end = data.find(b"\n", start, start + 20)
+            digits = data[start:end]
+            if end > 0 and digits.isdigit():
+                stream.heard_at = self._clock
+                return self._on_data(stream, int(digits), data[end + 1 :], len(data), now)
         try:
             self._receive(data, source, now)
         except WireError as problem:
-            self._count(problem)
+            self._counts[problem.counted] += 1
+            if isinstance(problem, Rejected):
+                self.problem = problem
             if isinstance(problem, Skewed):
-                self._tell_time(data, source, now)
-
-    def _enqueue(self, body: bytes | str, stream: Stream | None) -> None:
-        self._queue.append((body, stream))
-        self._queued += len(body) + 64
+                self._tell_time(data, source)
 
     def _receive(self, data: bytes, source: Source, now: float) -> None:
         if data[:2] != b"EM":
@@ -2140,160 +2009,176 @@ class Receiver:
         if frame.kind in (b"ack", b"nak", b"leave"):
             raise WireError(f"an {frame.kind.decode()}, expected what a sender sends")
         stream = self._streams.get(frame.stream) or self._follow(frame, source, now)
-        fresh = not self._key or serial > stream.serial
-        if fresh and stream.source != source and not self._key and self._clock < stream.heard + 2 * BEAT:
+        is_new = not self._key or serial > stream.serial
+        if stream.source != source and not self._key and self._clock < stream.heard_at + 2 * BEAT:
             # A name proves nothing without a key. A sender that has moved is believed when its old place is silent.
             raise Rejected(f"stream {frame.stream.decode()} comes from {source}, expected {stream.source}")
-        if fresh:
-            stream.source, stream.heard, stream.serial = source, self._clock, serial
+        if is_new:
+            stream.source, stream.heard_at, stream.serial = source, self._clock, serial
         if frame.kind in (b"data", b"part"):
-            size = len(data) + DATAGRAM_COST
-            stream.cost += size
-            self._plan_ack(stream, now, self.ACK_DELAY)
-            return self._deliver(stream, stream.window.receive(frame.numbers[0], frame, size, self._clock))
-        if not fresh:
+            item = frame.body if frame.kind == b"data" else frame
+            return self._on_data(stream, frame.numbers[0], item, len(data), now)
+        if not is_new:
             raise Replay("a beat seen before")
         self._streams.move_to_end(frame.stream)
-        self._plan_ack(stream, now)
-        self._on_beat(stream, frame)
-
-    def _on_beat(self, stream: Stream, frame: Frame) -> None:
-        """Learn what has been sent, by which process, and whether that was all."""
-        if re.match(rb"[0-9]{1,9} ", frame.body):
-            stream.process = frame.body[:1000]
+        self._answer(stream, b"ack")
+        if re.match(rb"[0-9]{1,9} ", frame.body) and frame.body != stream.process:
+            stream.process, stream.is_worker = frame.body[:1000], False
         stream.is_leaving = frame.kind == b"bye"
         lead, trail = frame.numbers
         self._deliver(stream, stream.window.announce(lead, trail, self._clock))
 
-    def _tell_time(self, data: bytes, source: Source, now: float) -> None:
+    def _on_data(self, stream: Stream, seq: int, item: bytes | Frame, size: int, now: float) -> None:
+        """Take a datagram of a stream: the body of an event or several, or the frame of a part of one."""
+        if stream not in self._unconfirmed:
+            self._unconfirmed[stream] = None
+            self._ack_due = min(self._ack_due, now + self.ACK_DELAY * (1 + self._senders // 8))
+        if type(item) is bytes and stream.window.in_order(seq):
+            self._enqueue(item, stream)
+        else:
+            self._deliver(stream, stream.window.receive(seq, item, size + DATAGRAM_COST, self._clock))
+
+    def _tell_time(self, data: bytes, source: Source) -> None:
         """Answer a beat with our own time, so that its sender learns that the clocks differ."""
-        fields = data.split(b" ", 3)
-        if fields[1] == b"beat" and self._answers and now >= self._told_at + 1.0:
-            self._told_at = now
+        _, kind, name, _ = data.split(b" ", 3)
+        if kind == b"beat" and self._answers:
             with suppress(OSError):
-                answer = format_frame(b"leave", fields[2], (0, 0, 0, 0, 0))
-                self._answers.sendto(seal(answer, self._key), source)
+                self._answers.sendto(seal(format_frame(b"leave", name, (0, 0, 0, 0, 0)), self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was.
+        """Begin to follow a stream: from the start of what can be had, or from now.
 
-        From now also while many live streams are displaced: this may be one, of which everything has been delivered.
+        For that one may have to go that is silent; a live one never, so that nothing of it comes twice.
         """
-        while len(self._streams) >= self.MAX_STREAMS:
-            self._evict(now)
-        first = frame.numbers[0]
-        start = first if frame.kind in (b"data", b"part") else first + 1
-        if self._history and now > self._crowded_until:
-            start = 1
-        start = self._displaced.pop(frame.stream, start)
+        if len(self._streams) >= self.MAX_STREAMS:
+            oldest = next(iter(self._streams.values()))
+            if self._clock < oldest.heard_at + SILENCE:
+                raise Rejected(f"stream {frame.stream.decode()} is one too many: {self.MAX_STREAMS:,} are followed")
+            self._streams.popitem(last=False)
+            self._unconfirmed.pop(oldest, None)
+            self._gapped.pop(oldest, None)
+            self._counts["held"] -= oldest.window.size
+            self._counts["lost"] += oldest.window.end - oldest.window.next
+        start = 1 if self._history else frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
-        self._plan_ack(stream, now)
+        self._ack_due = now
         return stream
-
-    def _evict(self, now: float) -> None:
-        """Follow the stream no more that is silent longest."""
-        name, stream = self._streams.popitem(last=False)
-        self._displaced[name] = stream.window.end
-        if len(self._displaced) > 16 * self.MAX_STREAMS:
-            del self._displaced[next(iter(self._displaced))]
-            self._crowded_until = now + 60
-        for known in (self._unconfirmed, self._broken, self._announced):
-            known.pop(stream, None)
-        self._counts["held"] -= stream.window.size
-        self._counts["lost"] += stream.window.end - stream.window.next
 
     # Answers.
 
-    def _plan_ack(self, stream: Stream, now: float, delay: float = 0.0) -> None:
-        delay *= 1 + len(self._unconfirmed) // 4  # of many streams less often: an ack takes its sender's time, and ours
-        stream.ack_at = min(stream.ack_at, now + delay if stream.cost <= self._ack_cost else now)
-        self._unconfirmed[stream] = None
-        self._ack_due = min(self._ack_due, stream.ack_at)
-
-    def _confirm(self, now: float) -> None:
-        """Send the acks that are due."""
-        for stream in [stream for stream in self._unconfirmed if now >= stream.ack_at]:
+    def _confirm(self) -> None:
+        """Tell all that have sent something what has come."""
+        self._senders = max(1, self._senders - 1, len(self._unconfirmed))
+        for stream in self._unconfirmed:
             self._answer(stream, b"ack")
-        self._ack_due = min((stream.ack_at for stream in self._unconfirmed), default=inf)
+        self._unconfirmed.clear()
+        self._ack_due = inf
 
     def _mend(self) -> None:
         """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
-        self._mend_due = inf if len(self._broken) <= 64 else self._clock + 0.002
-        reach = max(16, self._space // (4 * DATAGRAM_COST) // max(1, len(self._broken)))
-        for stream in list(islice(self._broken, 64)):
+        reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._gapped))
+        for stream in list(islice(self._gapped, 64)):
             window = stream.window
             window.reach = reach
-            del self._broken[stream]
-            items = window.overdue(self._clock)
+            del self._gapped[stream]
+            self._deliver(stream, window.overdue(self._clock))  # which puts it behind the others
             ranges = window.missing(self._clock)
-            for start in range(0, len(ranges), MAX_RANGES):
-                self._answer(stream, b"nak", format_ranges(ranges[start : start + MAX_RANGES]))
-            self._deliver(stream, items)  # which sees to the rest
+            if ranges:
+                self._answer(stream, b"nak", format_ranges(ranges))
 
     def _answer(self, stream: Stream, kind: bytes, body: bytes = b"") -> None:
-        """Confirm what has come of a stream, also as part of a NAK, if there is a socket to send it with."""
+        """Send what has come of a stream, and its share of the room for more, if there is a socket to send it with."""
         window = stream.window
-        room = min(self._space // 2, ROOM) // max(1, len(self._unconfirmed))  # shared by who sends at the same time
+        room = min(self._space // 2, ROOM) // self._senders
         room += min(window.size, HISTORY // 4)  # held back: it has left the buffer, but can be repaired
-        self._unconfirmed.pop(stream, None)
-        stream.cost, stream.ack_at = 0, inf
-        self._send_answer(stream, kind, room, body)
-
-    def _send_answer(self, stream: Stream, kind: bytes, room: int, body: bytes = b"") -> None:
-        numbers = stream.window.next - 1, self.name, room, stream.window.lost, self._taken
+        numbers = window.next - 1, self.name, room, window.lost, self._taken
         if self._answers:
+            answer = seal(format_frame(kind, stream.head[NAME], numbers, body), self._key)
             with suppress(OSError):  # as good as lost on the way: what matters is asked again
-                self._answers.sendto(seal(format_frame(kind, stream.name, numbers, body), self._key), stream.source)
+                self._answers.sendto(answer, stream.source)
 
     # Delivery.
 
-    def _deliver(self, stream: Stream, frames: list[Frame]) -> None:
-        """Queue the bodies of frames in order, and look after the stream if something is missing."""
-        for frame in frames:
-            try:
-                body = frame.body if frame.kind == b"data" else self._join(stream, frame)
-                if body:
-                    self._enqueue(body, stream)
-            except WireError as problem:
-                self._count(problem)
-        if stream.is_leaving and stream.window.next == stream.window.end:
+    def _deliver(self, stream: Stream, items: list[Any]) -> None:
+        """Queue what is in order, and look after the stream if something is missing."""
+        for item in items:
+            body = item if type(item) is bytes else self._join(stream, item)
+            if body:
+                self._enqueue(body, stream)
+        if stream.window.next < stream.window.end:
+            self._gapped[stream] = None
+        elif stream.is_leaving:
             self._enqueue("worker-offline", stream)
-            self._send_answer(stream, b"leave", 0)
-        due = min(stream.window.nak_at, stream.window.give_up_at())
-        if due < inf:
-            self._broken[stream] = None  # behind the others
-            self._mend_due = min(self._mend_due, max(due, self._clock + 0.002))
+            self._answer(stream, b"leave")
 
     def _join(self, stream: Stream, frame: Frame) -> bytes:
         """Add a piece to an event that arrives in parts; return the event with its last one, else nothing."""
         (_, event, index, total), piece = frame.numbers, frame.body
-        if not index < total <= MAX_EVENT // 1024 or index + 1 < total and len(piece) < 1024:
-            raise WireError(f"part {index} of {total}, {len(piece)} bytes")
+        is_object = index > 0 or piece[:1] == b"{"  # the many events of an array would take too much memory
+        if not (is_object and index < total <= MAX_EVENT // 1024 and (len(piece) >= 1024 or index + 1 == total)):
+            self._counts["malformed"] += 1
+            return b""
         key = stream, event
-        pieces = self._pieces.setdefault(key, []) if index == 0 else self._pieces.get(key, [])
-        if len(pieces) != index:  # something was given up; or, where there is no piece, we came in the middle
+        pieces = self._pieces.setdefault(key, [])
+        if len(pieces) != index:  # something was given up, or we came in the middle
             self._drop_pieces(key)
             return b""
         pieces.append(piece)
         self._joined += len(piece)
-        if index + 1 == total:
-            body = b"".join(self._pieces.pop(key))
-            self._joined -= len(body)
-            if body[:1] != b"{":
-                raise WireError(f"an event of {len(body):,} bytes that is no object")
-            return body
         while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._pieces)))
-        return b""
+        if index + 1 < total:
+            return b""
+        body = b"".join(self._pieces.pop(key, ()))
+        self._joined -= len(body)
+        return body
 
     def _drop_pieces(self, key: tuple[Stream, int]) -> None:
         """Give up an event of which parts have come."""
-        pieces = self._pieces.pop(key, [])
+        pieces = self._pieces.pop(key)
         key[0].window.lost += len(pieces)
         self._counts["lost"] += len(pieces)
         self._joined -= sum(map(len, pieces))
 
+    def _enqueue(self, body: bytes | str, stream: Stream | None) -> None:
+        self._queue.append((body, stream))
+        self._queued += len(body) + 64
+
+    def _parse(self) -> None:
+        """Make events of what is in the queue; of no more than is soon delivered, since they take more memory."""
+        size, now, clock = 0, time.time(), 0
+        while self._queue and size < 65536:
+            body, stream = self._queue.popleft()
+            size += len(body) + 64
+            try:
+                events = parse_events(body) if type(body) is bytes else self._say_of(stream, body)
+            except WireError:
+                self._counts["malformed"] += 1
+                continue
+            for event in events:
+                event["local_received"] = now
+                if type(tick := event.get("clock")) is int and tick > clock:
+                    clock = tick
+                if stream and (not stream.is_worker or event["type"] == "worker-offline"):
+                    self._look_for_worker(stream, event)
+            self._counts["events"] += len(events)
+            self._ready += events
+        self._queued -= size
+        set_clock_past(clock)
+
+    def _look_for_worker(self, stream: Stream, event: Event) -> None:
+        """Note whether the stream's own process works on tasks: its sender may forward the events of others."""
+        if event["type"].startswith(("task-", "worker-")) and type(event.get("pid")) is int:
+            process = process_name(event["pid"], event.get("hostname"))
+            stream.process = stream.process or process
+            if process == stream.process:
+                stream.is_worker = event["type"] != "worker-offline"
+
+    def _say_of(self, stream: Stream, kind: str) -> list[Event]:
+        """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
+        pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
+        return [Event(kind, hostname=hostname, pid=int(pid), local=True)] if stream.is_worker else []
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 

@@ -1913,7 +1913,7 @@ def test_parts_of_two_events_are_never_joined(virtual):
 
 
 def test_what_a_receiver_keeps_is_bounded(virtual):
-    receiver, junk, large = Receiver(), b"x" * 60000, b'{"type":"large","x":"%b"}' % (b"x" * 16_000_000)
+    receiver, junk, large = Receiver(), b"{" * 60000, b'{"type":"large","x":"%b"}' % (b"x" * 16_000_000)
     pieces = [large[start : start + 60000] for start in range(0, len(large), 60000)]
     tracemalloc.start()
     try:
