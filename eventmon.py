@@ -4182,20 +4182,20 @@ FRAME_TIME = 0.05  # between two pictures,
 FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two lists of rows
 DRAIN = 500  # events taken between two looks at the keyboard
 MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
-LOOKS = {  # style -> attributes; its colour of 256, at least 3:1 on black, #1e1e1e and white; of 8, where one is legible
-    "": ("", 0, 0),
-    "bold": ("BOLD", 0, 0),
-    "dim": ("DIM", 244, 0),
-    "heading": ("BOLD UNDERLINE", 0, 0),
-    "reverse": ("REVERSE", 0, 0),
-    "selected": ("BOLD REVERSE", 0, 0),
-    "alarm": ("BOLD REVERSE", 196, 1),
-    "red": ("BOLD", 196, 1),
-    "green": ("", 28, 0),
-    "yellow": ("", 136, 0),
-    "blue": ("", 32, 0),
-    "magenta": ("", 133, 5),
-    "cyan": ("", 30, 0),
+LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on black, #1e1e1e and white
+    "": ("", 0),
+    "bold": ("BOLD", 0),
+    "dim": ("DIM", 244),
+    "heading": ("BOLD UNDERLINE", 0),
+    "reverse": ("REVERSE", 0),
+    "selected": ("BOLD REVERSE", 0),
+    "alarm": ("BOLD REVERSE", 196),
+    "red": ("BOLD", 196),
+    "green": ("", 28),
+    "yellow": ("", 136),
+    "blue": ("", 32),
+    "magenta": ("", 133),
+    "cyan": ("", 30),
 }
 
 
@@ -4220,9 +4220,7 @@ def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
             begins, whole = whole, line.endswith(b"\n")
             index += begins
             try:
-                if begins and not whole and len(line) == MAX_LINE:
-                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
-                if begins and line.strip():
+                if begins and line.strip():  # the rest of a longer line holds nothing
                     yield parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
             except WireError as problem:
                 report(f"{where}line {index}: {problem}")
@@ -4252,10 +4250,9 @@ def json_line(event: Facts) -> str:
 def open_record(path: str) -> Any:
     """Open a file to append events to; behind a line that a crash has cut off begins another one."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
-    if os.path.isfile(path) and os.path.getsize(path) and os.access(path, os.R_OK):
-        with open(path, "rb") as before:
-            before.seek(-1, os.SEEK_END)
-            file.write(b"" if before.read() == b"\n" else b"\n")
+    with suppress(OSError), open(path, "rb") as before:  # it is empty, or no file that can be read
+        before.seek(-1, os.SEEK_END)
+        file.write(b"" if before.read() == b"\n" else b"\n")
     return file
 
 
@@ -4276,12 +4273,11 @@ def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> 
 
     left = inf if limit is None else limit
     for event in feed if left > 0 else ():
-        if event is not None:
-            if types and not any(fnmatchcase(event.type, glob) for glob in types):
-                continue
-            if record:
-                append(record, event)
-            left -= 1
+        if event is not None and types and not any(fnmatchcase(event.type, glob) for glob in types):
+            continue
+        if event is not None and record:
+            append(record, event)
+        left -= event is not None
         yield event
         if left <= 0:
             return
@@ -4296,7 +4292,7 @@ def noted(feed: Feed, state: State) -> Feed:
 
 
 class Terminal:
-    """What curses does for the monitor: it reads keys, and paints lines, of which only those that have changed."""
+    """What curses does for the monitor: it reads keys, and paints lines."""
 
     def __init__(self, window: Any) -> None:
         import curses
@@ -4304,10 +4300,10 @@ class Terminal:
         self._curses: Any = curses
         self._window = window
         self._ascii = "utf" not in window.encoding.lower()
-        self._painted: list[Line] = []
+        self._ahead: Any = None  # what was read behind an Escape
         self._looks = self._prepare_looks()
-        self._button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
-        curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | self._button5)
+        button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
+        curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
         curses.mouseinterval(0)
         window.nodelay(True)
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
@@ -4316,15 +4312,13 @@ class Terminal:
 
     def _prepare_looks(self) -> dict[str, int]:
         """Return style -> curses attribute."""
-        curses, colours, looks = self._curses, 0, {}
-        if curses.has_colors():
-            with suppress(curses.error):  # of a terminal that has no default colours
-                curses.use_default_colors()  # without colours too, or curses would paint a background
-                colours = 0 if os.environ.get("NO_COLOR") else curses.COLORS
-        for pair, (style, (attributes, many, few)) in enumerate(LOOKS.items(), 1):
+        curses, looks, is_coloured = self._curses, {}, False
+        with suppress(curses.error):  # of a terminal that has no colours, or none of its own
+            curses.use_default_colors()  # else curses would paint a background
+            is_coloured = curses.COLORS >= 256 and not os.environ.get("NO_COLOR")
+        for pair, (style, (attributes, colour)) in enumerate(LOOKS.items(), 1):
             looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
-            colour = many if colours >= 256 else few if colours else 0
-            if colour:
+            if colour and is_coloured:
                 curses.init_pair(pair, colour, -1)
                 looks[style] = looks[style] & ~curses.A_DIM | curses.color_pair(pair)
         return looks
@@ -4338,12 +4332,9 @@ class Terminal:
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def forget(self, used: bool = False) -> None:
-        """Paint all of the next picture: what the terminal shows is not known, or another program has used it."""
-        if used:
-            self._curses.endwin()
-        self._window.clear()
-        self._painted = []
+    def forget(self) -> None:
+        """Let the next picture be painted as a whole: what the terminal shows is not known."""
+        self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
 
     def is_ready(self) -> bool:
         """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
@@ -4360,56 +4351,42 @@ class Terminal:
 
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
+        self._window.erase()
+        self._window.redrawln(0, 4)  # of a bar that goes, the edge of its glyph may be left beside its cell
         for row, line in enumerate(lines):
-            if row < len(self._painted) and line == self._painted[row]:
-                continue
-            self._window.move(row, 0)
-            self._window.clrtoeol()
-            if row < 4:  # of a bar that goes, the edge of its glyph may be left beside its cell
-                self._window.redrawln(row, 1)
             column = 0
             for text, style, _ in line:
                 with suppress(self._curses.error):  # behind the last cell is no place for the cursor
                     self._window.addstr(row, column, in_ascii(text) if self._ascii else text, self._looks[style])
                 column += cells(text)
-        self._painted = lines
         self._window.refresh()
 
     def pressed(self) -> Iterator[str]:
         """Yield the keys that were pressed, as press() takes them."""
         for key in iter(self._read, None):
+            if key == "\x1b":
+                ahead = self._read()
+                if ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
+                    self._window.timeout(50)  # for what comes in pieces
+                    any("@" <= str(end) <= "~" for end in iter(self._read, None))
+                    self._window.nodelay(True)
+                    continue
+                self._ahead = ahead
             if key == self._curses.KEY_MOUSE:
-                yield from self._mouse()
-            elif key == "\x1b":
-                yield from self._escape()
+                with suppress(self._curses.error):
+                    _, column, line, _, button = self._curses.getmouse()
+                    clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+                    yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
             elif isinstance(key, str) and key.isprintable():
                 yield key
             elif isinstance(key, int) or key < "\x80":
                 yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
 
-    def _escape(self) -> Iterator[str]:
-        """Yield what an Escape means: nothing if it begins a sequence that curses does not know; that is read."""
-        key = self._read()
-        if key in ("[", "O", "]", "P"):
-            end = "\x07\\" if key in ("]", "P") else None  # of a terminal's answer; the others end with a letter
-            self._window.timeout(50)  # for what comes in pieces
-            any(str(other) in end if end else "@" <= str(other) <= "~" for other in iter(self._read, None))
-            self._window.nodelay(True)
-            return
-        yield "^[" if key is None else "M-"
-        if key is not None:
-            (self._curses.ungetch if isinstance(key, int) else self._curses.unget_wch)(key)
-
     def _read(self) -> Any:
         """Return the next character, the number of a key that is none, or None."""
+        ahead, self._ahead = self._ahead, None
         with suppress(self._curses.error):
-            return self._window.get_wch()
-
-    def _mouse(self) -> Iterator[str]:
-        with suppress(self._curses.error):
-            _, column, line, _, button = self._curses.getmouse()
-            clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-            yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+            return ahead or self._window.get_wch()
 
 
 class Monitor:
@@ -4425,9 +4402,7 @@ class Monitor:
         self._status = status
         self._receiver = receiver
         self._view = View()
-        self._signals: set[int] = set()  # that have come and are still to be heeded
-        self._pid = os.getpid()
-        self._wake, self._waker = socket.socketpair()
+        self._wake, self._waker = socket.socketpair()  # where Python writes the numbers of signals
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
@@ -4435,7 +4410,7 @@ class Monitor:
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
-        self._rows_of: Any = None  # what the rows are of
+        self._rows_of: Any = None, None  # what the rows are of
         self._rows_due = 0.0  # when they may be made anew though only events have changed them
 
     def run(self) -> None:
@@ -4443,48 +4418,42 @@ class Monitor:
         import curses
         import signal
 
+        def end(number: int, frame: object) -> NoReturn:
+            for name in ending:
+                signal.signal(name, signal.SIG_IGN)  # the next one must not stop what puts the terminal back
+            raise SystemExit(128 + number)
+
         if hasattr(curses, "set_escdelay"):
             curses.set_escdelay(50)  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
+        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+        handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
         mine = threading.current_thread() is threading.main_thread()
-        ending = {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-        before = {name: signal.getsignal(name) for name in (*ending, signal.SIGCONT, signal.SIGWINCH) if mine}
+        before = {name: signal.getsignal(name) for name in handlers if mine}
+        wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False) if mine else -1
         try:
             for name, handler in before.items():
                 if handler != signal.SIG_IGN:
-                    signal.signal(name, self._note)
+                    signal.signal(name, handlers[name])
             curses.wrapper(self._loop)
         except curses.error:
             if sys.stdin.isatty():
                 raise  # else the terminal has gone
         finally:
+            if mine:
+                signal.set_wakeup_fd(wakeup)
             for name, handler in before.items():
                 signal.signal(name, signal.SIG_DFL if handler is None else handler)
             self._wake.close()
             self._waker.close()
-        for ended in self._signals & ending:
-            raise SystemExit(128 + ended)
-
-    def _note(self, name: int, frame: object) -> None:
-        """Note a signal."""
-        import signal
-
-        if os.getpid() != self._pid:  # the child of a fork
-            signal.signal(name, signal.SIG_DFL)
-            os.kill(os.getpid(), name)
-        self._signals.add(name)
-        with suppress(OSError):  # enough lie there already
-            self._waker.send(b"\0")  # ends the wait, as a signal alone does not
 
     def _loop(self, window: Any) -> None:
-        from signal import SIGCONT, SIGWINCH
-
         terminal = Terminal(window)
         try:
             self._take()
-            while not (self._ended and self._receiver) and not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
-                if self._signals and terminal.is_ready():
-                    terminal.forget(SIGCONT in self._signals)
-                    self._signals -= {SIGCONT, SIGWINCH}
+            while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+                with suppress(BlockingIOError):  # no signal came
+                    self._wake.recv(4096)
+                    terminal.forget()
                     self._drawn = None
                 height, width = terminal.size()
                 self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
@@ -4511,12 +4480,11 @@ class Monitor:
         """Heed the keys, draw, and wait for more."""
         more = False
         for key in terminal.pressed():
-            if key == "^L" and terminal.is_ready():
-                terminal.forget(True)
-            rows = None if self._view.typing else self._find(stage)  # a letter of a filter needs none
-            self._view = self._state.freeze_while(press, self._view, key, stage, rows)
+            if key == "^L":
+                terminal.forget()
+            self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
             self._drawn, self._due = None, self._painted + FRAME_TIME
-            more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
+            more = time.monotonic() > self._due
             if more or self._view.done:
                 break  # what is typed further must wait for the events, or is for whoever reads next
         if not self._view.done:
@@ -4525,26 +4493,25 @@ class Monitor:
 
     def _find(self, stage: Stage, now: float = -inf) -> Rows:
         """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
-        view = settled(self._view, self._state)
-        wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
-        changes = self._news(), len(self._state.tasks), self._second(stage)
-        if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
+        view, changes = settled(self._view, self._state), self._changes(stage)
+        wanted = view.layers[-1]._replace(cursor=None, index=0), view.frozen
+        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
             begun = time.monotonic()
             self._rows = self._state.freeze_while(rows_of, view, stage)
             self._rows_of = wanted, changes
             self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
         return self._rows
 
-    def _second(self, stage: Stage) -> int:
-        """Return what changes each second while something on the screen counts seconds."""
-        counts = time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
-        return int(stage.now) if counts or self._state.workers else 0
+    def _changes(self, stage: Stage) -> Any:
+        """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
+        counts = self._state.workers or time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
+        return stage._replace(now=int(stage.now) if counts else 0), self._news(), len(self._state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         now = time.monotonic()
         rows = self._find(stage, now)
-        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._news()
+        picture = self._rows_of, self._view, self._changes(stage)
         if picture != self._drawn and now >= self._due and terminal.is_ready():
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
@@ -4555,45 +4522,37 @@ class Monitor:
 
     def _wait(self, longest: float) -> None:
         """Wait for keys, signals, and events that are news, which are taken."""
-        files, until = [sys.stdin, self._wake, *([self._receiver] if self._receiver else [])], time.monotonic() + longest
+        files, until = [sys.stdin, self._wake, *filter(None, [self._receiver])], time.monotonic() + longest
         ready: list[Any] = []
         while not ready or ready == [self._receiver]:
-            left = max(0.0, until - time.monotonic()) if self._receiver or self._ended else 0.0
-            left = self._receiver.pause(left) if self._receiver else left
+            left = max(0.0, until - time.monotonic())
+            left = self._receiver.pause(left) if self._receiver else left * self._ended
             try:
                 ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
             except ValueError:  # it takes only the first 1,024 files
                 wait_for(left, *files)
             if self._take() or time.monotonic() >= until:
                 break
-        with suppress(BlockingIOError):  # no signal came
-            self._wake.recv(4096)
-
-
-def is_terminal(stream: Any, number: int) -> bool:
-    """Whether a standard stream is what curses takes for it, and a terminal."""
-    try:
-        return bool(stream.isatty()) and stream.fileno() == number
-    except (AttributeError, OSError, ValueError):
-        return False
 
 
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
-    if not (is_terminal(sys.stdin, 0) and is_terminal(sys.stdout, 1)):
-        return False
-    name = os.environ.get("TERM")
+    name = os.environ.get("TERM", "")
     try:
+        if not (sys.stdin.isatty() and sys.stdout.isatty() and os.isatty(0) and os.isatty(1)):  # curses takes 0 and 1
+            return False
         import curses
 
         curses.setupterm()
         if curses.tigetstr("cup"):
             return True
         problem = f"TERM={name} cannot move the cursor"
+    except (AttributeError, ValueError):
+        return False  # a standard stream is not there, or closed
     except ImportError:
         problem = "this Python has no curses"
     except curses.error:
-        problem = f"TERM={name} is not known" if name else "TERM is not set"
+        problem = f"TERM={name} is not known"
     complain(f"{problem}: printing lines instead of the monitor")
     return False
 
@@ -4612,18 +4571,12 @@ def print_lines(feed: Feed, state: State | None = None) -> None:
             print(event_line(event, state) if state else json_line(event), flush=True)
 
 
-def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str] = (), words: str = "") -> None:
-    """Show in the monitor what a receiver hears; `words` are those that `send` needs beside the URL to reach it."""
-    where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
-    trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
-    empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
-
-    def status() -> dict[str, Any]:
-        stats = receiver.stats
-        losses = {name: stats[name] for name in ("lost", "rejected", "malformed")}
-        return {"url": receiver.url, "empty": empty, **losses}
-
-    Monitor(feed, state, status, receiver).run()
+def show_live(receiver: Receiver, state: State, feed: Feed) -> None:
+    """Show in the monitor what a receiver hears."""
+    url = receiver.url
+    empty = f"no events yet on {url} — try: python eventmon.py send hello --url '{url}'"
+    names = ("lost", "rejected", "malformed")
+    Monitor(feed, state, lambda: {"url": url, "empty": empty, **{name: receiver.stats[name] for name in names}}, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
@@ -4744,7 +4697,7 @@ def watch(options: Any) -> int:
                 Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
             print(end=unsaid.getvalue(), file=sys.stderr)
         else:
-            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
+            show_live(receiver, state, feed)
     bad.end()
     return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
