@@ -3469,10 +3469,10 @@ def chars_in(text: str, width: int) -> int:
 
 def fit(text: str, width: int, tail: bool = False) -> str:
     """Return printable text filled up to `width` columns, or visibly cut: at its end, or with `tail` at its head."""
+    if tail and cells(text) > width:
+        return fit(text[::-1], width)[::-1]
     if cells(text) > width:
-        step = -1 if tail else 1
-        text = text[::step]
-        text = (text[: chars_in(text, width - 1)] + "…" if width > 0 else "")[::step]
+        text = text[: chars_in(text, width - 1)] + "…" if width > 0 else ""
     return text + " " * (width - cells(text))
 
 
@@ -3541,7 +3541,7 @@ def size(many: float) -> str:
 UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
     **dict.fromkeys(("timestamp", "last"), clock),
     **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
-    **dict.fromkeys(("memory", "peak_memory", "bytes", "size"), lambda value, now: size(value)),
+    "peak_memory": lambda value, now: size(value),
     "heard": lambda value, now: duration(now - value),
     "progress": lambda value, now: f"{value:.0%}",
 }
@@ -3682,12 +3682,12 @@ def task_rows(name: Any, stage: Stage) -> Rows:
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    state = stage.state
-    running = sorted((task for _, task in state.iteractive()), key=lambda task: seconds_run(task, stage))
+    tasks, workers = stage.state.tasks, stage.state.workers
+    running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
-    failed = Counter([task.get("worker") for task in state.tasks.values() if task["state"] == "FAILURE"])
-    more = [{**worker, "now": now.get(name), "failed": failed[name]} for name, worker in state.workers.items()]
-    return [Row(worker, ("worker", worker["hostname"])) for worker in more]
+    failed = Counter([task.get("worker") for task in tasks.values() if task["state"] == "FAILURE"])
+    more = {name: {"now": now.get(name), "failed": failed[name]} for name in workers}
+    return [Row({**workers[name], **more[name]}, ("worker", name)) for name in workers]
 
 
 def event_rows(subject: Any, stage: Stage) -> Rows:
@@ -3695,9 +3695,11 @@ def event_rows(subject: Any, stage: Stage) -> Rows:
     recent = list(stage.state.recent)
     there = set(map(id, recent))
     events = [event for event in stage.state.notes if id(event) not in there] + recent
-    about = ([text_of(event.get(key), 1000) for key in ("uuid", "hostname")] for event in events)
-    wanted = [event for event, names in zip(events, about) if subject is None or subject in names]
-    return [Row(event, ("event", event)) for event in reversed(wanted)]
+    return [
+        Row(event, ("event", event))
+        for event in reversed(events)
+        if subject is None or subject in [text_of(event.get(key), 1000) for key in ("uuid", "hostname")]
+    ]
 
 
 # Panels: a value beside its label.
@@ -3785,11 +3787,10 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
 
 def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
     """Yield everything about a worker, its running tasks first."""
-    worker, state = stage.state.workers.get(name, {}), stage.state
+    worker = known(stage.state.workers, name)
     yield item("status", together(status_of(worker, stage), load_of(worker, stage)))
-    tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
-    tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
-    for task in sorted(tasks, key=lambda task: urgency(task, stage)):
+    tasks = [task for _, task in stage.state.tasks_by_worker(name)]
+    for task in sorted(tasks, key=lambda task: urgency(task, stage))[:100]:
         yield task_item("task", task, stage, detail_of(task, stage))
     yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
@@ -3968,26 +3969,26 @@ def failed_line(stage: Stage) -> Line:
     failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
     if not failures:
         return [Span(" no failures", "dim")]
-    ages = [stage.now - task["timestamp"] for task in failures]
-    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    task = max(failures, key=lambda task: float(task["timestamp"]))
+    many = sum(stage.now - task["timestamp"] <= 60 for task in failures)
+    when = f" {many:,} failed in the last minute: " if many else " the last failure: "
     return [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]
 
 
 def now_lines(stage: Stage) -> list[Line]:
     """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
-    tasks, order, graph = stage.state.tasks, list(STYLES), graph_lines(stage)
-    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
-    seconds, uuid = max(runs, default=(-1.0, ""))
-    running = f" {sum(run >= 0 for run, _ in runs):,} running"
-    if seconds >= 0:
-        name, worker = map(printable, (tasks[uuid].get("name"), tasks[uuid].get("worker")))
-        running += f", longest {name} {duration(seconds)} on {worker}"
-    tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
-    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
+    graph = graph_lines(stage)
+    active = [(state_of(task, stage), seconds_run(task, stage), task) for _, task in stage.state.iteractive()]
+    running = [(seconds, task) for name, seconds, task in active if name != "LOST" and seconds >= 0]
+    text = f" {len(running):,} running"
+    if running:
+        seconds, task = max(running, key=lambda run: run[0])
+        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = [fit_line(line, left) + bars for line, bars in zip(([Span(running)], failed_line(stage)), graph)]
+    now = [fit_line(line, left) + bars for line, bars in zip(([Span(text)], failed_line(stage)), graph)]
+    others = [task["state"] for task in stage.state.tasks.values() if task["state"] in {*State.FINISHED, "PENDING"}]
+    tally, order = Counter([name for name, _, _ in active] + others), list(STYLES)
+    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     return [*now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
@@ -4105,11 +4106,8 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
     """Do what is there on the screen."""
-    action, left = "", int(column)
-    for span in screen(view, stage, rows)[int(line)]:
-        action = span.action if left >= 0 else action
-        left -= cells(span.text)
-    return press(view._replace(typing=False), action, stage, rows)
+    actions = [span.action for span in screen(view, stage, rows)[int(line)] for _ in range(cells(span.text))]
+    return press(view._replace(typing=False), actions[int(column)], stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
@@ -4179,7 +4177,7 @@ def in_ascii(text: str) -> str:
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
 FRAME_TIME = 0.05  # between two pictures,
-FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two lists of rows
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed
 DRAIN = 500  # events taken between two looks at the keyboard
 MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
 LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on black, #1e1e1e and white
@@ -4411,7 +4409,6 @@ class Monitor:
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
         self._rows_of: Any = None, None  # what the rows are of
-        self._rows_due = 0.0  # when they may be made anew though only events have changed them
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
@@ -4423,8 +4420,7 @@ class Monitor:
                 signal.signal(name, signal.SIG_IGN)  # the next one must not stop what puts the terminal back
             raise SystemExit(128 + number)
 
-        if hasattr(curses, "set_escdelay"):
-            curses.set_escdelay(50)  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
+        os.environ.setdefault("ESCDELAY", "50")  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
         ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
         mine = threading.current_thread() is threading.main_thread()
@@ -4483,8 +4479,8 @@ class Monitor:
             if key == "^L":
                 terminal.forget()
             self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
-            self._drawn, self._due = None, self._painted + FRAME_TIME
-            more = time.monotonic() > self._due
+            self._drawn = None
+            more = time.monotonic() > self._painted + FRAME_TIME
             if more or self._view.done:
                 break  # what is typed further must wait for the events, or is for whoever reads next
         if not self._view.done:
@@ -4495,11 +4491,8 @@ class Monitor:
         """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
         view, changes = settled(self._view, self._state), self._changes(stage)
         wanted = view.layers[-1]._replace(cursor=None, index=0), view.frozen
-        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
-            begun = time.monotonic()
-            self._rows = self._state.freeze_while(rows_of, view, stage)
-            self._rows_of = wanted, changes
-            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
+        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._due:
+            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), (wanted, changes)
         return self._rows
 
     def _changes(self, stage: Stage) -> Any:
@@ -4510,14 +4503,15 @@ class Monitor:
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         now = time.monotonic()
+        due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once
         rows = self._find(stage, now)
         picture = self._rows_of, self._view, self._changes(stage)
-        if picture != self._drawn and now >= self._due and terminal.is_ready():
+        if picture != self._drawn and now >= due and terminal.is_ready():
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
-            return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
+            return due - now if now < due else MAX_SLEEP  # the latter while the terminal takes nothing
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
@@ -4537,7 +4531,6 @@ class Monitor:
 
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
-    name = os.environ.get("TERM", "")
     try:
         if not (sys.stdin.isatty() and sys.stdout.isatty() and os.isatty(0) and os.isatty(1)):  # curses takes 0 and 1
             return False
@@ -4546,14 +4539,11 @@ def has_terminal() -> bool:
         curses.setupterm()
         if curses.tigetstr("cup"):
             return True
-        problem = f"TERM={name} cannot move the cursor"
     except (AttributeError, ValueError):
         return False  # a standard stream is not there, or closed
-    except ImportError:
-        problem = "this Python has no curses"
-    except curses.error:
-        problem = f"TERM={name} is not known"
-    complain(f"{problem}: printing lines instead of the monitor")
+    except Exception:  # noqa: BLE001, S110 - no curses, or an error of it
+        pass
+    complain(f"curses cannot draw where TERM={os.environ.get('TERM', '')}: printing lines instead of the monitor")
     return False
 
 
