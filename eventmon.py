@@ -3401,24 +3401,19 @@ HINTS = {
     "typing": "esc drop  enter keep  words, or state:failure name: worker: type: uuid:",
 }
 HELP = """\
-1 2 3 4, Tab    tasks, names, workers, events; shift-Tab goes back
+1 2 3 4, Tab    tasks, names, workers, events
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
 Enter, i        everything about it; of a name, its tasks
-t r             traceback, or result, of the task
-e               events of the task or worker
-/               filter as you type; Enter keeps the filter, Escape drops it
+t r e           traceback or result of the task; its events, or the worker's
+/               filter as you type; Enter keeps the filter, Escape drops it:
+                resize alpha finds rows with both, state:failure,retry either in
+                that column; so name: worker: type: uuid:
 s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
-?               these keys
-ctrl-L          paint the screen anew
+? ctrl-L        these keys; paint the screen anew
 Escape, q       back; from the top, q quits
-
 A click does what the tab, heading or row under it says.
-
-A filter is words that must all be found, in any case:
-resize alpha          anywhere in the row
-state:failure,retry   in that column, either of them; so name: worker: type: uuid:
 """
 
 # Text.
@@ -3469,9 +3464,9 @@ def chars_in(text: str, width: int) -> int:
 
 def fit(text: str, width: int, tail: bool = False) -> str:
     """Return printable text filled up to `width` columns, or visibly cut: at its end, or with `tail` at its head."""
-    if tail and cells(text) > width:
-        return fit(text[::-1], width)[::-1]
     if cells(text) > width:
+        if tail:
+            return fit(text[::-1], width)[::-1]
         text = text[: chars_in(text, width - 1)] + "…" if width > 0 else ""
     return text + " " * (width - cells(text))
 
@@ -3628,8 +3623,8 @@ def detail_of(task: Facts, stage: Stage) -> str:
 
 def keys_of(record: Facts) -> list[str]:
     """Return the keys of the fields that are not shown elsewhere."""
-    keys = [key for key in islice(record, 200) if record[key] is not None]
-    return [key for key in keys if not SHOWN_APART.fullmatch(printable(key))]
+    keys = islice(record, 200)
+    return [key for key in keys if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
 
 
 def reason_of(event: Facts, stage: Stage) -> str:
@@ -3667,6 +3662,7 @@ def failed_of(kind: Facts, stage: Stage) -> str:
 Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
 # `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
 Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
+
 
 def name_rows(subject: Any, stage: Stage) -> Rows:
     """Return the kinds of tasks."""
@@ -4113,7 +4109,7 @@ def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
 ACTIONS: dict[str, Callable[..., View]] = {
     **{action.__name__: action for action in (move, show, sort, freeze, back, click)},
     "page": lambda view, stage, rows, number: view._replace(layers=(opened(KINDS[(int(number) - 1) % 4]),)),
-    "tab": lambda view, stage, rows, step: press(view, f"page {KINDS.index(view.layers[0].kind) + 1 + int(step)}", stage, rows),
+    "tab": lambda view, stage, rows: press(view, f"page {KINDS.index(view.layers[0].kind) + 2}", stage, rows),
     "leave": lambda view, stage, rows: view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1),
     "keys": lambda view, stage, rows: push(view, "keys"),
     "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
@@ -4128,12 +4124,8 @@ KEYS = {
         "move -0.9": "KEY_PPAGE",
         "move -inf": "g KEY_HOME",
         "move inf": "G KEY_END",
-        "page 1": "1",
-        "page 2": "2",
-        "page 3": "3",
-        "page 4": "4",
-        "tab 1": "tab ^I",
-        "tab -1": "shift-tab KEY_BTAB",
+        **{f"page {number}": number for number in "1234"},
+        "tab": "tab ^I",
         "show": "enter i ^J ^M KEY_ENTER",
         "show traceback": "t",
         "show result": "r",
@@ -4298,7 +4290,7 @@ class Terminal:
         self._curses: Any = curses
         self._window = window
         self._ascii = "utf" not in window.encoding.lower()
-        self._ahead: Any = None  # what was read behind an Escape
+        self._ahead = ""  # what was read behind an Escape
         self._looks = self._prepare_looks()
         button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
         curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
@@ -4324,7 +4316,7 @@ class Terminal:
     def size(self) -> tuple[int, int]:
         """Return rows and columns; curses learns here that they have changed."""
         with suppress(OSError):
-            columns, rows = os.get_terminal_size(sys.stdout.fileno())
+            columns, rows = os.get_terminal_size()
             if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
                 self._curses.resizeterm(rows, columns)
                 self.forget()
@@ -4361,30 +4353,31 @@ class Terminal:
 
     def pressed(self) -> Iterator[str]:
         """Yield the keys that were pressed, as press() takes them."""
-        for key in iter(self._read, None):
-            if key == "\x1b":
+        for key in iter(self._read, ""):
+            if key == "^[":
                 ahead = self._read()
                 if ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
                     self._window.timeout(50)  # for what comes in pieces
-                    any("@" <= str(end) <= "~" for end in iter(self._read, None))
+                    any("@" <= end <= "~" for end in iter(self._read, ""))
                     self._window.nodelay(True)
                     continue
                 self._ahead = ahead
-            if key == self._curses.KEY_MOUSE:
-                with suppress(self._curses.error):
-                    _, column, line, _, button = self._curses.getmouse()
-                    clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-                    yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
-            elif isinstance(key, str) and key.isprintable():
+            if key != "KEY_MOUSE":
                 yield key
-            elif isinstance(key, int) or key < "\x80":
-                yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
+                continue
+            with suppress(self._curses.error):
+                _, column, line, _, button = self._curses.getmouse()
+                clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+                yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
 
-    def _read(self) -> Any:
-        """Return the next character, the number of a key that is none, or None."""
-        ahead, self._ahead = self._ahead, None
+    def _read(self) -> str:
+        """Return a character, or the name of a key that is none, or "" if none is pressed."""
+        key, self._ahead = self._ahead, ""
         with suppress(self._curses.error):
-            return ahead or self._window.get_wch()
+            key = key or self._window.get_wch()
+        if isinstance(key, str) and (key.isprintable() or key >= "\x80"):
+            return key
+        return str(self._curses.keyname(key if isinstance(key, int) else ord(key)), "ascii", "replace")
 
 
 class Monitor:
@@ -4423,22 +4416,22 @@ class Monitor:
         os.environ.setdefault("ESCDELAY", "50")  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
         ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
+        before: dict[Any, Any] = {}
         mine = threading.current_thread() is threading.main_thread()
-        before = {name: signal.getsignal(name) for name in handlers if mine}
         wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False) if mine else -1
         try:
-            for name, handler in before.items():
-                if handler != signal.SIG_IGN:
-                    signal.signal(name, handlers[name])
+            for name, handler in handlers.items() if mine else ():
+                if signal.getsignal(name) != signal.SIG_IGN:
+                    before[name] = signal.signal(name, handler)
             curses.wrapper(self._loop)
         except curses.error:
             if sys.stdin.isatty():
                 raise  # else the terminal has gone
         finally:
-            if mine:
-                signal.set_wakeup_fd(wakeup)
             for name, handler in before.items():
                 signal.signal(name, signal.SIG_DFL if handler is None else handler)
+            if mine:
+                signal.set_wakeup_fd(wakeup)
             self._wake.close()
             self._waker.close()
 
