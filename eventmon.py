@@ -4257,28 +4257,23 @@ def append(record: Any, event: Event) -> None:
         raise
 
 
-def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> Feed:
-    """Yield the events of some types, at most so many; append them to a file."""
+def chosen(feed: Feed, types: Sequence[str] = (), record: Any = None, limit: float | None = None, state: Any = None) -> Feed:
+    """Yield the events of some types, at most so many, and append them to a file; let a state take all there are."""
     from fnmatch import fnmatchcase
 
     left = inf if limit is None else limit
     for event in feed if left > 0 else ():
-        if event is not None and types and not any(fnmatchcase(event.type, glob) for glob in types):
-            continue
-        if event is not None and record:
-            append(record, event)
-        left -= event is not None
+        if event is not None:
+            if state:
+                state.event(event)
+            if types and not any(fnmatchcase(event.type, glob) for glob in types):
+                continue
+            if record:
+                append(record, event)
+            left -= 1
         yield event
         if left <= 0:
             return
-
-
-def noted(feed: Feed, state: State) -> Feed:
-    """Yield events that the state has taken."""
-    for event in feed:
-        if event is not None:
-            state.event(event)
-        yield event
 
 
 class Terminal:
@@ -4329,15 +4324,6 @@ class Terminal:
     def is_ready(self) -> bool:
         """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
         return bool(select.select([], [sys.stdout], [], 0)[1])
-
-    def release(self) -> None:
-        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
-        import termios
-
-        with suppress(OSError, termios.error):  # of a terminal that has gone
-            if not self.is_ready():
-                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
-                termios.tcflow(sys.stdout, termios.TCOON)
 
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
@@ -4437,17 +4423,14 @@ class Monitor:
 
     def _loop(self, window: Any) -> None:
         terminal = Terminal(window)
-        try:
-            self._take()
-            while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
-                with suppress(BlockingIOError):  # no signal came
-                    self._wake.recv(4096)
-                    terminal.forget()
-                    self._drawn = None
-                height, width = terminal.size()
-                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
-        finally:
-            terminal.release()
+        self._take()
+        while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+            with suppress(BlockingIOError):  # no signal came
+                self._wake.recv(4096)
+                terminal.forget()
+                self._drawn = None
+            height, width = terminal.size()
+            self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
 
     def _take(self) -> bool:
         """Take some events; return whether there were others than heartbeats, or the feed has ended."""
@@ -4576,7 +4559,7 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
         if has_terminal():
             show_live(heard, state, live(heard, 0.0))
         else:
-            print_lines(noted(live(heard, 1.0), state), state)
+            print_lines(chosen(live(heard, 1.0), state=state), state)
     finally:
         if receiver is None:
             heard.close()
@@ -4671,7 +4654,7 @@ def watch(options: Any) -> int:
                 raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
+        feed = chosen(feed, types, record, options.limit, state if in_lines else None)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
