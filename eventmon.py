@@ -3656,12 +3656,13 @@ def failed_of(kind: Facts, stage: Stage) -> str:
 # Tables.
 
 # A heading begins with a space if the column stands at the right. Its text is a field, or a function (record, stage) ->
-# text; the style None is that of the text itself. `share` is its share of the width that all columns leave, of which
-# the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a function
-# (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
+# text; without a style it has that of the row or of its text. `share` is its share of the width that all columns leave,
+# of which the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a
+# function (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
 Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
+PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text"))
 # `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
-Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
+Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, ""))
 
 
 def name_rows(subject: Any, stage: Stage) -> Rows:
@@ -3710,7 +3711,7 @@ def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Iterator[Row]:
     """Yield these fields of a record, if it has them."""
     for key in keys:
         if record.get(key) is not None:
-            yield item(printable(key), field(record, key, stage) if key in UNITS else record[key])
+            yield item(key, field(record, key, stage) if key in UNITS else record[key])
 
 
 def trace(record: Facts) -> Iterator[Row]:
@@ -3799,11 +3800,10 @@ def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
     yield from fields(event, event, stage)
 
 
-PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text", style=None))
 NO_TASKS = "no tasks yet: 4 shows every event"
 SHEETS = {
     "tasks": Sheet(task_rows, order=5, empty=NO_TASKS, columns=(
-        Column("STATE", 8, state_of, style=None),
+        Column("STATE", 8, state_of),
         Column("NAME", 14, "name", share=0.1, tail=True),
         Column("TIME", 8, "timestamp", style="dim", least=88),
         Column("UUID", 36, "uuid", style="dim", least=150),
@@ -3825,7 +3825,7 @@ SHEETS = {
     )),
     "workers": Sheet(worker_rows, order=0, empty="no workers yet: a Dispatcher with freq=2 is one", columns=(
         Column("WORKER", 14, "hostname", style="bold", share=0.1),
-        Column("STATUS", 12, status_of, style=None),
+        Column("STATUS", 12, status_of),
         Column("NOW", 20, "now", share=0.3, least=50),
         Column(" ACTIVE", 7, "active", least=60),
         Column("  DONE", 6, "processed", least=70),
@@ -3835,16 +3835,16 @@ SHEETS = {
     )),
     "events": Sheet(event_rows, order=0, empty="no events yet", columns=(
         Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
-        Column("TYPE", 16, "type", style=None, share=0.05),
+        Column("TYPE", 16, "type", share=0.05),
         Column("NAME", 20, task_name, share=0.1),
         Column("WORKER", 12, "hostname", share=0.1, least=90),
         Column("DETAIL", 0, reason_of),
     )),
-    "task": Sheet(task_panel, PANEL, empty="not in memory: cleared, or evicted to make room"),
-    "worker": Sheet(worker_panel, PANEL),
-    "event": Sheet(event_panel, PANEL),
+    "task": Sheet(task_panel, empty="not in memory: cleared, or evicted to make room"),
+    "worker": Sheet(worker_panel),
+    "event": Sheet(event_panel),
     "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:], empty="no traceback"),
-    "result": Sheet(lambda uuid, stage: fields(known(stage.state.tasks, uuid), ["result"], stage), PANEL, empty="no result"),
+    "result": Sheet(lambda uuid, stage: fields(known(stage.state.tasks, uuid), ["result"], stage), empty="no result"),
     "keys": Sheet(lambda subject, stage: [item("", HELP)], PANEL[1:]),
 }
 KINDS = list(SHEETS)  # the first four are pages
@@ -3860,15 +3860,15 @@ def event_line(event: Facts, state: State) -> str:
 # The lines of the screen.
 
 
-def opened(kind: str, subject: Any = None) -> Any:
-    """Return a new layer."""
-    return Layer(kind, subject, SHEETS[kind].order)
+def opened(view: View, kind: str, subject: Any = None) -> View:
+    """Open a layer above the others, unless it is the uppermost."""
+    same = view.layers and view.layers[-1][:2] == (kind, subject)
+    return view if same else view._replace(layers=(*view.layers, Layer(kind, subject, SHEETS[kind].order)))
 
 
 def settled(view: View, state: State) -> View:
     """Return the view with a page: until one is chosen, the one that has something."""
-    kind = "tasks" if state.tasks or not state.event_count else "events"
-    return view if view.layers else View((opened(kind),))
+    return view if view.layers else opened(view, "tasks" if state.tasks or not state.event_count else "events")
 
 
 def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
@@ -4007,7 +4007,7 @@ def row_line(row: Row, columns: Iterable[tuple[Column, int]], stage: Stage, step
     line = []
     for column, width in columns:
         text = field(row.record, column.text, stage)
-        style = column.style if column.style is not None else row.style or style_of(text)
+        style = column.style or row.style or style_of(text)
         text = fit(text.rjust(width) if column.heading[:1] == " " else text, width, column.tail)
         line.append(Span(text + " ", style if step else "selected", f"move {step}" if step else "show"))
     return line
@@ -4061,19 +4061,13 @@ def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     return change(view, cursor=rows[index].link if index else None, index=index)
 
 
-def push(view: View, kind: str, subject: Any = None) -> View:
-    """Open a layer above the others, unless it is the uppermost."""
-    same = view.layers[-1][:2] == (kind, subject)
-    return view if same else view._replace(layers=(*view.layers, opened(kind, subject)))
-
-
 def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
     """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
     about, subject = rows and rows[locate(view, rows)].link or view.layers[-1][:2]
     if kind and about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
     possible = not kind or about != "tasks" and isinstance(subject, str)
-    return push(view, kind or about, subject) if possible else view
+    return opened(view, kind or about, subject) if possible else view
 
 
 def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
@@ -4108,10 +4102,10 @@ def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
 
 ACTIONS: dict[str, Callable[..., View]] = {
     **{action.__name__: action for action in (move, show, sort, freeze, back, click)},
-    "page": lambda view, stage, rows, number: view._replace(layers=(opened(KINDS[(int(number) - 1) % 4]),)),
+    "page": lambda view, stage, rows, number: opened(view._replace(layers=()), KINDS[(int(number) - 1) % 4]),
     "tab": lambda view, stage, rows: press(view, f"page {KINDS.index(view.layers[0].kind) + 2}", stage, rows),
     "leave": lambda view, stage, rows: view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1),
-    "keys": lambda view, stage, rows: push(view, "keys"),
+    "keys": lambda view, stage, rows: opened(view, "keys"),
     "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
     "type": lambda view, stage, rows: view._replace(typing=True),
 }
