@@ -4280,7 +4280,16 @@ class Terminal:
         self._window = window
         self._ascii = "utf" not in window.encoding.lower()
         self._ahead = ""  # what was read behind an Escape
-        self._looks = self._prepare_looks()
+        self._looks: dict[str, int] = {}  # style -> attributes
+        is_coloured = False
+        with suppress(curses.error):  # of a terminal that has no colours, or none of its own
+            curses.use_default_colors()  # else curses would paint a background
+            is_coloured = curses.COLORS >= 256 and not os.environ.get("NO_COLOR")
+        for pair, (style, (attributes, colour)) in enumerate(LOOKS.items(), 1):
+            self._looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
+            if colour and is_coloured:
+                curses.init_pair(pair, colour, -1)
+                self._looks[style] = self._looks[style] & ~curses.A_DIM | curses.color_pair(pair)
         button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
         curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
         curses.mouseinterval(0)
@@ -4288,19 +4297,6 @@ class Terminal:
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
         with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
-
-    def _prepare_looks(self) -> dict[str, int]:
-        """Return style -> curses attribute."""
-        curses, looks, is_coloured = self._curses, {}, False
-        with suppress(curses.error):  # of a terminal that has no colours, or none of its own
-            curses.use_default_colors()  # else curses would paint a background
-            is_coloured = curses.COLORS >= 256 and not os.environ.get("NO_COLOR")
-        for pair, (style, (attributes, colour)) in enumerate(LOOKS.items(), 1):
-            looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
-            if colour and is_coloured:
-                curses.init_pair(pair, colour, -1)
-                looks[style] = looks[style] & ~curses.A_DIM | curses.color_pair(pair)
-        return looks
 
     def size(self) -> tuple[int, int]:
         """Return rows and columns; curses learns here that they have changed."""
@@ -4428,19 +4424,17 @@ class Monitor:
 
     def _take(self) -> bool:
         """Take some events; return whether there were others than heartbeats, or the feed has ended."""
-        news, self._ended = self._news(), True
+        news, self._ended = False, True
         for event in islice(self._feed, DRAIN):
             self._ended = False
             if event is None:
                 break
             self._state.event(event)
-            self._beats += event.type == "worker-heartbeat"
+            is_beat = event.type == "worker-heartbeat"  # these alone make no new picture
+            self._beats += is_beat
+            news = news or not is_beat
             self._heard = time.monotonic()
-        return self._ended or self._news() != news
-
-    def _news(self) -> int:
-        """Return how many events there were but for heartbeats, which alone make no new picture."""
-        return self._state.event_count - self._beats
+        return self._ended or news
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
         """Heed the keys, draw, and wait for more."""
@@ -4468,7 +4462,8 @@ class Monitor:
     def _changes(self, stage: Stage) -> Any:
         """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
         counts = self._state.workers or time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
-        return stage._replace(now=int(stage.now) if counts else 0), self._news(), len(self._state.tasks)
+        news = self._state.event_count - self._beats
+        return stage._replace(now=int(stage.now) if counts else 0), news, len(self._state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
