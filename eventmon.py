@@ -4017,7 +4017,7 @@ def footer_line(view: View, index: int, many: int) -> Line:
     """Return the filter, which row this is of how many, and keys."""
     layer = view.layers[-1]
     hints = "typing" if view.typing else "table" if len(view.layers) == 1 else "panel"
-    about = f" of {layer.subject}" if layer.kind in ("tasks", "events") and layer.subject else ""
+    about = f" of {layer.subject}" if layer.subject and layer.order is not None else ""
     text = f"/{printable(layer.filter)}{'█' * view.typing} " if view.typing or layer.filter else ""
     return [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold"), Span(f" {HINTS[hints]}", "dim")]
 
@@ -4081,10 +4081,9 @@ def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
 
 def freeze(view: View, stage: Stage, rows: Rows) -> View:
     """Let the picture stand still, or go on: a copy of the State is shown."""
-    import pickle
+    from copy import deepcopy
 
-    copy = {} if view.frozen else {"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now}
-    return view._replace(frozen=copy)
+    return view._replace(frozen={} if view.frozen else {"state": deepcopy(stage.state), "now": stage.now})
 
 
 def back(view: View, stage: Stage, rows: Rows) -> View:
