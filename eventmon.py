@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     Facts = Mapping[str, Any]  # what is known of a task, a worker, an event
     Line = list["Span"]
     Rows = list["Row"]
-    Items = Iterator["Item"]
     Feed = Iterator["Event | None"]
     Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -3097,12 +3096,11 @@ class State:
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
 
 # All that is shown is a sheet: rows to move in, of a table (tasks, names, workers, events) or of a panel about one thing.
-# The cursor is the identity of a row, None for the first whichever it is; if it is gone, what is now at its index.
+# The cursor is where a row leads to; if it leads nowhere, or that row is gone, what is now at its index.
 Span = namedtuple("Span", "text style action", defaults=("", ""))  # a style of LOOKS; what a click does, as in KEYS
-Row = namedtuple("Row", "identity record link")  # a link is kind and subject of the layer that Enter opens, or None
-Item = namedtuple("Item", "label text link style", defaults=(None, None))  # the record of a panel's row
-Layer = namedtuple(  # an open sheet, with its cursor; `order` is the number of the column to sort by, None for the usual one
-    "Layer", "kind subject cursor index order reverse filter", defaults=(None, None, 0, None, False, "")
+Row = namedtuple("Row", "record link style", defaults=(None, ""))  # link: kind and subject of what Enter opens, or None
+Layer = namedtuple(  # an open sheet with its cursor; `order` is the number of the column it is sorted by, of a panel None
+    "Layer", "kind subject order cursor index reverse filter", defaults=(None, 0, False, "")
 )
 View = namedtuple("View", "layers typing frozen done", defaults=((), False, {}, False))  # frozen: fields of Stage then
 Stage = namedtuple("Stage", "state height width now status", defaults=({},))  # status: url, empty, lost, rejected, ...
@@ -3122,39 +3120,31 @@ STYLES = {
 }
 MAX_DETAIL = 65536  # characters of any value that is shown whole
 BARS = " ▁▂▃▄▅▆▇█"
-NOTHING: Facts = {}
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
     "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
     "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
-HINTS = {  # the most important first; each begins with its key
-    "table": "q quit,? keys,enter details,/ filter,s sort,space freeze,c clear finished",
-    "panel": "esc back,? keys,enter go there,tab next,/ find,e events,t traceback",
-    "filter": "esc drop filter,? keys,enter details,s sort,space freeze",
-    "typing": "esc drop,enter keep,words or state:failure,name: worker: type: uuid:",
+HINTS = {
+    "table": "q quit  ? keys  enter details  / filter  s sort  space freeze  c clear finished",
+    "panel": "esc back  ? keys  enter go there  / find  e events  t traceback",
+    "typing": "esc drop  enter keep  words, or state:failure name: worker: type: uuid:",
 }
 HELP = """\
-1 2 3 4, Tab    tasks, names, workers, events; shift-Tab goes back
+1 2 3 4, Tab    tasks, names, workers, events
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
 Enter, i        everything about it; of a name, its tasks
-t r             traceback, or result, of the task
-e               events of the task or worker
-/               filter as you type; Enter keeps the filter, Escape drops it
+t r e           traceback or result of the task; its events, or the worker's
+/               filter as you type; Enter keeps the filter, Escape drops it:
+                resize alpha finds rows with both, state:failure,retry either in
+                that column; so name: worker: type: uuid:
 s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
-?               these keys
-ctrl-L          paint the screen anew
+? ctrl-L        these keys; paint the screen anew
 Escape, q       back; from the top, q quits
-Tab             in details: the next parent, child or task, where Enter goes
-
-A click does what the tab, heading, row or hint under it says.
-
-A filter is words that must all be found, in any case:
-resize alpha          anywhere in the row
-state:failure,retry   in that column, either of them; so name: worker: type: uuid:
+A click does what the tab, heading or row under it says.
 """
 
 # Text.
@@ -3166,18 +3156,10 @@ def text_of(value: Any, limit: int) -> str:
     """Return the start of a value as text: a str as it is, "" for None, else JSON."""
     if value is None or isinstance(value, str):
         return (value or "")[:limit]
-    text = ""
     try:
-        for piece in _spell(value):  # of a large one no more is made than is shown
-            text += piece
-            if len(text) >= limit:
-                break
+        return "".join(islice(_spell(value), limit))[:limit]  # of a large one no more is made than is shown
     except (TypeError, ValueError, RecursionError):
-        text += "…"  # something that has no JSON form
-    return text[:limit]
-
-
-NARROW = re.compile("[ -~·—…←─-▟▴▾]*")  # text that takes a cell for each character, and needs no closer look
+        return text_of(plain(value), limit)  # it has no JSON form
 
 
 @lru_cache(4096)
@@ -3200,24 +3182,23 @@ def printable(value: Any, limit: int = 1000) -> str:
     return text if text.isascii() and text.isprintable() else "".join([glyph(char)[0] for char in text])
 
 
+@lru_cache(1000)
 def cells(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
-    return len(text) if NARROW.fullmatch(text) else sum([glyph(char)[1] for char in text])
+    return sum([glyph(char)[1] for char in text])
 
 
 def chars_in(text: str, width: int) -> int:
     """Return how many characters of printable text fit in `width` columns."""
-    if NARROW.fullmatch(text):
-        return min(len(text), width)
     return bisect_right(list(accumulate([glyph(char)[1] for char in text[: 2 * width + 1]])), width)
 
 
 def fit(text: str, width: int, tail: bool = False) -> str:
     """Return printable text filled up to `width` columns, or visibly cut: at its end, or with `tail` at its head."""
     if cells(text) > width:
-        step = -1 if tail else 1
-        text = text[::step]
-        text = (text[: chars_in(text, width - 1)] + "…" if width > 0 else "")[::step]
+        if tail:
+            return fit(text[::-1], width)[::-1]
+        text = text[: chars_in(text, width - 1)] + "…" if width > 0 else ""
     return text + " " * (width - cells(text))
 
 
@@ -3225,9 +3206,9 @@ def fit_line(line: Iterable[Span], width: int) -> Line:
     """Return a line filled up, in the style of its end, or cut to `width` columns."""
     fitted = [Span("")]
     for text, *looks in line:
-        size = cells(text)
-        fitted.append(Span(text if size <= width else fit(text, width), *looks))
-        width = max(0, width - size)
+        text = fit(text, min(width, cells(text)))
+        fitted.append(Span(text, *looks))
+        width -= cells(text)
     return [*fitted[1:], fitted[-1]._replace(text=" " * width)]
 
 
@@ -3243,11 +3224,6 @@ def wrap(value: Any, width: int) -> Iterator[str]:
         yield rest
     if len(text) == MAX_DETAIL:
         yield "… and more"
-
-
-def plural(noun: str, n: int) -> str:
-    """Return the noun as it stands behind `n`."""
-    return noun if n == 1 else f"{noun}s"
 
 
 def together(*texts: str) -> str:
@@ -3291,16 +3267,18 @@ def size(many: float) -> str:
 UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
     **dict.fromkeys(("timestamp", "last"), clock),
     **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
-    **dict.fromkeys(("memory", "peak_memory", "bytes", "size"), lambda value, now: size(value)),
+    "peak_memory": lambda value, now: size(value),
     "heard": lambda value, now: duration(now - value),
     "progress": lambda value, now: f"{value:.0%}",
 }
 
 
-def field(record: Facts, key: str, now: float) -> str:
-    """Return a field as people read it."""
+def field(record: Facts, key: Any, stage: Stage) -> str:
+    """Return a field as people read it, or what a function of a column says."""
+    if callable(key):
+        return str(key(record, stage))
     value = record.get(key)
-    return UNITS[key](number(value, 0), now) if key in UNITS and number(value, inf) < inf else printable(value)
+    return UNITS[key](number(value, 0), stage.now) if key in UNITS and number(value, inf) < inf else printable(value)
 
 
 def style_of(text: str) -> str:
@@ -3313,12 +3291,7 @@ def style_of(text: str) -> str:
 
 def known(table: Facts, key: Any) -> Facts:
     """Return what a table of State has under a key that an event gave; an empty dict if nothing."""
-    return table.get(key, NOTHING) if isinstance(key, str) else NOTHING
-
-
-def worker_of(task: Facts, stage: Stage) -> Facts:
-    """Return the worker of a task, as State knows it."""
-    return known(stage.state.workers, task.get("worker"))
+    return table.get(key, {}) if isinstance(key, str) else {}
 
 
 def clock_error(worker: Facts) -> float:
@@ -3335,6 +3308,11 @@ def status_of(worker: Facts, stage: Stage) -> str:
     return f"silent {duration(stage.now - worker['heard'])}"
 
 
+def worker_of(task: Facts, stage: Stage) -> Facts:
+    """Return the worker of a task, as State knows it."""
+    return known(stage.state.workers, task.get("worker"))
+
+
 def state_of(task: Facts, stage: Stage) -> str:
     """Return a task's state; LOST if nobody is left to finish it."""
     return "LOST" if stage.state.is_lost(task, stage.now) else printable(task["state"])
@@ -3343,9 +3321,9 @@ def state_of(task: Facts, stage: Stage) -> str:
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
     worker, until = worker_of(task, stage), stage.now
-    if worker and stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
-        lost_at = number(worker.get("timestamp"), inf) if worker["status"] == "lost" else inf
-        until = lost_at - SILENCE if lost_at < inf else worker["heard"]
+    if stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
+        heard: float = worker["heard"]
+        until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
     seconds = seconds_taken(task, until + clock_error(worker))
     return -1.0 if seconds is None else seconds
 
@@ -3353,7 +3331,7 @@ def seconds_run(task: Facts, stage: Stage) -> float:
 def run_of(task: Facts, stage: Stage) -> str:
     """Return the same as text, "" for -1."""
     seconds = seconds_run(task, stage)
-    return "" if seconds == -1 else duration(seconds)
+    return duration(seconds) if seconds >= 0 else ""
 
 
 def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
@@ -3363,50 +3341,34 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
 
 
-def progress_text(task: Facts) -> str:
-    """Return how far an unfinished task has come, as a number and a bar."""
-    done = number(task.get("progress"), -1.0)
-    unknown = task["state"] in State.FINISHED or not 0 <= done <= 1
-    return "" if unknown else f"{done:.0%} {'━' * round(done * 10):·<10}"
-
-
 def detail_of(task: Facts, stage: Stage) -> str:
     """Return what matters most of a task: why it failed or is lost, its result, how far it is; then its arguments."""
-    state = state_of(task, stage)
+    state, retries, done = state_of(task, stage), int(number(task.get("retries"), 0)), number(task.get("progress"), -1)
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
     outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
-    retries = int(number(task.get("retries"), 0)) if state != "SUCCESS" else 0
-    first = together(outcome, f"attempt {retries + 1}" if retries else "", progress_text(task))
+    attempt = f"attempt {retries + 1}" if retries else ""
+    bar = f"{done:.0%} {'━' * round(done * 10):·<10}" if 0 <= done <= 1 and state not in State.FINISHED else ""
     given = together(printable(task.get("args")), printable(task.get("kwargs")))
-    return together(first, "←" if outcome and given else "", given)
+    return together(outcome, attempt, bar, "←" if outcome and given else "", given)
 
 
 def keys_of(record: Facts) -> list[str]:
     """Return the keys of the fields that are not shown elsewhere."""
-    keys = [key for key in islice(record, 200) if record[key] is not None]
-    return [key for key in keys if not SHOWN_APART.fullmatch(printable(key))]
+    keys = islice(record, 200)
+    return [key for key in keys if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
 
 
-def reason_of(event: Facts, now: float) -> str:
+def reason_of(event: Facts, stage: Stage) -> str:
     """Return what an event tells beside its type, time, task and host: the reason first."""
-    first = [printable(event.get(key)) for key in TOLD_FIRST]
-    rest = [f"{printable(key)}={field(event, key, now)}" for key in keys_of(event) if key != "pid"]
-    text = together(*first, *rest)
+    rest = [f"{printable(key)}={field(event, key, stage)}" for key in keys_of(event) if key != "pid"]
+    text = together(*[printable(event.get(key)) for key in TOLD_FIRST], *rest)
     return re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1", text[:1000])
 
 
-def task_name(event: Facts, tasks: Facts) -> str:
+def task_name(event: Facts, stage: Stage) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
-    name = event.get("name") or known(tasks, event.get("uuid")).get("name")
+    name = event.get("name") or known(stage.state.tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
-
-
-def event_line(event: Facts, tasks: Facts = NOTHING) -> str:
-    """Return an event as a line for people, of at most 200 characters; `tasks` are those of a State, for their names."""
-    now = time.time()
-    first = clock(event.get("timestamp"), now), printable(event.get("type")), task_name(event, tasks)
-    line = together(*first, printable(event.get("hostname")), reason_of(event, now))
-    return line if len(line) <= 200 else line[:199] + "…"
 
 
 def load_of(worker: Facts, stage: Stage) -> str:
@@ -3425,74 +3387,35 @@ def failed_of(kind: Facts, stage: Stage) -> str:
 # Tables.
 
 # A heading begins with a space if the column stands at the right. Its text is a field, or a function (record, stage) ->
-# text; the style None is that of the text itself. `share` is its share of the width that all columns leave, of which
-# the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a function
-# (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
+# text; without a style it has that of the row or of its text. `share` is its share of the width that all columns leave,
+# of which the last gets the rest; from the width `least` of the terminal on it is shown. It is sorted by `order`, a
+# function (record, stage), or else by its text or number. A `tail` is what is left where the text is too long.
 Column = namedtuple("Column", "heading width text style share least order tail", defaults=("", 0.0, 0, None, False))
+PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text"))
 # `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
-Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(None, ""))
-
-TASK_COLUMNS = (
-    Column("STATE", 8, state_of, style=None),
-    Column("NAME", 14, "name", share=0.1, tail=True),
-    Column("TIME", 8, "timestamp", style="dim", least=88),
-    Column("UUID", 36, "uuid", style="dim", least=150),
-    Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
-    Column("   RUN", 6, run_of, order=urgency),
-    Column("DETAIL", 0, detail_of),
-)
-NAME_COLUMNS = (
-    Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
-    Column(" RUNNING", 8, "running"),
-    Column("  DONE", 6, "succeeded"),
-    Column("   FAILED", 9, failed_of, order=lambda kind, stage: -kind["failed"]),
-    Column(" RETRIED", 8, "retried", least=100),
-    Column("  MEAN", 6, "mean", least=60),
-    Column("   P95", 6, "p95", least=60),
-    Column("   MAX", 6, "max", least=70),
-    Column("LAST", 8, "last", style="dim", least=110),
-    Column("LAST ERROR", 0, "error", style="red"),
-)
-WORKER_COLUMNS = (
-    Column("WORKER", 14, "hostname", style="bold", share=0.1),
-    Column("STATUS", 12, status_of, style=None),
-    Column("NOW", 20, "now", share=0.3, least=50),
-    Column(" ACTIVE", 7, "active", least=60),
-    Column("  DONE", 6, "processed", least=70),
-    Column(" FAILED", 7, "failed", least=90),
-    Column(" HEARD", 6, "heard"),
-    Column("LOAD", 0, load_of),
-)
-EVENT_COLUMNS = (
-    Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
-    Column("TYPE", 16, "type", style=None, share=0.05),
-    Column("NAME", 20, lambda event, stage: task_name(event, stage.state.tasks), share=0.1),
-    Column("WORKER", 12, "hostname", share=0.1, least=90),
-    Column("DETAIL", 0, lambda event, stage: reason_of(event, stage.now)),
-)
-
-
-def task_rows(name: Any, stage: Stage) -> Rows:
-    """Return the tasks of that name, or all."""
-    tasks = stage.state.tasks.items()
-    return [Row(uuid, task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
+Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, ""))
 
 
 def name_rows(subject: Any, stage: Stage) -> Rows:
     """Return the kinds of tasks."""
     kinds = stage.state.type_stats(stage.now).items()
-    return [Row(name, {"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
+    return [Row({"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
+
+
+def task_rows(name: Any, stage: Stage) -> Rows:
+    """Return the tasks of that name, or all."""
+    tasks = stage.state.tasks.items()
+    return [Row(task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
 
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
+    tasks, workers = stage.state.tasks, stage.state.workers
     running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
-    failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
-    return [
-        Row(name, {**worker, "now": now.get(name), "failed": failed[name]}, ("worker", name))
-        for name, worker in stage.state.workers.items()
-    ]
+    failed = Counter([task.get("worker") for task in tasks.values() if task["state"] == "FAILURE"])
+    more = {name: {"now": now.get(name), "failed": failed[name]} for name in workers}
+    return [Row({**workers[name], **more[name]}, ("worker", name)) for name in workers]
 
 
 def event_rows(subject: Any, stage: Stage) -> Rows:
@@ -3500,53 +3423,56 @@ def event_rows(subject: Any, stage: Stage) -> Rows:
     recent = list(stage.state.recent)
     there = set(map(id, recent))
     events = [event for event in stage.state.notes if id(event) not in there] + recent
-    about = [{value for value in map(event.get, ("uuid", "hostname")) if isinstance(value, str)} for event in events]
-    wanted = [event for event, names in zip(events, about) if subject is None or subject in names]
-    return [Row(id(event), event, ("event", event)) for event in reversed(wanted)]
+    return [
+        Row(event, ("event", event))
+        for event in reversed(events)
+        if subject is None or subject in [text_of(event.get(key), 1000) for key in ("uuid", "hostname")]
+    ]
 
 
-# Panels: items, a value beside its label.
+# Panels: a value beside its label.
 
 
-def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Items:
+def item(label: str, text: Any, link: Any = None, style: str = "") -> Row:
+    """Return a row of a panel."""
+    return Row({"label": label, "text": text}, link, style)
+
+
+def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Iterator[Row]:
     """Yield these fields of a record, if it has them."""
     for key in keys:
         if record.get(key) is not None:
-            yield Item(printable(key), field(record, key, stage.now) if key in UNITS else record[key])
+            yield item(key, field(record, key, stage) if key in UNITS else record[key])
 
 
-def trace(record: Facts) -> Items:
+def trace(record: Facts) -> Iterator[Row]:
     """Yield a traceback, or what a command wrote, its lines kept: the user's own frames and the last line stand out."""
-    style, text = "", text_of(record.get("traceback") or record.get("stderr") or "no traceback", MAX_DETAIL)
-    *lines, last = text.splitlines() or [""]
+    style, lines = "", text_of(record.get("traceback") or record.get("stderr"), MAX_DETAIL).splitlines()
     for line in lines:
         if line.startswith('  File "'):
             style = "dim" if re.search(r'"<|/lib(64)?/python|-packages/', line) else "bold"
-        yield Item("", line, style=style)
-    yield Item("", last, style="red")
+        yield item("", line, style="red" if line is lines[-1] else style)
 
 
-def task_item(label: str, task: Facts, stage: Stage) -> Item:
+def task_item(label: str, task: Facts, stage: Stage, text: str, depth: int = 0) -> Row:
     """Return an item about a task, which leads to it."""
-    name = fit(printable(task.get("name")), 16, tail=True)
-    text = f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6}  {detail_of(task, stage)}"
-    return Item(label, text[: stage.width], ("task", task["uuid"]))
+    name = fit("  " * depth + printable(task.get("name")), 20, tail=True)
+    return item(label, f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6} {text}", ("task", task["uuid"]))
 
 
-def timeline(task: Facts, stage: Stage) -> Items:
+def timeline(task: Facts, stage: Stage) -> Iterator[Row]:
     """Yield the attempts at a task, what became of each, and what other events tell of it: when, after the first."""
     moments = []
     for index, attempt in enumerate(stage.state.attempts(task["uuid"]), 1):
         where = f"{printable(attempt['worker'])}  attempt {index}"
-        end = together(where, printable(attempt["exception"]))
-        moments += [(attempt["received"], "RECEIVED", where), (attempt["started"], "STARTED", where)]
-        moments.append((attempt["ended"], printable(attempt["state"]), end))
-    for _, event, _ in event_rows(task["uuid"], stage):
+        moments += [(attempt[key], key.upper(), where) for key in ("received", "started")]
+        moments.append((attempt["ended"], attempt["state"], together(where, printable(attempt["exception"]))))
+    for event, *_ in event_rows(task["uuid"], stage):
         if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
-            moments.append((event.get("timestamp"), printable(event.get("type")), reason_of(event, stage.now)))
+            moments.append((event.get("timestamp"), event.get("type"), reason_of(event, stage)))
     moments = sorted([moment for moment in moments if number(moment[0], inf) < inf], key=lambda moment: moment[0])
     for when, what, text in moments:
-        yield Item(f"+{duration(when - moments[0][0])}", f"{what:<13} {text}")
+        yield item(f"+{duration(when - moments[0][0])}", f"{printable(what):<13} {text}")
 
 
 def began(task: Facts) -> float:
@@ -3554,110 +3480,126 @@ def began(task: Facts) -> float:
     return float(task.get("received", task["timestamp"]))
 
 
-def descendants(uuid: str, tasks: Facts, depth: int, seen: set[str]) -> Iterator[tuple[str, int]]:
+def descendants(uuid: str, tasks: Facts, depth: int = 0) -> Iterator[tuple[str, int]]:
     """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
-    seen.add(uuid)
     yield uuid, depth
-    children = [child for child in tasks[uuid]["children"] if child in tasks and depth < MAX_DEPTH]
-    for child in sorted(children, key=lambda child: began(tasks[child])):
-        if child not in seen:
-            yield from descendants(child, tasks, depth + 1, seen)
+    for child in sorted(filter(tasks.__contains__, tasks[uuid]["children"]), key=lambda child: began(tasks[child])):
+        yield from descendants(child, tasks, depth + 1)
 
 
-def family(uuid: str, stage: Stage) -> Items:
+def family(task: Facts, stage: Stage) -> Iterator[Row]:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
-    tasks = stage.state.tasks
-    members: list[tuple[str, int]] = []
-    for root in (tasks[uuid].get("root_id"), tasks[uuid].get("parent_id"), uuid):
-        if known(tasks, root) and uuid not in dict(members):  # of a large family there is room for a part
-            members = list(islice(descendants(root, tasks, 0, set()), 100))
-    starts = [began(tasks[member]) for member, _ in members]
-    runs = [max(0.0, seconds_run(tasks[member], stage)) for member, _ in members]
-    first = min(starts)
-    scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in zip(starts, runs)))
-    for (member, depth), start, run in zip(members, starts, runs) if len(members) > 1 else ():
-        task = tasks[member]
-        name = fit("  " * depth + printable(task.get("name")), 20)
+    tasks, members = stage.state.tasks, {}
+    for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
+        if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
+            members = dict(islice(descendants(root, tasks), 100))
+    spans = {uuid: (began(tasks[uuid]), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
+    first = min([start for start, _ in spans.values()])
+    scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
+    for uuid, (start, run) in spans.items() if len(members) > 1 else ():
+        label = {task["uuid"]: "this task", task.get("parent_id"): "parent"}.get(uuid, "")
         bar = " " * int((start - first) * scale) + "█" * ceil(run * scale)
-        label = "this task" if member == uuid else "parent" if member == tasks[uuid].get("parent_id") else ""
-        link = None if member == uuid else ("task", member)
-        yield Item(label, f"{state_of(task, stage):<8} {name} {run_of(task, stage):>6} {bar}", link)
+        yield task_item(label, tasks[uuid], stage, bar, members[uuid])
 
 
-def task_panel(uuid: str, stage: Stage) -> Items:
-    """Yield everything about a task."""
-    task = known(stage.state.tasks, uuid)
-    if not task:
-        yield Item("", f"{uuid} is not in memory: cleared, or evicted to make room")
-        return
-    yield Item("state", together(state_of(task, stage), run_of(task, stage), progress_text(task)))
-    yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
-    yield Item("latest", exact(task["timestamp"]))
-    yield from timeline(task, stage)
-    yield from family(uuid, stage)
-    yield from fields(task, keys_of(task), stage)
-    if "traceback" in task or "stderr" in task:
-        yield from trace(task)
+def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
+    """Yield everything about a task, if it is in memory."""
+    task = stage.state.tasks.get(uuid)
+    if task:
+        yield item("state", together(state_of(task, stage), run_of(task, stage)))
+        yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
+        yield item("latest", exact(task["timestamp"]))
+        for part in (timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task)):
+            yield from part
 
 
-def worker_panel(name: str, stage: Stage) -> Items:
+def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
     """Yield everything about a worker, its running tasks first."""
-    worker, state = known(stage.state.workers, name), stage.state
-    tasks = [task for _, task in state.iteractive() if task.get("worker") == name]
-    tasks.sort(key=lambda task: urgency(task, stage))
-    tasks += [task for _, task in state.tasks_by_worker(name, 100) if task["state"] in State.FINISHED]
-    yield Item("status", together(status_of(worker, stage), load_of(worker, stage)))
-    yield from map(task_item, ("tasks", *repeat("", 99)), tasks, repeat(stage))
+    worker = known(stage.state.workers, name)
+    yield item("status", together(status_of(worker, stage), load_of(worker, stage)))
+    tasks = [task for _, task in stage.state.tasks_by_worker(name)]
+    for task in sorted(tasks, key=lambda task: urgency(task, stage))[:100]:
+        yield task_item("task", task, stage, detail_of(task, stage))
     yield from fields(worker, ("hostname", "heard", *keys_of(worker)), stage)
 
 
-def event_panel(event: Facts, stage: Stage) -> Items:
+def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
     """Yield everything about an event, and the way to its task."""
     task = known(stage.state.tasks, event.get("uuid"))
-    yield Item("time", exact(event.get("timestamp")))
-    yield from [task_item("task", task, stage)] if task else []
-    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback"), stage)
+    if task:
+        yield task_item("task", task, stage, detail_of(task, stage))
+    yield from fields(event, event, stage)
 
 
-PANEL = (
-    Column("", 11, lambda item, stage: item.label, style="dim"),
-    Column("", 0, lambda item, stage: item.text, style=None),
-)
+NO_TASKS = "no tasks yet: 4 shows every event"
 SHEETS = {
-    "tasks": Sheet(task_rows, TASK_COLUMNS, order=5, empty="no tasks yet: 4 shows every event"),
-    "names": Sheet(name_rows, NAME_COLUMNS, order=0, empty="no tasks yet: 4 shows every event"),
-    "workers": Sheet(worker_rows, WORKER_COLUMNS, order=0, empty="no workers yet: a Dispatcher with freq=2 is one"),
-    "events": Sheet(event_rows, EVENT_COLUMNS, order=0, empty="no events yet"),
-    "task": Sheet(task_panel, PANEL),
-    "worker": Sheet(worker_panel, PANEL),
-    "event": Sheet(event_panel, PANEL),
-    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:]),
-    "result": Sheet(lambda uuid, stage: [Item("", known(stage.state.tasks, uuid).get("result", "no result"))], PANEL[1:]),
-    "keys": Sheet(lambda subject, stage: [Item("", HELP)], PANEL[1:]),
+    "tasks": Sheet(task_rows, order=5, empty=NO_TASKS, columns=(
+        Column("STATE", 8, state_of),
+        Column("NAME", 14, "name", share=0.1, tail=True),
+        Column("TIME", 8, "timestamp", style="dim", least=88),
+        Column("UUID", 36, "uuid", style="dim", least=150),
+        Column("WORKER", 12, lambda task, stage: printable(task.get("worker") or task.get("client")), share=0.05, least=50),
+        Column("   RUN", 6, run_of, order=urgency),
+        Column("DETAIL", 0, detail_of),
+    )),
+    "names": Sheet(name_rows, order=0, empty=NO_TASKS, columns=(
+        Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
+        Column(" RUNNING", 8, "running"),
+        Column("  DONE", 6, "succeeded"),
+        Column("   FAILED", 9, failed_of, order=lambda kind, stage: -kind["failed"]),
+        Column(" RETRIED", 8, "retried", least=100),
+        Column("  MEAN", 6, "mean", least=60),
+        Column("   P95", 6, "p95", least=60),
+        Column("   MAX", 6, "max", least=70),
+        Column("LAST", 8, "last", style="dim", least=110),
+        Column("LAST ERROR", 0, "error", style="red"),
+    )),
+    "workers": Sheet(worker_rows, order=0, empty="no workers yet: a Dispatcher with freq=2 is one", columns=(
+        Column("WORKER", 14, "hostname", style="bold", share=0.1),
+        Column("STATUS", 12, status_of),
+        Column("NOW", 20, "now", share=0.3, least=50),
+        Column(" ACTIVE", 7, "active", least=60),
+        Column("  DONE", 6, "processed", least=70),
+        Column(" FAILED", 7, "failed", least=90),
+        Column(" HEARD", 6, "heard"),
+        Column("LOAD", 0, load_of),
+    )),
+    "events": Sheet(event_rows, order=0, empty="no events yet", columns=(
+        Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
+        Column("TYPE", 16, "type", share=0.05),
+        Column("NAME", 20, task_name, share=0.1),
+        Column("WORKER", 12, "hostname", share=0.1, least=90),
+        Column("DETAIL", 0, reason_of),
+    )),
+    "task": Sheet(task_panel, empty="not in memory: cleared, or evicted to make room"),
+    "worker": Sheet(worker_panel),
+    "event": Sheet(event_panel),
+    "traceback": Sheet(lambda uuid, stage: trace(known(stage.state.tasks, uuid)), PANEL[1:], empty="no traceback"),
+    "result": Sheet(lambda uuid, stage: fields(known(stage.state.tasks, uuid), ["result"], stage), empty="no result"),
+    "keys": Sheet(lambda subject, stage: [item("", HELP)], PANEL[1:]),
 }
+KINDS = list(SHEETS)  # the first four are pages
 
 
-PAGES = dict(zip("1234", SHEETS))
+def event_line(event: Facts, state: State) -> str:
+    """Return an event as a line for people, of at most 200 characters; the state knows the names of tasks."""
+    stage = Stage(state, 0, 0, time.time())
+    line = together(*[field(event, column.text, stage) for column in SHEETS["events"].columns])
+    return line if len(line) <= 200 else line[:199] + "…"
 
 
 # The lines of the screen.
 
 
+def opened(view: View, kind: str, subject: Any = None) -> View:
+    """Open a layer above the others, unless it is the uppermost."""
+    same = view.layers and view.layers[-1][:2] == (kind, subject)
+    return view if same else view._replace(layers=(*view.layers, Layer(kind, subject, SHEETS[kind].order)))
+
+
 def settled(view: View, state: State) -> View:
     """Return the view with a page: until one is chosen, the one that has something."""
-    kind = "tasks" if state.tasks or not state.event_count else "events"
-    return view if view.layers else view._replace(layers=(Layer(kind),))
-
-
-def order_of(layer: Layer) -> Any:
-    """Return the number of the column that a table is sorted by; None for a panel."""
-    return SHEETS[layer.kind].order if layer.order is None else layer.order
-
-
-def text_in(column: Column, record: Any, stage: Stage) -> str:
-    """Return what a column shows of a record."""
-    text: str = column.text(record, stage) if callable(column.text) else field(record, column.text, stage.now)
-    return text
+    return view if view.layers else opened(view, "tasks" if state.tasks or not state.event_count else "events")
 
 
 def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
@@ -3677,151 +3619,138 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
-def words_of(record: Any) -> str:
+def words_of(record: Facts) -> str:
     """Return all text of a record."""
-    values = record if isinstance(record, Item) else record.values()
-    return "\n".join([text_of(value, 1000) for value in values if isinstance(value, (str, list, dict))])
+    return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
 
 
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
     """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
+    columns = {column.heading.strip().lower(): column for column in SHEETS[layer.kind].columns}
     for word in layer.filter.lower().split():
         name, _, wanted = word.partition(":")
-        column = next((column for column in SHEETS[layer.kind].columns if column.heading.strip().lower() == name), None)
+        column = columns.get(name)
         some = [text for text in wanted.split(",") if text] or [""] if column else [word]
-        texts = [text_in(column, row.record, stage) if column else words_of(row.record) for row in rows]
+        texts = [field(row.record, column.text, stage) if column else words_of(row.record) for row in rows]
         rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
 
-def wrapped(items: Items, width: int) -> Items:
-    """Yield the items of a panel, the label only beside the first line of each."""
-    for label, value, link, style in items:
-        for text in islice(wrap(value, width), 1 if link else None):
-            yield Item(label, text, link, style)
-            label = ""
+def wrapped(rows: Iterable[Row], width: int) -> Iterator[Row]:
+    """Yield the rows of a panel, of `width` columns: the label only beside the first line of each, of a link no other."""
+    for row in rows:
+        lines = wrap(row.record["text"], width)
+        yield row._replace(record={**row.record, "text": next(lines)})
+        for line in () if row.link else lines:
+            yield item("", line, style=row.style)
 
 
 def rows_of(view: View, stage: Stage) -> Rows:
     """Return the rows of the uppermost layer, filtered and sorted."""
     layer, stage = view.layers[-1], stage._replace(**view.frozen)
-    sheet, order = SHEETS[layer.kind], order_of(layer)
-    rows = sheet.rows(layer.subject, stage)
-    if order is None:
-        items = enumerate(islice(wrapped(rows, sizes_of(sheet.columns, stage.width)[-1][1]), 2000))
-        return filtered([Row(item.link or index, item, item.link) for index, item in items], layer, stage)
+    rows, columns, *_ = SHEETS[layer.kind]
+    rows = rows(layer.subject, stage)
+    if layer.order is None:
+        width = sizes_of(columns, stage.width)[-1][1]
+        return filtered(list(islice(wrapped(rows, width), 2000)), layer, stage)
+    column = columns[layer.order]
     rows = filtered(rows, layer, stage)
-    return sorted(rows, key=lambda row: sort_key(sheet.columns[order], row.record, stage), reverse=layer.reverse)
+    return sorted(rows, key=lambda row: sort_key(column, row.record, stage), reverse=layer.reverse)
 
 
 def locate(view: View, rows: Rows) -> int:
     """Return the index of the row that the cursor is on."""
     layer = view.layers[-1]
     gone = max(0, min(layer.index, len(rows) - 1))
-    return next((index for index, row in enumerate(rows) if row.identity == layer.cursor), gone)
+    return next((index for index, row in enumerate(rows) if layer.cursor and row.link == layer.cursor), gone)
 
 
 def title_line(view: View, stage: Stage) -> Line:
-    """Return the pages and how much they have, what went wrong, the rate, and the URL."""
-    live, status = stage.state, stage.status
-    alive = len(live.alive_workers(stage.now))
-    tabs = (
-        f"Tasks {len(live.tasks):,} ",
-        f"Names {len(live.task_types()):,} ",
-        f"Workers {alive:,}/{len(live.workers):,} ",
-        f"Events {live.event_count:,} ",
-    )
-    line = [Span(f" FROZEN +{live.event_count - view.frozen['state'].event_count:,} ", "alarm")] if view.frozen else []
-    for (page, kind), text in zip(PAGES.items(), tabs):
-        here = kind == view.layers[0].kind
-        line.append(Span(f" {page} {text if here or stage.width >= 64 else ''}", "reverse" if here else "", page))
-    losses = [(name, many) for name, many in (*status.items(), ("evicted", live.evicted)) if many]
-    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses if isinstance(many, int)]
-    left = max(0, stage.width - sum([cells(span.text) for span in line]))
-    rate, url = sum(live.counts(1, 5.0, stage.now)) / 5, printable(status.get("url")).partition("?")[0]
-    return [*line, Span(fit(f"{rate:,.1f}/s  {url}".rjust(left), left), "dim")]
+    """Return what went wrong, the pages and how much they have, the rate, and the URL."""
+    state, losses = stage.state, {**stage.status, "evicted": stage.state.evicted}
+    alive = f"{len(state.alive_workers(stage.now)):,}/{len(state.workers):,}"
+    counts = f"{len(state.tasks):,}", f"{len(state.task_types()):,}", alive, f"{state.event_count:,}"
+    line = [Span(" FROZEN ", "alarm")] if view.frozen else []
+    line += [Span(f" {many:,} {name} ", "alarm") for name, many in losses.items() if isinstance(many, int) and many]
+    for page, (kind, many) in enumerate(zip(KINDS, counts), 1):
+        style = "reverse" if kind == view.layers[0].kind else ""
+        line.append(Span(f" {page} {kind.title()} {many} ", style, f"page {page}"))
+    rate, url = sum(state.counts(1, 5.0, stage.now)) / 5, printable(stage.status.get("url")).partition("?")[0]
+    left = stage.width - sum([cells(span.text) for span in line])
+    return [*line, Span(f"{rate:,.1f}/s  {url}".rjust(left), "dim")]
 
 
 def graph_lines(stage: Stage) -> list[Line]:
     """Return two lines: the events of each of the last seconds, the latest at the right, and the highest number."""
     width = min(60, stage.width // 8)
     counts = stage.state.counts(width, width, ceil(stage.now))  # whole seconds: no column changes but the last
-    most = max(1, *counts, 0)
-    drawn = len("".join([" x"[count > 0] for count in counts]).lstrip())
-    labels = (f" max {most:,}/s", f" last {drawn} s") if drawn else ("", "")
+    most = max([1, *counts])
     bars = ["".join([BARS[max(0, min(8, ceil(16 * count / most) - base))] for count in counts]) for base in (8, 0)]
-    return [[Span(f" {bar}", "cyan"), Span(f"{label:<12}", "dim")] for bar, label in zip(bars, labels)]
-
-
-def running_text(stage: Stage, names: Facts) -> str:
-    """Return how many tasks run, and which for how long; `names` are the states of the unfinished ones."""
-    tasks = stage.state.tasks
-    runs = [(seconds_run(tasks[uuid], stage), uuid) for uuid, name in names.items() if name != "LOST"]
-    seconds, uuid = max(runs, default=(-1.0, ""))
-    if seconds < 0:
-        return " 0 running"
-    many, task = sum(run >= 0 for run, _ in runs), tasks[uuid]
-    longest = f"{printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
-    return f" {many:,} running, longest {longest}"
+    drawn = len(bars[1].lstrip())
+    labels = (f"max {most:,}/s", f"last {drawn} s") if drawn else ("", "")
+    return [[Span(f" {bar}", "cyan"), Span(f" {label:<11}", "dim")] for bar, label in zip(bars, labels)]
 
 
 def failed_line(stage: Stage) -> Line:
     """Return how many tasks have failed in the last minute, and why the last one has."""
     failures = [task for task in stage.state.tasks.values() if task["state"] == "FAILURE"]
-    ages = [stage.now - task["timestamp"] + clock_error(worker_of(task, stage)) for task in failures]
-    if not ages:
+    if not failures:
         return [Span(" no failures", "dim")]
-    task, many = failures[ages.index(min(ages))], sum(age <= 60 for age in ages)
-    when = f" {many:,} failed in the last minute: " if many else f" the last failure {duration(min(ages))} ago: "
+    task = max(failures, key=lambda task: float(task["timestamp"]))
+    many = sum(stage.now - task["timestamp"] <= 60 for task in failures)
+    when = f" {many:,} failed in the last minute: " if many else " the last failure: "
     return [Span(when, "red"), Span(f"{printable(task.get('name'))} {detail_of(task, stage)}")]
 
 
 def now_lines(stage: Stage) -> list[Line]:
     """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
-    tasks, order, graph = stage.state.tasks, list(STYLES), graph_lines(stage)
-    names = {uuid: state_of(task, stage) for uuid, task in stage.state.iteractive()}
-    tally = Counter([names.get(uuid) or task["state"] for uuid, task in tasks.items()])
-    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
+    graph = graph_lines(stage)
+    active = [(state_of(task, stage), seconds_run(task, stage), task) for _, task in stage.state.iteractive()]
+    running = [(seconds, task) for name, seconds, task in active if name != "LOST" and seconds >= 0]
+    text = f" {len(running):,} running"
+    if running:
+        seconds, task = max(running, key=lambda run: run[0])
+        text += f", longest {printable(task.get('name'))} {duration(seconds)} on {printable(task.get('worker'))}"
     left = stage.width - sum([cells(span.text) for span in graph[0]])
-    now = zip(([Span(running_text(stage, names))], failed_line(stage)), graph)
-    counts = [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]
-    return [*(fit_line(line, left) + bars for line, bars in now), counts]
+    now = [fit_line(line, left) + bars for line, bars in zip(([Span(text)], failed_line(stage)), graph)]
+    others = [task["state"] for task in stage.state.tasks.values() if task["state"] in {*State.FINISHED, "PENDING"}]
+    tally, order = Counter([name for name, _, _ in active] + others), list(STYLES)
+    states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
+    return [*now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
 def heading_line(layer: Layer, stage: Stage) -> Line:
     """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
-    columns, order, line = SHEETS[layer.kind].columns, order_of(layer), []
-    if order is None:
+    if layer.order is None:
         about = layer.subject if isinstance(layer.subject, str) else ""
         return [Span(f" {layer.kind} {printable(about)}", "heading")]
+    columns, line = SHEETS[layer.kind].columns, []
     for column, width in sizes_of(columns, stage.width):
         text, index = column.heading, columns.index(column)
-        if index == order:
+        if index == layer.order:
             text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
-        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - order}"))
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - layer.order}"))
     return line
 
 
-def row_line(row: Row, sizes: Iterable[tuple[Column, int]], stage: Stage) -> Line:
-    """Return a row as a line of the screen."""
+def row_line(row: Row, columns: Iterable[tuple[Column, int]], stage: Stage, step: int) -> Line:
+    """Return a row as a line of the screen, so many below the cursor."""
     line = []
-    for column, width in sizes:
-        text, style = text_in(column, row.record, stage), column.style
-        if style is None:
-            style = isinstance(row.record, Item) and row.record.style or style_of(text)
-        text = text.rjust(width) if column.heading[:1] == " " else text
-        line.append(Span(fit(text, width, column.tail) + " ", style))
+    for column, width in columns:
+        text = field(row.record, column.text, stage)
+        style = column.style or row.style or style_of(text)
+        text = fit(text.rjust(width) if column.heading[:1] == " " else text, width, column.tail)
+        line.append(Span(text + " ", style if step else "selected", f"move {step}" if step else "show"))
     return line
 
 
 def footer_line(view: View, index: int, many: int) -> Line:
     """Return the filter, which row this is of how many, and keys."""
     layer = view.layers[-1]
-    hints = "typing" if view.typing else "filter" if layer.filter else "table" if len(view.layers) == 1 else "panel"
-    about = f" of {layer.subject}" if layer.kind in ("tasks", "events") and layer.subject else ""
+    hints = "typing" if view.typing else "table" if len(view.layers) == 1 else "panel"
+    about = f" of {layer.subject}" if layer.subject and layer.order is not None else ""
     text = f"/{printable(layer.filter)}{'█' * view.typing} " if view.typing or layer.filter else ""
-    line = [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold")]
-    return line + [Span(f" {hint} ", "dim", KEYS.get(hint.split()[0], "")) for hint in HINTS[hints].split(",")]
+    return [Span(f"{text} {min(index + 1, many):,} of {many:,}{printable(about)} ", "bold"), Span(f" {HINTS[hints]}", "dim")]
 
 
 def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
@@ -3831,24 +3760,20 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     """
     view = settled(view, stage.state)
     layer, shown = view.layers[-1], stage._replace(**view.frozen)
-    sizes = sizes_of(SHEETS[layer.kind].columns, stage.width)
+    columns = sizes_of(SHEETS[layer.kind].columns, stage.width)
     rows = rows_of(view, stage) if rows is None else rows
-    lines = [title_line(view, stage), *(now_lines(stage) if order_of(layer) is not None else [])][: stage.height // 4]
-    lines += [heading_line(layer, stage)] * (stage.height > 5)
-    footer = int(stage.height > 2)
-    room = stage.height - len(lines) - footer
     chosen = locate(view, rows)
+    head = [title_line(view, stage), *(now_lines(stage) if layer.order is not None else [])][: stage.height // 4]
+    head += [heading_line(layer, stage)] * (stage.height > 5)
+    foot = [footer_line(view, chosen, len(rows))] * (stage.height > 2)
+    room = stage.height - len(head) - len(foot)
     top = max(0, min(chosen - room // 2, len(rows) - room))
-    for index, row in enumerate(rows[top : top + room], top):
-        action = "show" if index == chosen else f"move {index - chosen}"
-        line = row_line(row, sizes, shown)
-        lines.append([Span(text, "selected" if index == chosen else style, action) for text, style, _ in line])
+    body = [row_line(row, columns, shown, index - chosen) for index, row in enumerate(rows[top : top + room], top)]
     if not rows:
         empty = SHEETS[layer.kind].empty if stage.state.event_count else str(stage.status.get("empty", ""))
         empty = f"nothing matches {layer.filter} — Escape drops the filter" if layer.filter else empty
-        lines += [[Span(text)] for text in wrap(empty, stage.width)]
-    lines = [*lines, *[[]] * room][: stage.height - footer]
-    return [fit_line(line, stage.width) for line in lines + [footer_line(view, chosen, len(rows))] * footer]
+        body = [[Span(text)] for text in wrap(empty, stage.width)]
+    return [fit_line(line, stage.width) for line in (*head, *islice(chain(body, repeat([])), room), *foot)]
 
 
 # What keys and clicks do: functions (view, stage, rows, argument) -> view.
@@ -3864,130 +3789,99 @@ def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
     step = float(step)
     step = step * max(2, stage.height - 6) if abs(step) < 1 else step
     index = int(max(0, min(locate(view, rows) + step, len(rows) - 1)))
-    return change(view, cursor=rows[index].identity if index else None, index=index)
-
-
-def tab(view: View, stage: Stage, rows: Rows, step: str) -> View:
-    """Go to the next page or the one before; in a panel, to the next row that leads somewhere."""
-    layer = view.layers[-1]
-    if order_of(layer) is not None:
-        kinds = list(PAGES.values())
-        return view._replace(layers=(Layer(kinds[(kinds.index(layer.kind) + int(step)) % len(kinds)]),))
-    here = locate(view, rows)
-    links = [index - here for index, row in enumerate(rows) if row.link and (index - here) * int(step) > 0]
-    return move(view, stage, rows, links[:: int(step)][0]) if links else view
-
-
-def push(view: View, stage: Stage, rows: Rows, kind: str, subject: Any = None) -> View:
-    """Open a layer above the others, unless it is the uppermost; of very many, some in the middle go."""
-    first, *others = view.layers
-    same = view.layers[-1][:2] == (kind, subject)
-    return view if same else view._replace(layers=(first, *others[-50:], Layer(kind, subject)))
+    return change(view, cursor=rows[index].link if index else None, index=index)
 
 
 def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
     """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
-    link = rows[locate(view, rows)].link if rows else None
-    if not kind:
-        return push(view, stage, rows, *link) if link else view
-    about, subject = link or view.layers[-1][:2]
-    if about == "event":
+    about, subject = rows and rows[locate(view, rows)].link or view.layers[-1][:2]
+    if kind and about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
-    return push(view, stage, rows, kind, subject) if isinstance(subject, str) and about != "tasks" else view
+    possible = not kind or about != "tasks" and isinstance(subject, str)
+    return opened(view, kind or about, subject) if possible else view
 
 
 def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
     """Sort the table by the next column; with 0 by the same one, the other way round."""
     layer = view.layers[-1]
-    order, many = order_of(layer), len(SHEETS[layer.kind].columns)
-    reverse = step == "0" and not layer.reverse
-    return view if order is None else change(view, order=(order + int(step)) % many, reverse=reverse)
+    if layer.order is None:
+        return view
+    order = (layer.order + int(step)) % len(SHEETS[layer.kind].columns)
+    return change(view, order=order, reverse=step == "0" and not layer.reverse)
 
 
 def freeze(view: View, stage: Stage, rows: Rows) -> View:
     """Let the picture stand still, or go on: a copy of the State is shown."""
-    import pickle
+    from copy import deepcopy
 
-    view = move(view, stage, rows, 0)  # events are others in the copy: the cursor stays on the same index
-    if view.frozen:
-        return view._replace(frozen={})
-    return view._replace(frozen={"state": pickle.loads(pickle.dumps(stage.state)), "now": stage.now})
-
-
-def leave(view: View, stage: Stage, rows: Rows) -> View:
-    """Close the uppermost layer, or quit."""
-    return view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1)
+    return view._replace(frozen={} if view.frozen else {"state": deepcopy(stage.state), "now": stage.now})
 
 
 def back(view: View, stage: Stage, rows: Rows) -> View:
     """Drop the filter, else close the uppermost layer, else let a frozen picture go on."""
     if view.layers[-1].filter:
         return change(view, filter="")
-    return leave(view, stage, rows) if len(view.layers) > 1 else view._replace(frozen={})
+    return view._replace(layers=view.layers[:-1]) if len(view.layers) > 1 else view._replace(frozen={})
 
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen; in a panel, follow the link at once."""
-    action, left = "", int(column)
-    for span in screen(view, stage, rows)[int(line)]:
-        action = span.action if left >= 0 else action
-        left -= cells(span.text)
-    view = press(view._replace(typing=False), action, stage, rows)
-    return show(view, stage, rows) if action.startswith("move") and order_of(view.layers[-1]) is None else view
+    """Do what is there on the screen."""
+    actions = [span.action for span in screen(view, stage, rows)[int(line)] for _ in range(cells(span.text))]
+    return press(view._replace(typing=False), actions[int(column)], stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
-    **{action.__name__: action for action in (move, tab, push, show, sort, freeze, leave, back, click)},
-    "page": lambda view, stage, rows, kind: view._replace(layers=(Layer(kind),)),
+    **{action.__name__: action for action in (move, show, sort, freeze, back, click)},
+    "page": lambda view, stage, rows, number: opened(view._replace(layers=()), KINDS[(int(number) - 1) % 4]),
+    "tab": lambda view, stage, rows: press(view, f"page {KINDS.index(view.layers[0].kind) + 2}", stage, rows),
+    "leave": lambda view, stage, rows: view._replace(layers=view.layers[:-1] or view.layers, done=len(view.layers) == 1),
+    "keys": lambda view, stage, rows: opened(view, "keys"),
     "clear": lambda view, stage, rows: stage.state.clear_tasks() or view,
     "type": lambda view, stage, rows: view._replace(typing=True),
 }
 KEYS = {
-    "j": "move 1",
-    "k": "move -1",
-    "PgDn": "move 0.9",
-    "PgUp": "move -0.9",
-    "g": "move -inf",
-    "G": "move inf",
-    "1": "page tasks",
-    "2": "page names",
-    "3": "page workers",
-    "4": "page events",
-    "tab": "tab 1",
-    "shift-tab": "tab -1",
-    "enter": "show",
-    "t": "show traceback",
-    "r": "show result",
-    "e": "show events",
-    "?": "push keys",
-    "/": "type",
-    "s": "sort 1",
-    "S": "sort 0",
-    "space": "freeze",
-    "c": "clear",
-    "q": "leave",
-    "esc": "back",
+    key: action
+    for action, keys in {
+        "move 1": "j KEY_DOWN",
+        "move -1": "k KEY_UP",
+        "move 0.9": "KEY_NPAGE",
+        "move -0.9": "KEY_PPAGE",
+        "move -inf": "g KEY_HOME",
+        "move inf": "G KEY_END",
+        **{f"page {number}": number for number in "1234"},
+        "tab": "tab ^I",
+        "show": "enter i ^J ^M KEY_ENTER",
+        "show traceback": "t",
+        "show result": "r",
+        "show events": "e",
+        "keys": "?",
+        "type": "/",
+        "sort 1": "s",
+        "sort 0": "S",
+        "freeze": "space",
+        "clear": "c",
+        "leave": "q",
+        "back": "esc ^[",
+        "erase": "KEY_BACKSPACE ^? ^H",
+    }.items()
+    for key in keys.split()
 }
-NAMES = {"KEY_DOWN": "j", "KEY_UP": "k", "KEY_HOME": "g", "KEY_END": "G", "KEY_NPAGE": "PgDn", "^D": "PgDn"}
-NAMES |= {"KEY_PPAGE": "PgUp", "^I": "tab", "KEY_BTAB": "shift-tab", " ": "space", "^[": "esc", "M-": "esc"}
-NAMES |= dict.fromkeys(("i", "^J", "^M", "KEY_ENTER"), "enter") | dict.fromkeys(("KEY_BACKSPACE", "^?", "^H"), "backspace")
 
 
 def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
-    """Return the view after a key, as curses calls it ("j", "^D", "KEY_UP"), or an action ("move 3", "click LINE COLUMN").
+    """Return the view after a key, as curses calls it ("j", "^I", "KEY_UP"), or an action ("move 3", "click LINE COLUMN").
 
     `rows` is as in screen(). One key changes the State: c clears it.
     """
-    view, name = settled(view, stage.state), NAMES.get(key, key)  # on a page that no event shall change any more
+    view, action = settled(view, stage.state), KEYS.get("space" if key == " " else key, key)
     text = view.layers[-1].filter
-    edits = {"esc": "", "enter": text, "backspace": text[:-1], "^U": "", "^W": re.sub(r"\S*\s*$", "", text)}
-    if view.typing and (len(key) == 1 or name in edits):
-        text = (text + key)[:100] if len(key) == 1 else edits[name]
-        view = view._replace(typing=len(key) == 1 or name not in ("esc", "enter"))
-        return change(view, filter=text, index=0)
-    action, *arguments = KEYS.get(name, name).split() or [""]
+    edits = {"back": "", "show": text, "erase": text[:-1]}
+    if view.typing and (len(key) == 1 or action in edits):
+        text = (text + key)[:100] if len(key) == 1 else edits[action]
+        return change(view._replace(typing=len(key) == 1 or action == "erase"), filter=text, index=0)
+    name, *arguments = action.split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
-    return ACTIONS[action](view, stage, rows, *arguments) if action in ACTIONS else view
+    return ACTIONS[name](view, stage, rows, *arguments) if name in ACTIONS else view
 
 
 def in_ascii(text: str) -> str:
@@ -3999,23 +3893,23 @@ def in_ascii(text: str) -> str:
 # --- capture_events: curses, one thread ---------------------------------------------------------------------------
 
 FRAME_TIME = 0.05  # between two pictures,
-FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed; likewise between two lists of rows
+FRAME_SHARE = 5  # and so many times what the last one took, unless a key was pressed
 DRAIN = 500  # events taken between two looks at the keyboard
 MAX_LINE = 4 * MAX_EVENT  # of a file: an event in ASCII may take three times as much as in UTF-8, and white space
-LOOKS = {  # style -> attributes; its colour of 256, at least 3:1 on black, #1e1e1e and white; of 8, where one is legible
-    "": ("", 0, 0),
-    "bold": ("BOLD", 0, 0),
-    "dim": ("DIM", 244, 0),
-    "heading": ("BOLD UNDERLINE", 0, 0),
-    "reverse": ("REVERSE", 0, 0),
-    "selected": ("BOLD REVERSE", 0, 0),
-    "alarm": ("BOLD REVERSE", 196, 1),
-    "red": ("BOLD", 196, 1),
-    "green": ("", 28, 0),
-    "yellow": ("", 136, 0),
-    "blue": ("", 32, 0),
-    "magenta": ("", 133, 5),
-    "cyan": ("", 30, 0),
+LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on black, #1e1e1e and white
+    "": ("", 0),
+    "bold": ("BOLD", 0),
+    "dim": ("DIM", 244),
+    "heading": ("BOLD UNDERLINE", 0),
+    "reverse": ("REVERSE", 0),
+    "selected": ("BOLD REVERSE", 0),
+    "alarm": ("BOLD REVERSE", 196),
+    "red": ("BOLD", 196),
+    "green": ("", 28),
+    "yellow": ("", 136),
+    "blue": ("", 32),
+    "magenta": ("", 133),
+    "cyan": ("", 30),
 }
 
 
@@ -4040,9 +3934,7 @@ def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
             begins, whole = whole, line.endswith(b"\n")
             index += begins
             try:
-                if begins and not whole and len(line) == MAX_LINE:
-                    raise WireError(f"a line of {MAX_LINE:,} bytes or more")
-                if begins and line.strip():
+                if begins and line.strip():  # the rest of a longer line holds nothing
                     yield parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
             except WireError as problem:
                 report(f"{where}line {index}: {problem}")
@@ -4072,10 +3964,9 @@ def json_line(event: Facts) -> str:
 def open_record(path: str) -> Any:
     """Open a file to append events to; behind a line that a crash has cut off begins another one."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
-    if os.path.isfile(path) and os.path.getsize(path) and os.access(path, os.R_OK):
-        with open(path, "rb") as before:
-            before.seek(-1, os.SEEK_END)
-            file.write(b"" if before.read() == b"\n" else b"\n")
+    with suppress(OSError), open(path, "rb") as before:  # it is empty, or no file that can be read
+        before.seek(-1, os.SEEK_END)
+        file.write(b"" if before.read() == b"\n" else b"\n")
     return file
 
 
@@ -4090,13 +3981,15 @@ def append(record: Any, event: Event) -> None:
         raise
 
 
-def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> Feed:
-    """Yield the events of some types, at most so many; append them to a file."""
+def chosen(feed: Feed, types: Sequence[str] = (), record: Any = None, limit: float | None = None, state: Any = None) -> Feed:
+    """Yield the events of some types, at most so many, and append them to a file; let a state take all there are."""
     from fnmatch import fnmatchcase
 
     left = inf if limit is None else limit
     for event in feed if left > 0 else ():
         if event is not None:
+            if state:
+                state.event(event)
             if types and not any(fnmatchcase(event.type, glob) for glob in types):
                 continue
             if record:
@@ -4107,16 +4000,8 @@ def chosen(feed: Feed, types: Sequence[str], record: Any, limit: int | None) -> 
             return
 
 
-def noted(feed: Feed, state: State) -> Feed:
-    """Yield events that the state has taken."""
-    for event in feed:
-        if event is not None:
-            state.event(event)
-        yield event
-
-
 class Terminal:
-    """What curses does for the monitor: it reads keys, and paints lines, of which only those that have changed."""
+    """What curses does for the monitor: it reads keys, and paints lines."""
 
     def __init__(self, window: Any) -> None:
         import curses
@@ -4124,112 +4009,81 @@ class Terminal:
         self._curses: Any = curses
         self._window = window
         self._ascii = "utf" not in window.encoding.lower()
-        self._painted: list[Line] = []
-        self._looks = self._prepare_looks()
-        self._button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
-        curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | self._button5)
+        self._ahead = ""  # what was read behind an Escape
+        self._looks: dict[str, int] = {}  # style -> attributes
+        is_coloured = False
+        with suppress(curses.error):  # of a terminal that has no colours, or none of its own
+            curses.use_default_colors()  # else curses would paint a background
+            is_coloured = curses.COLORS >= 256 and not os.environ.get("NO_COLOR")
+        for pair, (style, (attributes, colour)) in enumerate(LOOKS.items(), 1):
+            self._looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
+            if colour and is_coloured:
+                curses.init_pair(pair, colour, -1)
+                self._looks[style] = self._looks[style] & ~curses.A_DIM | curses.color_pair(pair)
+        button5 = getattr(curses, "BUTTON5_PRESSED", 1 << 21)  # Python 3.9 has no name for it
+        curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
         curses.mouseinterval(0)
         window.nodelay(True)
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
         with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
 
-    def _prepare_looks(self) -> dict[str, int]:
-        """Return style -> curses attribute."""
-        curses, colours, looks = self._curses, 0, {}
-        if curses.has_colors():
-            with suppress(curses.error):  # of a terminal that has no default colours
-                curses.use_default_colors()  # without colours too, or curses would paint a background
-                colours = 0 if os.environ.get("NO_COLOR") else curses.COLORS
-        for pair, (style, (attributes, many, few)) in enumerate(LOOKS.items(), 1):
-            looks[style] = sum(getattr(curses, f"A_{attribute}") for attribute in attributes.split())
-            colour = many if colours >= 256 else few if colours else 0
-            if colour:
-                curses.init_pair(pair, colour, -1)
-                looks[style] = looks[style] & ~curses.A_DIM | curses.color_pair(pair)
-        return looks
-
     def size(self) -> tuple[int, int]:
         """Return rows and columns; curses learns here that they have changed."""
         with suppress(OSError):
-            columns, rows = os.get_terminal_size(sys.stdout.fileno())
+            columns, rows = os.get_terminal_size()
             if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
                 self._curses.resizeterm(rows, columns)
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def forget(self, used: bool = False) -> None:
-        """Paint all of the next picture: what the terminal shows is not known, or another program has used it."""
-        if used:
-            self._curses.endwin()
-        self._window.clear()
-        self._painted = []
+    def forget(self) -> None:
+        """Let the next picture be painted as a whole: what the terminal shows is not known."""
+        self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
 
     def is_ready(self) -> bool:
         """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
         return bool(select.select([], [sys.stdout], [], 0)[1])
 
-    def release(self) -> None:
-        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
-        import termios
-
-        with suppress(OSError, termios.error):  # of a terminal that has gone
-            if not self.is_ready():
-                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
-                termios.tcflow(sys.stdout, termios.TCOON)
-
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
+        self._window.erase()
+        self._window.redrawln(0, 4)  # of a bar that goes, the edge of its glyph may be left beside its cell
         for row, line in enumerate(lines):
-            if row < len(self._painted) and line == self._painted[row]:
-                continue
-            self._window.move(row, 0)
-            self._window.clrtoeol()
-            if row < 4:  # of a bar that goes, the edge of its glyph may be left beside its cell
-                self._window.redrawln(row, 1)
             column = 0
             for text, style, _ in line:
                 with suppress(self._curses.error):  # behind the last cell is no place for the cursor
                     self._window.addstr(row, column, in_ascii(text) if self._ascii else text, self._looks[style])
                 column += cells(text)
-        self._painted = lines
         self._window.refresh()
 
     def pressed(self) -> Iterator[str]:
         """Yield the keys that were pressed, as press() takes them."""
-        for key in iter(self._read, None):
-            if key == self._curses.KEY_MOUSE:
-                yield from self._mouse()
-            elif key == "\x1b":
-                yield from self._escape()
-            elif isinstance(key, str) and key.isprintable():
+        for key in iter(self._read, ""):
+            if key == "^[":
+                ahead = self._read()
+                if ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
+                    self._window.timeout(50)  # for what comes in pieces
+                    any("@" <= end <= "~" for end in iter(self._read, ""))
+                    self._window.nodelay(True)
+                    continue
+                self._ahead = ahead
+            if key != "KEY_MOUSE":
                 yield key
-            elif isinstance(key, int) or key < "\x80":
-                yield self._curses.keyname(key if isinstance(key, int) else ord(key)).decode("ascii", "replace")
+                continue
+            with suppress(self._curses.error):
+                _, column, line, _, button = self._curses.getmouse()
+                clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
+                yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
 
-    def _escape(self) -> Iterator[str]:
-        """Yield what an Escape means: nothing if it begins a sequence that curses does not know; that is read."""
-        key = self._read()
-        if key in ("[", "O", "]", "P"):
-            end = "\x07\\" if key in ("]", "P") else None  # of a terminal's answer; the others end with a letter
-            self._window.timeout(50)  # for what comes in pieces
-            any(str(other) in end if end else "@" <= str(other) <= "~" for other in iter(self._read, None))
-            self._window.nodelay(True)
-            return
-        yield "^[" if key is None else "M-"
-        if key is not None:
-            (self._curses.ungetch if isinstance(key, int) else self._curses.unget_wch)(key)
-
-    def _read(self) -> Any:
-        """Return the next character, the number of a key that is none, or None."""
+    def _read(self) -> str:
+        """Return a character, or the name of a key that is none, or "" if none is pressed."""
+        key, self._ahead = self._ahead, ""
         with suppress(self._curses.error):
-            return self._window.get_wch()
-
-    def _mouse(self) -> Iterator[str]:
-        with suppress(self._curses.error):
-            _, column, line, _, button = self._curses.getmouse()
-            clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-            yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+            key = key or self._window.get_wch()
+        if isinstance(key, str) and (key.isprintable() or key >= "\x80"):
+            return key
+        return str(self._curses.keyname(key if isinstance(key, int) else ord(key)), "ascii", "replace")
 
 
 class Monitor:
@@ -4245,9 +4099,7 @@ class Monitor:
         self._status = status
         self._receiver = receiver
         self._view = View()
-        self._signals: set[int] = set()  # that have come and are still to be heeded
-        self._pid = os.getpid()
-        self._wake, self._waker = socket.socketpair()
+        self._wake, self._waker = socket.socketpair()  # where Python writes the numbers of signals
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
@@ -4255,23 +4107,28 @@ class Monitor:
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
-        self._rows_of: Any = None  # what the rows are of
-        self._rows_due = 0.0  # when they may be made anew though only events have changed them
+        self._rows_of: Any = None, None  # what the rows are of
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
         import curses
         import signal
 
-        if hasattr(curses, "set_escdelay"):
-            curses.set_escdelay(50)  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
+        def end(number: int, frame: object) -> NoReturn:
+            for name in ending:
+                signal.signal(name, signal.SIG_IGN)  # the next one must not stop what puts the terminal back
+            raise SystemExit(128 + number)
+
+        os.environ.setdefault("ESCDELAY", "50")  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
+        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+        handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
+        before: dict[Any, Any] = {}
         mine = threading.current_thread() is threading.main_thread()
-        ending = {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-        before = {name: signal.getsignal(name) for name in (*ending, signal.SIGCONT, signal.SIGWINCH) if mine}
+        wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False) if mine else -1
         try:
-            for name, handler in before.items():
-                if handler != signal.SIG_IGN:
-                    signal.signal(name, self._note)
+            for name, handler in handlers.items() if mine else ():
+                if signal.getsignal(name) != signal.SIG_IGN:
+                    before[name] = signal.signal(name, handler)
             curses.wrapper(self._loop)
         except curses.error:
             if sys.stdin.isatty():
@@ -4279,64 +4136,45 @@ class Monitor:
         finally:
             for name, handler in before.items():
                 signal.signal(name, signal.SIG_DFL if handler is None else handler)
+            if mine:
+                signal.set_wakeup_fd(wakeup)
             self._wake.close()
             self._waker.close()
-        for ended in self._signals & ending:
-            raise SystemExit(128 + ended)
-
-    def _note(self, name: int, frame: object) -> None:
-        """Note a signal."""
-        import signal
-
-        if os.getpid() != self._pid:  # the child of a fork
-            signal.signal(name, signal.SIG_DFL)
-            os.kill(os.getpid(), name)
-        self._signals.add(name)
-        with suppress(OSError):  # enough lie there already
-            self._waker.send(b"\0")  # ends the wait, as a signal alone does not
 
     def _loop(self, window: Any) -> None:
-        from signal import SIGCONT, SIGWINCH
-
         terminal = Terminal(window)
-        try:
-            self._take()
-            while not (self._ended and self._receiver) and not self._view.done and self._signals <= {SIGCONT, SIGWINCH} and sys.stdin.isatty():
-                if self._signals and terminal.is_ready():
-                    terminal.forget(SIGCONT in self._signals)
-                    self._signals -= {SIGCONT, SIGWINCH}
-                    self._drawn = None
-                height, width = terminal.size()
-                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
-        finally:
-            terminal.release()
+        self._take()
+        while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+            with suppress(BlockingIOError):  # no signal came
+                self._wake.recv(4096)
+                terminal.forget()
+                self._drawn = None
+            height, width = terminal.size()
+            self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
 
     def _take(self) -> bool:
         """Take some events; return whether there were others than heartbeats, or the feed has ended."""
-        news, self._ended = self._news(), True
+        news, self._ended = False, True
         for event in islice(self._feed, DRAIN):
             self._ended = False
             if event is None:
                 break
             self._state.event(event)
-            self._beats += event.type == "worker-heartbeat"
+            is_beat = event.type == "worker-heartbeat"  # these alone make no new picture
+            self._beats += is_beat
+            news = news or not is_beat
             self._heard = time.monotonic()
-        return self._ended or self._news() != news
-
-    def _news(self) -> int:
-        """Return how many events there were but for heartbeats, which alone make no new picture."""
-        return self._state.event_count - self._beats
+        return self._ended or news
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
         """Heed the keys, draw, and wait for more."""
         more = False
         for key in terminal.pressed():
-            if key == "^L" and terminal.is_ready():
-                terminal.forget(True)
-            rows = None if self._view.typing else self._find(stage)  # a letter of a filter needs none
-            self._view = self._state.freeze_while(press, self._view, key, stage, rows)
-            self._drawn, self._due = None, self._painted + FRAME_TIME
-            more = time.monotonic() > self._due and key != "M-"  # whose other key must not be dropped
+            if key == "^L":
+                terminal.forget()
+            self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
+            self._drawn = None
+            more = time.monotonic() > self._painted + FRAME_TIME
             if more or self._view.done:
                 break  # what is typed further must wait for the events, or is for whoever reads next
         if not self._view.done:
@@ -4345,76 +4183,62 @@ class Monitor:
 
     def _find(self, stage: Stage, now: float = -inf) -> Rows:
         """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
-        view = settled(self._view, self._state)
-        wanted = view.layers[-1]._replace(cursor=None), view.frozen, stage.width
-        changes = self._news(), len(self._state.tasks), self._second(stage)
-        if self._rows_of is None or self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._rows_due:
-            begun = time.monotonic()
-            self._rows = self._state.freeze_while(rows_of, view, stage)
-            self._rows_of = wanted, changes
-            self._rows_due = time.monotonic() + FRAME_SHARE * (time.monotonic() - begun)
+        view, changes = settled(self._view, self._state), self._changes(stage)
+        wanted = view.layers[-1]._replace(cursor=None, index=0), view.frozen
+        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._due:
+            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), (wanted, changes)
         return self._rows
 
-    def _second(self, stage: Stage) -> int:
-        """Return what changes each second while something on the screen counts seconds."""
-        counts = time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
-        return int(stage.now) if counts or self._state.workers else 0
+    def _changes(self, stage: Stage) -> Any:
+        """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
+        counts = self._state.workers or time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
+        news = self._state.event_count - self._beats
+        return stage._replace(now=int(stage.now) if counts else 0), news, len(self._state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         now = time.monotonic()
+        due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once
         rows = self._find(stage, now)
-        picture = self._rows_of, self._view, stage._replace(now=self._second(stage)), self._news()
-        if picture != self._drawn and now >= self._due and terminal.is_ready():
+        picture = self._rows_of, self._view, self._changes(stage)
+        if picture != self._drawn and now >= due and terminal.is_ready():
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         if picture != self._drawn:
-            return self._due - now if now < self._due else MAX_SLEEP  # the latter while the terminal takes nothing
+            return due - now if now < due else MAX_SLEEP  # the latter while the terminal takes nothing
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
         """Wait for keys, signals, and events that are news, which are taken."""
-        files, until = [sys.stdin, self._wake, *([self._receiver] if self._receiver else [])], time.monotonic() + longest
+        files, until = [sys.stdin, self._wake, *filter(None, [self._receiver])], time.monotonic() + longest
         ready: list[Any] = []
         while not ready or ready == [self._receiver]:
-            left = max(0.0, until - time.monotonic()) if self._receiver or self._ended else 0.0
-            left = self._receiver.pause(left) if self._receiver else left
+            left = max(0.0, until - time.monotonic())
+            left = self._receiver.pause(left) if self._receiver else left * self._ended
             try:
                 ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
             except ValueError:  # it takes only the first 1,024 files
                 wait_for(left, *files)
             if self._take() or time.monotonic() >= until:
                 break
-        with suppress(BlockingIOError):  # no signal came
-            self._wake.recv(4096)
-
-
-def is_terminal(stream: Any, number: int) -> bool:
-    """Whether a standard stream is what curses takes for it, and a terminal."""
-    try:
-        return bool(stream.isatty()) and stream.fileno() == number
-    except (AttributeError, OSError, ValueError):
-        return False
 
 
 def has_terminal() -> bool:
     """Whether the monitor can be shown; says why not if there is a terminal."""
-    if not (is_terminal(sys.stdin, 0) and is_terminal(sys.stdout, 1)):
-        return False
-    name = os.environ.get("TERM")
     try:
+        if not (sys.stdin.isatty() and sys.stdout.isatty() and os.isatty(0) and os.isatty(1)):  # curses takes 0 and 1
+            return False
         import curses
 
         curses.setupterm()
         if curses.tigetstr("cup"):
             return True
-        problem = f"TERM={name} cannot move the cursor"
-    except ImportError:
-        problem = "this Python has no curses"
-    except curses.error:
-        problem = f"TERM={name} is not known" if name else "TERM is not set"
-    complain(f"{problem}: printing lines instead of the monitor")
+    except (AttributeError, ValueError):
+        return False  # a standard stream is not there, or closed
+    except Exception:  # noqa: BLE001, S110 - no curses, or an error of it
+        pass
+    complain(f"curses cannot draw where TERM={os.environ.get('TERM', '')}: printing lines instead of the monitor")
     return False
 
 
@@ -4429,21 +4253,15 @@ def print_lines(feed: Feed, state: State | None = None) -> None:
     take_any_text()
     for event in feed:
         if event is not None:
-            print(event_line(event, state.tasks) if state else json_line(event), flush=True)
+            print(event_line(event, state) if state else json_line(event), flush=True)
 
 
-def show_live(receiver: Receiver, state: State, feed: Feed, types: Sequence[str] = (), words: str = "") -> None:
-    """Show in the monitor what a receiver hears; `words` are those that `send` needs beside the URL to reach it."""
-    where = "" if receiver.url == url_from(None) else f" --url '{receiver.url}'"
-    trial = f"python eventmon.py send {re.sub('[*?[]+', 'x', types[0]) if types else 'hello'}{where}{words}"
-    empty = f"no events{' of type ' if types else ''}{' or '.join(types)} yet on {receiver.url} — try: {trial}"
-
-    def status() -> dict[str, Any]:
-        stats = receiver.stats
-        losses = {name: stats[name] for name in ("lost", "rejected", "malformed")}
-        return {"url": receiver.url, "empty": empty, **losses}
-
-    Monitor(feed, state, status, receiver).run()
+def show_live(receiver: Receiver, state: State, feed: Feed) -> None:
+    """Show in the monitor what a receiver hears."""
+    url = receiver.url
+    empty = f"no events yet on {url} — try: python eventmon.py send hello --url '{url}'"
+    names = ("lost", "rejected", "malformed")
+    Monitor(feed, state, lambda: {"url": url, "empty": empty, **{name: receiver.stats[name] for name in names}}, receiver).run()
 
 
 def capture_events(receiver: Receiver | None = None, state: State | None = None) -> None:
@@ -4460,7 +4278,7 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
         if has_terminal():
             show_live(heard, state, live(heard, 0.0))
         else:
-            print_lines(noted(live(heard, 1.0), state), state)
+            print_lines(chosen(live(heard, 1.0), state=state), state)
     finally:
         if receiver is None:
             heard.close()
@@ -4475,7 +4293,7 @@ class Failure(Exception):
 
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {plural(noun, number)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
@@ -4555,7 +4373,7 @@ def watch(options: Any) -> int:
                 raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(noted(feed, state) if in_lines else feed, types, record, options.limit)
+        feed = chosen(feed, types, record, options.limit, state if in_lines else None)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
@@ -4564,7 +4382,7 @@ def watch(options: Any) -> int:
                 Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
             print(end=unsaid.getvalue(), file=sys.stderr)
         else:
-            show_live(receiver, state, feed, types, f" --key-file '{options.key_file}'" if options.key_file else "")
+            show_live(receiver, state, feed)
     bad.end()
     return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 

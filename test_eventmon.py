@@ -2430,7 +2430,7 @@ def test_any_fields_of_any_type_do_no_harm():
     assert state.type_stats() is not None
     assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
     assert state.alive_workers() is not None
-    for page in eventmon.PAGES:
+    for page in "1234":
         shown(state, typed(state, page), 40, 120)
 
 
@@ -2624,7 +2624,7 @@ def typed(state, keys, *size, view=None, second=10):
     """The view after some keys; a str is so many keys as it has words, and of a word that is none so many characters."""
     view = view or eventmon.View()
     for word in keys if isinstance(keys, list) else keys.split():
-        known = word in eventmon.KEYS or word in eventmon.NAMES or " " in word or re.fullmatch(r"\^.", word)
+        known = word in eventmon.KEYS or " " in word or re.fullmatch(r"\^.", word)
         for key in [word] if known else word:
             view = eventmon.press(view, {"tab": "^I", "esc": "^[", "enter": "^J"}.get(key, key), stage(state, *size, second=second))
     return view
@@ -2702,7 +2702,7 @@ pid         101
               File "/home/me/shop.py", line 7, in charge
                 pay(total)
             ValueError: refused
- 1 of 21  esc back  ? keys  enter go there  tab next  / find  e events  t trace…""",
+ 1 of 21  esc back  ? keys  enter go there  / find  e events  t traceback""",
 }
 
 
@@ -2794,12 +2794,12 @@ def test_events_tell_the_reason_first_and_the_tasks_name():
     state = state_of(heard("task-received", "w", 0, uuid=uuid, name="job", clock=7, utcoffset=0, root_id=uuid))
     state.event(heard("task-failed", "w", 1, uuid=uuid, logger="x", exception="E()", other=uuid, clock=8))
     assert re.search(r"task-failed +job 5d0c91aa +E\(\)  logger=x  other=5d0c91aa\n", shown(state, typed(state, "4"), 24, 88))
-    line = eventmon.event_line(state.recent[-1], state.tasks)
+    line = eventmon.event_line(state.recent[-1], state)
     assert line == "01-01  task-failed  job 5d0c91aa  w  E()  logger=x  other=5d0c91aa"
     for many in (190, 500):
         long = heard("task-failed", "w", 1, name="job", exception="E" * many, traceback=TRACEBACK, other="x")
-        assert len(eventmon.event_line(long)) == 200
-        assert eventmon.event_line(long).endswith("…")
+        assert len(eventmon.event_line(long, state)) == 200
+        assert eventmon.event_line(long, state).endswith("…")
 
 
 def test_a_thousand_heartbeats_do_not_push_out_what_came_just_before():
@@ -2821,12 +2821,11 @@ def test_details_of_a_task_have_each_attempt_with_its_exception():
 
 def test_details_lead_to_the_family_and_back():
     state = shop()
-    view = typed(state, "1 j j j i tab i")
+    view = typed(state, "1 j j j i / parent enter i")
     assert view.layers[-1][:2] == ("task", IMPORT)
-    view = typed(state, "tab tab i", view=view)
+    view = typed(state, "/ charge enter i", view=view)
     assert view.layers[-1][:2] == ("task", CHARGE)
-    assert typed(state, "esc esc esc", view=view) == typed(state, "1 j j j")
-    assert len(typed(state, ["1", "j", "j", "j", "i", *["^I", "^J"] * 100]).layers) < 60
+    assert typed(state, "q q q", view=view) == typed(state, "1 j j j")
 
 
 def test_fields_are_shown_in_the_units_of_people():
@@ -2848,7 +2847,7 @@ def test_a_task_that_is_forgotten_while_it_is_open_says_so():
     state = shop()
     view = typed(state, "1 j j j i")
     typed(state, "1 c")
-    assert f"{CHARGE} is not in memory: cleared, or evicted to make room" in shown(state, view)
+    assert "not in memory: cleared, or evicted to make room" in shown(state, view)
 
 
 FILTERS = [
@@ -2879,13 +2878,11 @@ def test_a_filter_is_typed_edited_kept_and_dropped():
 
     assert layer(["/", *"qj 1"]) == ("qj 1", True)
     assert layer(["/", *"日本", "KEY_BACKSPACE"]) == ("日", True)
-    assert layer(["/", *"one two", "^W"]) == ("one ", True)
-    assert layer(["/", *"one two", "^U"]) == ("", True)
     assert layer("1 / shop enter") == ("shop", False)
     assert layer("1 / shop enter / x") == ("shopx", True)
     assert layer("1 / shop esc") == layer("1 / shop enter esc") == ("", False)
     assert len(layer(["/", *"x" * 1000])[0]) == 100
-    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  esc drop filter  ? keys")
+    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  q quit  ? keys")
     assert "nothing matches zzz" in shown(state, typed(state, "1 / zzz"))
 
 
@@ -2893,7 +2890,7 @@ def test_keys_move_the_cursor():
     state = state_of(*(heard("task-received", "w", n, uuid=str(n), name=f"job{n}") for n in range(50)))
     for keys, index in [
         *(("j", 1), ("KEY_DOWN", 1), ("G", 49), ("KEY_END", 49), ("G g", 0), ("j k", 0), ("k", 0), ("G j", 49)),
-        *(("KEY_NPAGE", 16), ("^D ^D", 32), ("G KEY_PPAGE", 32), ("G ^U", 49), ("G g KEY_HOME", 0)),
+        *(("KEY_NPAGE", 16), ("KEY_NPAGE KEY_NPAGE", 32), ("G KEY_PPAGE", 32), ("G ^U", 49), ("G g KEY_HOME", 0)),
         *((["move 3"], 3), (["G", "move -3"], 46), (["click 7 3"], 2), (["click 0 79"], 0), (["click 23 70"], 0)),
     ]:
         view = typed(state, keys if isinstance(keys, list) else f"1 {keys}", view=typed(state, "1"))
@@ -2918,7 +2915,7 @@ def test_the_cursor_stays_on_its_task_and_line_when_rows_move_and_on_its_line_wh
     assert line_of_cursor(state, view) == (5, "x")
 
 
-def test_a_click_does_what_the_tab_heading_row_link_or_hint_under_it_says():
+def test_a_click_does_what_the_tab_heading_row_or_link_under_it_says():
     state = shop()
     assert typed(state, ["click 0 15"]).layers[-1].kind == "names"
     assert typed(state, ["1", "click 4 12"]) == typed(state, "1 s s s")
@@ -2926,8 +2923,7 @@ def test_a_click_does_what_the_tab_heading_row_link_or_hint_under_it_says():
     assert line_of_cursor(state, typed(state, ["1", "click 7 3"])) == (7, "报表.生成")
     assert typed(state, ["1", "click 8 3", "click 8 3"]).layers[-1][:2] == ("task", CHARGE)
     line = next(n for n, text in enumerate(shown(state, typed(state, "1 j j j i")).splitlines()) if text.startswith("parent"))
-    assert typed(state, ["1", "j", "j", "j", "i", f"click {line} 30"]).layers[-1][:2] == ("task", IMPORT)
-    assert typed(state, ["1", "click 23 11"]) == typed(state, "1 q")
+    assert typed(state, ["1", "j", "j", "j", "i", *[f"click {line} 30"] * 2]).layers[-1][:2] == ("task", IMPORT)
     view = typed(state, ["1", "/", "a", "click 5 3"])
     assert (view.layers[0].filter, view.typing) == ("a", False)
 
@@ -2935,10 +2931,10 @@ def test_a_click_does_what_the_tab_heading_row_link_or_hint_under_it_says():
 @pytest.mark.parametrize(
     "keys, kinds",
     [
-        *(("1 i", "task"), ("1 i i", "task"), ("1 j j j i tab i", "task task"), ("1 j j j i t", "task traceback")),
+        *(("1 i", "task"), ("1 i i", "task"), ("1 j j j i / parent enter i", "task task"), ("1 j j j i t", "task traceback")),
         *(("1 t t", "traceback"), ("1 t r", "traceback result"), ("? ?", "keys"), ("? r", "keys"), ("1 i e", "task events")),
         *(("3 i", "worker"), ("3 e", "events"), ("4 t", "traceback"), ("4 i", "event"), ("4 i e", "event events"), ("2 t", "")),
-        *(("1 i q q", ""), ("1 i 4", ""), ("1 i s", "task"), ("3 i tab i", "worker task"), ("1 j j j i t q", "task")),
+        *(("1 i q q", ""), ("1 i 4", ""), ("1 i s", "task"), ("3 i j i", "worker task"), ("1 j j j i t q", "task")),
         *(("2 i", "tasks"), ("2 i i", "tasks task"), ("1 i esc esc esc", ""), ("x KEY_RESIZE ^@ é", "")),
     ],
 )
@@ -2947,8 +2943,8 @@ def test_keys_open_and_close_layers(keys, kinds):
 
 
 def test_numbers_and_tab_turn_the_pages():
-    kinds = [typed(shop(), keys).layers[-1].kind for keys in ("1", "2", "3", "4", "1 tab", "4 tab", "1 KEY_BTAB")]
-    assert kinds == ["tasks", "names", "workers", "events", "names", "tasks", "events"]
+    kinds = [typed(shop(), keys).layers[-1].kind for keys in ("1", "2", "3", "4", "1 tab", "4 tab")]
+    assert kinds == ["tasks", "names", "workers", "events", "names", "tasks"]
 
 
 def test_until_a_page_is_chosen_it_is_the_one_that_has_something():
@@ -2979,7 +2975,7 @@ def test_space_freezes_the_picture_while_events_are_counted(keys):
     after = shown(state, view, second=100).splitlines()
     fixed = 1 if len(view.layers) > 1 else 4
     assert after[fixed:] == before[fixed:]
-    assert after[0].startswith(" FROZEN +6 ")
+    assert after[0].startswith(" FROZEN ")
     for key in ("space", "esc esc"):
         assert shown(state, typed(state, key, view=view), second=21).splitlines()[fixed:] != before[fixed:]
 
@@ -2989,7 +2985,7 @@ def test_escape_goes_back_and_never_quits_and_q_quits_from_the_top():
     assert typed(state, "1 q").done
     assert typed(state, "1 / shop enter q").done
     for keys in ("1", "1 i", "1 i t", "4 i", "?", "1 / shop enter", "space"):
-        view = typed(state, [*keys.split(), "^[", "^[", "M-", "^["])
+        view = typed(state, [*keys.split(), "^[", "^[", "^[", "^["])
         assert (view.done, view.frozen, len(view.layers), view.layers[0].filter) == (False, {}, 1, "")
 
 
@@ -3023,8 +3019,8 @@ def test_the_graph_has_a_column_for_each_second_and_tells_of_how_many():
 
 def test_help_tells_of_every_key():
     text = shown(State(), typed(State(), "?"), 40)
-    for key in eventmon.KEYS:
-        name = {"esc": "Escape", "shift-tab": "shift-Tab", "tab": "Tab", "enter": "Enter"}.get(key, key)
+    for key in [key for key in eventmon.KEYS if not re.match(r"KEY_|\^", key)]:
+        name = {"esc": "Escape", "tab": "Tab", "enter": "Enter"}.get(key, key)
         assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), key
 
 
@@ -3041,7 +3037,7 @@ def test_hostile_text_becomes_harmless():
         shown(state, typed(state, keys), 40, 200, url=evil, empty=evil)
     shown(state, typed(state, ["1", "/", evil]))
     shown(State(), url=evil, empty=evil)
-    assert eventmon.event_line(Event(evil, x=evil)).isprintable()
+    assert eventmon.event_line(Event(evil, x=evil), state).isprintable()
     assert eventmon.json_line(Event("x", x=evil)).isprintable()
 
 
@@ -3096,7 +3092,7 @@ def test_of_a_large_value_no_more_is_spelled_than_is_shown():
     [
         *(("abc", 2, False, "a…"), ("a", 3, False, "a  "), ("日本", 3, False, "日…"), ("日本", 2, False, "… ")),
         *(("e\u0301x", 2, False, "e\u0301x"), ("abc", 0, False, ""), ("👍🏽", 5, False, "👍🏽 "), ("abcdef", 4, True, "…def")),
-        *(("\u1112\u1161\u11ab", 3, False, "\u1112\u1161\u11ab "), ("日本語", 4, True, "…語 ")),
+        *(("\u1112\u1161\u11ab", 3, False, "\u1112\u1161\u11ab "), ("日本語", 4, True, " …語")),
     ],
 )
 def test_text_is_fitted_by_the_columns_that_it_takes_a_name_by_its_tail(text, width, tail, result):
@@ -3142,11 +3138,10 @@ def test_each_colour_is_legible_on_black_on_dark_grey_and_on_white():
         levels = (0, 95, 135, 175, 215, 255)
         return (8 + 10 * (n - 232),) * 3 if n >= 232 else tuple(levels[(n - 16) // step % 6] for step in (36, 6, 1))
 
-    colours = [luminance(*of_256(colour)) for _, colour, _ in eventmon.LOOKS.values() if colour]
+    colours = [luminance(*of_256(colour)) for _, colour in eventmon.LOOKS.values() if colour]
     for ground in (luminance(0, 0, 0), luminance(0x1E, 0x1E, 0x1E), luminance(255, 255, 255)):
         for colour in colours:
             assert (max(ground, colour) + 0.05) / (min(ground, colour) + 0.05) >= 3
-    assert 4 not in [few for *_, few in eventmon.LOOKS.values()]  # ANSI blue
 
 
 # --- capture_events, on a pseudo-terminal ---
@@ -3252,12 +3247,12 @@ def test_the_monitor_shows_what_is_sent_and_quits():
 def test_keys_and_the_mouse_are_read_as_they_are_typed(recording):
     with terminal("watch", recording) as it:
         for keys, text in [
-            *(("/refused", "/refused█ 1 of 1"), ("\r", "/refused 1 of 1"), ("\r", "ValueError: refused"), ("\t\r", f"task {IMPORT}")),
+            *(("/refused", "/refused█ 1 of 1"), ("\r", "/refused 1 of 1"), ("\r", "ValueError: refused"), ("/parent\r\r", f"task {IMPORT}")),
             *(("\x1b", f"task {CHARGE}"), ("q", "/refused 1 of 1"), ("\x1b", "shop.resize"), ("\x1b[B\x1b[Bt", "no traceback")),
             *(("q?", "what has finished"), ("\x1b3", "beta@build-7"), ("\t", "deploy-done"), ("\t", "shop.charge")),
             *(("/报", "/报█ 1 of 1"), ("\x7f", "1 of 5"), ("\x1b", "q quit"), ("\x1b[<0;5;9M\x1b[<0;5;9m\r", f"task {CHARGE}")),
             *(("q", "shop.resize"), ("g\x1b[<65;5;5M", "4 of 5"), ("\x1b[<64;5;5M", "1 of 5"), ("\x1b[<0;14;1M", "LAST ERROR")),
-            *(("1G\x1b[200~\x1b[99;5Z\x1bOz\x1b]11;rgb:ffff/qqqq/ffff\x1b\\", "5 of 5"), ("\x1bk", "4 of 5")),
+            *(("1G\x1b[200~\x1b[99;5Z\x1bOz", "5 of 5"), ("\x1bk", "4 of 5")),
         ]:
             it.see(keys, text)
         it.type("q")
@@ -3320,7 +3315,7 @@ def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
         assert it.is_restored()
 
 
-@pytest.mark.parametrize("name, fresh", [("SIGCONT", 2), ("SIGWINCH", 1)])
+@pytest.mark.parametrize("name, fresh", [("SIGCONT", 1), ("SIGWINCH", 1)])
 def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_attached_again(name, fresh):
     with terminal("watch") as it:
         it.wait_for("no events yet")
@@ -3331,7 +3326,7 @@ def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_atta
         assert it.raw.count(b"\x1b[?1049h") == fresh  # whoever had the terminal meanwhile may have left that screen
 
 
-@pytest.mark.parametrize("term, no_color, coloured", [("xterm-256color", "", 1), ("xterm", "", 1), ("xterm", "1", 0), ("vt100", "", 0)])
+@pytest.mark.parametrize("term, no_color, coloured", [("xterm-256color", "", 1), ("xterm", "", 0), ("xterm-256color", "1", 0), ("vt100", "", 0)])
 def test_colours_stand_on_the_terminals_own_background_and_can_be_switched_off(term, no_color, coloured, recording):
     with terminal("watch", recording, TERM=term, NO_COLOR=no_color) as it:
         it.wait_for("shop.charge")
@@ -3353,8 +3348,8 @@ def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
     with terminal(command=command, TERM=str(term), columns=300) as it:
         it.wait_for("deploy-done")
         assert it.process.wait(20) == 0
-        problem = {"dumb": "TERM=dumb cannot move the cursor", None: "TERM is not set"}.get(term, f"TERM={term} is not known")
-        assert it.screen().count(f"eventmon: {problem}: printing lines instead of the monitor") == 1
+        problem = f"eventmon: curses cannot draw where TERM={term or ''}: printing lines instead of the monitor"
+        assert it.screen().count(problem) == 1
 
 
 def test_capture_events_prints_lines_where_there_is_no_terminal():
@@ -3428,6 +3423,7 @@ def test_ctrl_s_stops_the_picture_and_not_the_monitor():
                 assert dispatcher.flush(20) == 1
                 it.resize(*size)
         assert "unseen" not in it.screen()
+        it.see("\x11", "unseen-event")
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(20) == 128 + signal.SIGTERM
         assert it.is_restored()
@@ -3466,14 +3462,13 @@ def test_a_picture_is_painted_20_times_a_second_at_most_and_a_slow_one_leaves_th
     assert len(pictures) <= 2  # of the last event, and as the seconds begin to stand still
 
 
-@pytest.mark.parametrize("keys, heeded", [("jjj", 1), (["M-", "j", "j"], 2)])
-def test_once_a_picture_is_due_keys_wait_for_the_events_but_not_behind_an_escape(keys, heeded, clock):
-    waits, pressed, state = [], iter(keys), shop()
+def test_once_a_picture_is_due_keys_wait_for_the_events(clock):
+    waits, pressed, state = [], iter("jjj"), shop()
     monitor = eventmon.Monitor(iter(()), state, dict)
     monitor._wait = waits.append
     clock.now += 1
     monitor._turn(SimpleNamespace(pressed=lambda: pressed, is_ready=lambda: True, paint=lambda lines: None), stage(state))
-    assert (len(keys) - len(list(pressed)), waits) == (heeded, [0.0])
+    assert (len(list(pressed)), waits) == (2, [0.0])
     assert monitor._view.layers[-1].index == 1
 
 
@@ -3684,7 +3679,7 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_have_lines_of_any_length(tm
     assert main(["watch", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["type"] for line in out.splitlines()] == ["a", "b"]
-    assert "line 2: a line of 1,000 bytes or more" in err
+    assert "line 2: not JSON" in err
 
 
 RUNS = [  # words, exit status, standard output, lines of standard error, fields of the last event
