@@ -1890,6 +1890,8 @@ class Receiver:
         now = time.monotonic()
         self._move_clock(now, inf)
         self._accept(data, source, now)
+        if now >= self._ack_due:
+            self._confirm()
         while self._queue:
             self._parse()
         events = list(self._ready)
@@ -2178,6 +2180,7 @@ class Receiver:
         """Return the event by which we tell of a worker's process that it has ended, is lost, or is back."""
         pid, _, hostname = stream.process.decode("utf-8", "replace").partition(" ")
         return [Event(kind, hostname=hostname, pid=int(pid), local=True)] if stream.is_worker else []
+
 
 # --- State: pure but for the clock, where none is given -----------------------------------------------------------
 
