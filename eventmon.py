@@ -392,9 +392,9 @@ class TransmitWindow:
     """What one stream has sent and can repair, and what its watchers have confirmed (RFC 3208, section 2.1).
 
     Pure: times are seconds of any clock that only goes forward. The last `history` bytes are kept. Flow control: `sent`
-    is how many bytes all datagrams so far take of a watcher's buffer, and send() listens, and waits,
-    while that is above `send_limit`. It waits a quarter second at most for a watcher that does not advance, and half of the time at most
-    for all, unless the sender is `patient`: it has nothing else to do.
+    is how many bytes all datagrams so far take of a watcher's buffer; while it is above `send_limit`, send() listens to
+    answers and then waits. It waits at most a quarter second for a watcher that does not advance, and at most half of
+    the time for all, unless the sender is `patient`: it has nothing else to do.
     """
 
     MAX_WATCHERS = 64  # that are waited for
@@ -478,7 +478,7 @@ class TransmitWindow:
         self.limit_sending(now)
 
     def limit_sending(self, now: float) -> None:
-        """Set `send_limit`: to the least of those of the watchers that are waited for, or where to listen again."""
+        """Set `send_limit`: the least of those of the watchers that are waited for, or what is sent before a look."""
         live = self.live(now)
         may_wait = self._may_wait + now - self._waited_until >= self.LEAST_WAIT
         limits = [it.send_limit for it in live if self._patient or may_wait and it.waited < self.QUARTER]
