@@ -1805,10 +1805,9 @@ class Receiver:
     def _open(self) -> socket.socket:
         shut(self._sockets)
         channel = answers = listen(self._url)
-        self._sockets[channel] = inode(channel)
         if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
             answers = udp_socket(self._url)
-            self._sockets[answers] = inode(answers)
+        self._sockets.update({sock: inode(sock) for sock in (channel, answers)})
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self._channel, self._answers = channel, answers
         return channel
@@ -1978,7 +1977,8 @@ class Receiver:
 
     def _is_ours(self) -> bool:
         """Whether the sockets are open, and no file of the program has got the descriptor of one."""
-        return all(inode(sock) == number for sock, number in list(self._sockets.items()))
+        sockets = list(self._sockets.items())
+        return bool(sockets) and all(inode(sock) == number for sock, number in sockets)
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""
