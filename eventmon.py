@@ -4048,6 +4048,15 @@ class Terminal:
         """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
         return bool(select.select([], [sys.stdout], [], 0)[1])
 
+    def release(self) -> None:
+        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
+        import termios
+
+        with suppress(OSError, termios.error):  # of a terminal that has gone
+            if not self.is_ready():
+                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
+                termios.tcflow(sys.stdout, termios.TCOON)
+
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
         self._window.erase()
@@ -4146,14 +4155,17 @@ class Monitor:
 
     def _loop(self, window: Any) -> None:
         terminal = Terminal(window)
-        self._take()
-        while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
-            with suppress(BlockingIOError):  # no signal came
-                self._wake.recv(4096)
-                terminal.forget()
-                self._drawn = None
-            height, width = terminal.size()
-            self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
+        try:
+            self._take()
+            while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+                with suppress(BlockingIOError):  # no signal came
+                    self._wake.recv(4096)
+                    terminal.forget()
+                    self._drawn = None
+                height, width = terminal.size()
+                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
+        finally:
+            terminal.release()
 
     def _take(self) -> bool:
         """Take some events; return whether there were others than heartbeats, or the feed has ended."""

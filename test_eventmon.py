@@ -3423,7 +3423,6 @@ def test_ctrl_s_stops_the_picture_and_not_the_monitor():
                 assert dispatcher.flush(20) == 1
                 it.resize(*size)
         assert "unseen" not in it.screen()
-        it.see("\x11", "unseen-event")
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(20) == 128 + signal.SIGTERM
         assert it.is_restored()
