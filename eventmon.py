@@ -862,6 +862,7 @@ def set_clock_past(clock: int) -> None:
         _ticks = count(clock + 1)
 
 
+CLOSE_TIME = 2.9  # the longest that a close() waits for watchers: its 3 s, less the goodbye
 _dispatchers: WeakSet[Any] = WeakSet()
 _exit_by = inf  # once the interpreter exits: when all of them are to be closed
 _fork_mark: Any = bytearray(1)  # holds 1, and in the child of a fork 0, also of one by C code that tells Python nothing
@@ -893,7 +894,6 @@ def at_exit() -> None:
             sys.excepthook(*sys.exc_info())
 
 
-CLOSE_TIME = 2.9  # the longest that a close() waits for watchers: its 3 s, less the goodbye
 atexit.register(at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=after_fork)
