@@ -106,7 +106,7 @@ MAX_REPR = 1024  # characters of a task's arguments, result or exception
 MAX_DEPTH = 32  # containers inside containers, and tasks inside tasks, that are looked into
 HISTORY = 8 << 20  # what a Dispatcher keeps for repairs and late watchers: 30,000 usual events
 BUFFER = 4 << 20  # asked of the kernel for a receiving socket: what comes in while Python does something else
-ROOM = 1 << 20  # of a watcher's buffer that all senders together may fill
+ROOM = 2 << 20  # of a watcher's buffer that all senders together may fill
 DATAGRAM_COST = 1024  # what the kernel charges a receive buffer for a datagram beside its bytes
 BEAT = 0.25  # between two beats: a late watcher hears of every stream in this time
 SILENCE = 3.0  # nobody who is silent for this long is alive
@@ -818,6 +818,16 @@ def shut(sockets: dict[socket.socket, int]) -> None:
             sock.detach()
 
 
+def unread_at(url: Url) -> int:
+    """Return how many bytes this machine's listeners at the port of `url` have not read; 0 if the system does not tell."""
+    try:
+        with open("/proc/net/udp", "rb") as table:  # of Linux: proc(5)
+            rows = [line.split() for line in table if b":%04X 00000000:0000" % url.port in line]
+        return sum(int(row[4].split(b":")[1], 16) for row in rows)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 class Link:
     """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
 
@@ -1361,25 +1371,28 @@ class Dispatcher:
         """Wait until every live watcher has confirmed everything, or `timeout` seconds.
 
         While none is live, watchers have `patience` seconds to speak up, and so have others while the stream is new. Those
-        that are behind are waited for until none of them has advanced for `stall` seconds.
+        that are behind are waited for until none of them has advanced for `stall` seconds. So is an unknown one on this
+        machine that has not read all that has arrived: the stream's first datagrams may be among it.
         """
-        start = now = time.monotonic()
-        window, pause = self._window, 0.001
+        start = now = read_at = time.monotonic()
+        window, pause, unread = self._window, 0.001, 0
         while not self._is_inside() and (self._link or self._resolving):
             with self._lock:
                 self._listen(now)
                 live = window.live(now)
                 is_behind = any(watcher.position < window.next - 1 for watcher in live)
-                if is_behind or not self._link:
-                    end = max(start, window.advanced_at) + stall
+                if not live and unread != (unread := unread_at(self._url)):
+                    read_at = now
+                if is_behind or unread or not self._link:
+                    end = max(read_at, window.advanced_at) + stall
                 else:
-                    end = max(window.opened_at, -inf if live else start) + patience
+                    end = max(window.opened_at, -inf if live else read_at) + patience
                 end = min(end, start + timeout)
                 if now >= end:
                     return
                 self._ask(now, is_behind)
             time.sleep(min(pause, end - now))  # meanwhile the thread listens
-            now, pause = time.monotonic(), min(2 * pause, 0.01)
+            now, pause = time.monotonic(), min(2 * pause, 0.05)
 
     def _end(self) -> None:
         """Say that this was all until every live watcher has answered, for 50 ms at most, and end the stream."""

@@ -1460,6 +1460,23 @@ def test_close_sends_what_is_buffered_whatever_a_callback_raises_and_leaves_noth
     wait_until(lambda: not set(threading.enumerate()) - before and (not kept() or gc.collect() and not kept()))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_a_close_waits_for_a_listener_of_this_machine_that_has_not_read_what_has_come(url):
+    with Receiver(url) as receiver:
+        receiver.fileno()
+        dispatcher = Dispatcher(url, max_wait=0)
+        for n in range(200):
+            dispatcher.send("hello", n=n)
+        assert eventmon.unread_at(eventmon.parse_url(url)) > 0
+        closing = threading.Thread(target=dispatcher.close)
+        closing.start()
+        closing.join(0.08)
+        assert closing.is_alive(), "with nobody there it takes 50 ms"
+        list(receiver.itercapture(timeout=0.5))
+        closing.join()
+        assert eventmon.unread_at(eventmon.parse_url(url)) == 0
+
+
 # --- Task, LogHandler ---
 
 
