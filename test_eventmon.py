@@ -576,32 +576,20 @@ def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(virtual):
 # --- the windows: as pure functions of time, then on a virtual network in virtual time ---
 
 
-def transmit_window(sent, size=300, **options):
-    """A TransmitWindow that has sent so many datagrams of so many bytes."""
-    window = eventmon.TransmitWindow(**options)
-    for _ in range(sent):
-        window.add(b"x" * size)
-    return window
-
-
 def test_the_history_is_bounded_and_so_are_repairs_however_many_ask():
-    window = transmit_window(2000, limit=100_000)
-    assert 1500 < window.trail < 1800 and len(window.repairs([(1, 3000)], 1 << 20, 0.0)) == 2001 - window.trail
-    window = transmit_window(200, 40_000)
-    assert len(window.repairs([(1, 20)], 10**9, 0.0)) == 20
-    assert window.repairs([(1, 20)], 10**9, 0.001) == []
-    assert len(window.repairs([(5, 5)], 0, 0.01)) == 1  # one also where there is no room for it
+    window, short = eventmon.TransmitWindow(limit=60_000), eventmon.TransmitWindow(limit=100_000)
+    for _ in range(2000):
+        short.add(b"x" * 300)
+    for _ in range(200):
+        window.add(b"x" * 300)
+    assert 1500 < short.trail < 1800 and len(short.repairs([(1, 3000)], 1 << 20, 0.0)) == 2001 - short.trail
+    trail = window.trail
+    assert len(window.repairs([(1, trail + 19)], 10**9, 0.0)) == 20
+    assert window.repairs([(1, trail + 19)], 10**9, 0.001) == []
+    assert len(window.repairs([(trail, trail)], 0, 0.01)) == 1  # one also where there is no room for it
     sent = sum(len(frame) for step in range(200) for frame in window.repairs([(1, 200)], 10**9, 0.02 + step / 100))
     assert sent < 2 * (18 << 20)  # in two seconds, with what may come at once
     assert window.repairs([(900, 10**18)], 10**9, 5.0) == []
-
-
-def test_only_64_watchers_are_waited_for_and_the_dead_make_room():
-    window = transmit_window(10)
-    assert all(window.on_ack(name, 10, 1000, 0, 1, now=0.0) for name in range(100)) and len(window.live(0.0)) == 64
-    assert window.on_ack(200, 10, 1000, 0, 1, now=5.0) and len(window.live(5.0)) == 1
-    window.leave(200)
-    assert window.live(5.0) == []
 
 
 def receive_window():
@@ -633,7 +621,7 @@ def test_a_gap_is_given_up_a_second_after_it_was_known_and_counted_unless_it_is_
     arrive(window, 6, now=1.5)
     assert window.overdue(1.85) == [] and window.overdue(1.95) == [3]
     assert window.overdue(2.3) == [] and window.overdue(2.45) == [6]
-    assert counts["lost"] == window.lost == 3 and window.give_up_at() == math.inf
+    assert counts["lost"] == window.lost == 3
     window, counts = receive_window()
     window.announce(500, 1, now=0.0)
     for number in range(1, 500):  # a long history, one each 10 ms
@@ -642,8 +630,6 @@ def test_a_gap_is_given_up_a_second_after_it_was_known_and_counted_unless_it_is_
     assert window.overdue(5.8) == [] and counts["lost"] == 0
     window.overdue(6.0)
     assert counts["lost"] == 1
-    arrive(window, *range(502, 2001, 2), now=7.0)
-    assert window.overdue(7.95) == [*range(502, 2001, 2)] and counts["lost"] == 1 + 750  # all gaps together
 
 
 def test_what_was_gone_before_we_came_is_not_lost_but_what_goes_later_is():
@@ -653,11 +639,6 @@ def test_what_was_gone_before_we_came_is_not_lost_but_what_goes_later_is():
     window.announce(20, 16, now=0.1)
     window.overdue(0.1)
     assert window.next == 16 and counts["lost"] == 5
-    here, counts = receive_window()
-    here.announce(0, 1, now=0.0)  # we are here before the first one is sent
-    here.announce(20, 16, now=0.1)
-    here.overdue(0.1)
-    assert counts["lost"] == 15
     late, counts = receive_window()
     arrive(late, 5, 6, 8)
     assert late.announce(8, 7, now=0.0) == [5, 6]  # what is held back is not gone
@@ -896,12 +877,11 @@ def verify(sender, watcher, is_early, hard, seed):
 BASE = random.SystemRandom().randrange(10**6)
 
 
-@pytest.mark.parametrize("hundred", range(6))
-def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(hundred, monkeypatch):
-    print("base", BASE)
-    for seed in range(BASE + 100 * hundred, BASE + 100 * hundred + 100):
+@pytest.mark.parametrize("seed", range(BASE, BASE + 240, 80))
+def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(seed, monkeypatch):
+    for number in range(seed, seed + 80):
         with monkeypatch.context() as patch:
-            simulate(seed, patch)
+            simulate(number, patch)
 
 
 # --- URL and sockets ---
@@ -1006,13 +986,11 @@ def test_what_is_sent_or_published_is_what_arrives_and_says_who_sent_it_and_when
 
 
 @posix
-@pytest.mark.parametrize("zone", ["UTC0", "EST5EDT", "IST-1GMT0,M10.5.0,M3.5.0/1"])  # the last is Dublin's
-def test_the_utcoffset_is_what_the_clock_on_the_wall_says(zone, monkeypatch):
-    monkeypatch.setenv("TZ", zone)
+def test_the_utcoffset_is_what_the_clock_on_the_wall_says(monkeypatch):
+    monkeypatch.setenv("TZ", "IST-1GMT0,M10.5.0,M3.5.0/1")  # Dublin's, whose summer time is the standard one
     time.tzset()
     now = int(time.time())
-    with Dispatcher() as dispatcher:
-        assert dispatcher.send("hello")["utcoffset"] == (now - calendar.timegm(time.localtime(now))) / 3600
+    assert Dispatcher().send("hello")["utcoffset"] == (now - calendar.timegm(time.localtime(now))) / 3600
 
 
 def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
@@ -1130,7 +1108,7 @@ def refuse(number):
 
 
 REFUSALS = [(socket, "getaddrinfo", "ENETUNREACH"), (eventmon, "Link", "ENODEV")]
-REFUSALS += [(socket.socket, "sendto", name) for name in "ENOBUFS EPERM EMSGSIZE ECONNREFUSED ENETUNREACH".split()]
+REFUSALS += [(socket.socket, "sendto", name) for name in ("ENOBUFS", "EPERM", "EMSGSIZE")]
 
 
 @pytest.mark.parametrize("owner, function, name", REFUSALS)
@@ -1195,11 +1173,8 @@ def test_threads_share_a_dispatcher_of_events_of_any_size_and_only_one_waits_on_
 
 
 def interrupted(work, handler, line):
-    """Run work(), and handler() when it comes to this line, counted, of eventmon.py.
-
-    Return whether there is such a line, and what work() returned; None if the handler's exception ended it.
-    """
-    left, done = [line], None
+    """Run work(), and handler() when it comes to this line, counted, of eventmon.py; return whether there is one."""
+    left = [line]
 
     def trace(frame, event, arg):
         if frame.f_code.co_filename != eventmon.__file__:
@@ -1213,49 +1188,40 @@ def interrupted(work, handler, line):
         return trace
 
     sys.settrace(trace)
-    with suppress(TimeoutError, ValueError):
-        done = work()
+    with suppress(ValueError):  # it is closed
+        work()
     sys.settrace(None)
-    return left[0] <= 0, done
+    return left[0] <= 0
 
 
 WAYS = [({}, {}), ({}, {"x": "x" * 150000}), ({"buffer_group": {"task"}, "buffer_limit": 2}, {})]
 
 
-@pytest.mark.parametrize("how", ["sends", "sends and raises", "closes"])
+@pytest.mark.parametrize("closes", [False, True])
 @pytest.mark.parametrize("options, fields", WAYS)
-def test_a_signal_handler_may_send_raise_or_close_at_any_moment(options, fields, how):
+def test_a_signal_handler_may_send_or_close_at_any_moment(options, fields, closes):
     """It interrupts a send: in each run at some lines of eventmon.py, over all runs at each."""
-
-    def handler():
-        if how == "closes":
-            return dispatcher.close()
-        dispatcher.send("task-x", name="nested", **fields)
-        dispatcher.send("hello", name="nested")
-        if how == "sends and raises":
-            raise TimeoutError
 
     def arrived(line):
         return [event["name"] for event in events if event["hostname"] == str(line)]
 
     with watching() as (receiver, events):
-        for line in count(random.randint(1, 16), 16):
+        for line in count(random.randint(1, 24), 24):
             dispatcher = Dispatcher(hostname=str(line), **options)
-            first = dispatcher.send("task-x", name="first")
-            type = random.choice(("task-x", "task-y"))  # the second is not known yet
-            ran, outer = interrupted(partial(dispatcher.send, type, name="outer", **fields), handler, line)
-            with suppress(ValueError):
-                last = None  # where it is closed
-                last = dispatcher.send("task-x", name="last")
-            if how == "closes" and ran:
+            send = partial(dispatcher.send, random.choice(("task-x", "task-y")))  # sometimes known already
+            dispatcher.send("task-x", name="first")
+            handler = dispatcher.close if closes else partial(send, name="nested", **fields)
+            sent = []
+            ran = interrupted(lambda: sent.append(send(name="outer", **fields)), handler, line)  # noqa: B023
+            if closes and ran:
                 wait_until(lambda: not dispatcher.enabled)  # noqa: B023
+            else:
+                send(name="last")
             dispatcher.close()
-            sent = [event["name"] for event in (first, outer, last) if event]
-            nested = 0 if how == "closes" else 2 * ran
-            wait_until(lambda: arrived(line).count("nested") == nested and sent[-1] in arrived(line))  # noqa: B023
+            expected = ["first", "outer", "last"] if not (closes and ran) else ["first", *["outer"] * any(sent)]
+            wait_until(lambda: {*expected, *["nested"] * (ran and not closes)} <= {*arrived(line)})  # noqa: B023
             others = [name for name in arrived(line) if name != "nested"]
-            whole = ["first", "outer", "last"]  # with an exception go the events that were being sent
-            assert others == sent or how == "sends and raises" and others in (whole, whole[1:], whole[2:])
+            assert others in (expected, ["first", "outer"]) and arrived(line).count("nested") == (ran and not closes)
             if not ran:
                 break
         assert receiver.stats["duplicates"] == 0 and line > 15
