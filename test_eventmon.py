@@ -592,57 +592,23 @@ def test_the_history_is_bounded_and_so_are_repairs_however_many_ask():
     assert window.repairs([(900, 10**18)], 10**9, 5.0) == []
 
 
-def receive_window():
-    """A ReceiveWindow, and what it counts."""
+def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often_until_it_is_given_up():
     counts = {"lost": 0, "repaired": 0, "duplicates": 0, "held": 0}
-    return eventmon.ReceiveWindow(1, 0.0, lambda: 0.5, counts), counts
+    window = eventmon.ReceiveWindow(1, 0.0, lambda: 0.5, counts)
 
+    def arrive(*numbers, now):
+        return [item for number in numbers for item in window.receive(number, number, 10, now)]
 
-def arrive(window, *numbers, now=0.0):
-    """Let datagrams with these sequence numbers arrive; return those that may be delivered."""
-    return [item for number in numbers for item in window.receive(number, number, 10, now)]
-
-
-def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often():
-    window, _ = receive_window()
-    assert arrive(window, 1, 4, 5, 8) == [1]
+    assert arrive(1, 4, 5, 8, now=0.0) == [1]
     asked = [step / 2000 for step in range(1, 2600) if window.missing(step / 2000)]
     pauses = [later - sooner for sooner, later in zip(asked, asked[1:])]
     assert 0.001 <= asked[0] <= 0.004 and pauses[0] <= 0.011 and max(pauses[1:8]) <= 0.04
     assert min(pauses[-2:]) > 0.2  # a forger's stream, in which nothing more comes, gets no flood of questions
     window.reach = 100
-    assert arrive(window, 2, 3, 1000, now=1.3) == [2, 3, 4, 5]
+    assert arrive(2, 3, 1000, now=1.3) == [2, 3, 4, 5]
     assert window.missing(1.35) == [(6, 7), (9, 106)]  # no more than a buffer takes
-
-
-def test_a_gap_is_given_up_a_second_after_it_was_known_and_counted_unless_it_is_being_repaired():
-    window, counts = receive_window()
-    arrive(window, 1, 3, now=1.0)
-    arrive(window, 6, now=1.5)
-    assert window.overdue(1.85) == [] and window.overdue(1.95) == [3]
-    assert window.overdue(2.3) == [] and window.overdue(2.45) == [6]
-    assert counts["lost"] == window.lost == 3
-    window, counts = receive_window()
-    window.announce(500, 1, now=0.0)
-    for number in range(1, 500):  # a long history, one each 10 ms
-        assert window.overdue(number / 100) == []
-        arrive(window, number, now=number / 100)
-    assert window.overdue(5.8) == [] and counts["lost"] == 0
-    window.overdue(6.0)
-    assert counts["lost"] == 1
-
-
-def test_what_was_gone_before_we_came_is_not_lost_but_what_goes_later_is():
-    window, counts = receive_window()
-    window.announce(20, 11, now=0.0)
-    assert window.next == 11 and counts["lost"] == 0
-    window.announce(20, 16, now=0.1)
-    window.overdue(0.1)
-    assert window.next == 16 and counts["lost"] == 5
-    late, counts = receive_window()
-    arrive(late, 5, 6, 8)
-    assert late.announce(8, 7, now=0.0) == [5, 6]  # what is held back is not gone
-    assert arrive(late, 7, now=0.1) == [7, 8] and counts["held"] == counts["lost"] == 0
+    assert window.overdue(1.35) == [] and counts["lost"] == 0
+    assert window.overdue(2.8) == [8, 1000] and counts["lost"] == 2 + 991
 
 
 class VirtualSocket:
@@ -1138,9 +1104,8 @@ def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread(monkeypatch):
             with monkeypatch.context() as broken:
                 broken.setattr(eventmon, "wait_for", fail)
                 wait_until(lambda: getattr(dispatcher.problem, "errno", 0) == errno.EIO)
-            monkeypatch.setattr(eventmon.os, "getloadavg", refuse(errno.ENOENT), raising=False)
-            wait_until(lambda: "loadavg" not in events[-1])
-            assert dispatcher.flush(20) == 1
+            many = len(events)
+            wait_until(lambda: len(events) > many + 1)
         wait_until(lambda: events[-1].type == "worker-offline")
     assert [event.subject for event in events] == ["online", *["heartbeat"] * (len(events) - 2), "offline"]
     assert {"freq", "active", "processed", "sw_ident", "sw_ver", "sw_sys"} <= events[1].keys()
@@ -1300,20 +1265,6 @@ def test_a_stopped_watcher_costs_a_quarter_second_once_until_it_advances_and_so_
         assert 0.2 < napped(dispatcher) < 0.26 and napped(dispatcher) == 0
 
 
-def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
-    with behind(max_wait=60) as (dispatcher, ear):
-        dispatcher.send("step")
-
-        def others():
-            virtual.during_nap = int
-            ear.answer(b"ack", 2, 7, 10**6, 0)
-            in_threads(dispatcher.send, ["step"])
-
-        virtual.during_nap = others
-        dispatcher.send("step")
-        assert virtual.napped < 1 and dispatcher.stats["events"] == 4
-
-
 def test_however_many_watchers_ask_and_however_often_answers_are_few():
     with Ear() as ear, Dispatcher(ear.url) as dispatcher:
         dispatcher.send("hello")
@@ -1347,20 +1298,15 @@ PROGRAMS = {  # of each: the numbers that it sends, by how many processes, and i
         *([*range(30)], 1),
         "d = Dispatcher(buffer_group={'step'}, freq=60)\nfor n in range(30): d.send('step', n=n)",
     ),
-    "whose thread outlives it": (
-        *([0], 1),
-        "d = Dispatcher()\ndef work():\n    while True: d.send('more'); time.sleep(0.001)\n"
-        "threading.Thread(target=work, daemon=True).start()\nd.send('step', n=0)\ntime.sleep(0.01)",
-    ),
     "that forks a child of multiprocessing, which buffers": (
         *([0], 1),
         "d = Dispatcher(buffer_group={'step'})\nfork = multiprocessing.get_context('fork')\n"
         "p = fork.Process(target=d.send, args=('step',), kwargs={'n': 0})\np.start()\np.join()",
     ),
     "that forks while a thread sends": (
-        *([0, *range(100, 2000), *[*range(51)] * 3], 7),
+        *([0, *range(100, 1000), *[*range(51)] * 3], 7),
         "d = Dispatcher(freq=60)\nd.send('step', n=0)\n"
-        "busy = threading.Thread(target=lambda: [d.send('step', n=n) for n in range(100, 2000)])\nbusy.start()\n"
+        "busy = threading.Thread(target=lambda: [d.send('step', n=n) for n in range(100, 1000)])\nbusy.start()\n"
         "for _ in range(3):\n    if not os.fork():\n        for n in range(50): d.send('step', n=n)\n"
         "        if os.fork(): os.wait()\n        else: d.send('step', n=50)\n        os._exit(0)\n"
         "busy.join()\nfor _ in range(3): os.wait()",
@@ -1373,14 +1319,10 @@ PROGRAMS = {  # of each: the numbers that it sends, by how many processes, and i
     ),
     "that forks by C code": (
         *([-1, *[*range(20)] * 3], 3),
-        "d = Dispatcher()\nd.send('step', n=-1)\ntime.sleep(0.1)  # else the child may hang at the interpreter's lock\n"
+        "d = Dispatcher(freq=9)\nd.send('step', n=-1)\n"
+        "time.sleep(0.1)  # else the child may hang at the interpreter's lock\n"
         "fork = ctypes.PyDLL(None).fork\nfirst = fork()\nsecond = first and fork()\n"
         "for n in range(20): d.send('step', n=n)\nos.wait() if second else os._exit(0)\nos.wait()",
-    ),
-    "that forks by C code a child which only ends": (
-        *([0, 1, 2], 1),
-        "d = Dispatcher(freq=9, buffer_group={'step'})\nd.send('step', n=0)\ntime.sleep(0.1)\n"
-        "if not ctypes.PyDLL(None).fork(): sys.exit(0)\nos.wait()\nfor n in (1, 2): d.send('step', n=n)",
     ),
 }
 
@@ -1404,23 +1346,20 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a descriptor is no number of a file here")
-@pytest.mark.parametrize("whose, reused", [("Receiver's", False), ("Dispatcher's", False), ("both's", True)])
-def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(
-    whose, reused, sockets, monkeypatch
-):
+@pytest.mark.parametrize("reused", [False, True])
+def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(reused, sockets, monkeypatch):
     turns, wait_for = [], eventmon.wait_for
     monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
     with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
         turns.clear()
-        opened, mine = len(sockets), {"Receiver's": receiver.channel.fileno(), "Dispatcher's": sockets[-1].fileno()}
-        closed = [number for name, number in mine.items() if whose in (name, "both's")]
+        opened, closed = len(sockets), (receiver.channel.fileno(), sockets[-1].fileno())
         for number in closed:
             os.dup2(file.fileno(), number) if reused else os.close(number)
         for n in range(1, 10):
             dispatcher.send("step", n=n)
-        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + len(closed))
+        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + 2)
         assert len(turns) < 1000  # nobody turns in a circle
         for number in closed if reused else ():
             assert os.path.sameopenfile(number, file.fileno())
@@ -1881,20 +1820,6 @@ def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
     assert len(positions) > 100
 
 
-def test_however_many_beats_wait_for_a_watcher_alone_what_they_announce_counts(virtual):
-    def lost():
-        virtual.monotonic += 0.05
-        return receiver.stats["lost"]
-
-    with watching() as (receiver, _), Ear() as ear:
-        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
-        ear.hear(b"ack")
-        for lead in (*[0] * 40, 6):
-            ear.sendto(b"EM2 beat %b %d 1\n" % (STREAM, lead), ear.sender)
-        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
-        assert wait_until(lost) == 6
-
-
 def test_many_senders_that_start_and_end_together_lose_nothing():
     code = "import sys\nfrom eventmon import Dispatcher\nwith Dispatcher(hostname=sys.argv[1]) as d:\n"
     code += "    for n in range(300): d.send('step', n=n)"
@@ -2289,21 +2214,16 @@ def test_nothing_from_outside_makes_it_larger_than_it_may_be():
     assert len(pickle.dumps(state)) < size + 1_000_000
 
 
-@pytest.mark.parametrize("value", ["x" * (8 << 20), [[]] * 100_000], ids=["text", "nested"])
-def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory(value):
+def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory():
     state = State()
     for n in range(40):
-        large = [str(n)] if n % 4 > 1 else f"{value}{n}" if isinstance(value, str) else value
+        large = [str(n)] if n % 4 > 1 else f"{n}" * (4 << 20)
         for type in ("task-received", "worker-online", "note"):
             state.event(Event(type, uuid=f"u{n}", hostname=f"h{n}", pid=1, large=large))
     kept = [task["large"] for task in state.tasks.values() if len(task["large"]) > 100]
-    assert len(state.tasks) == len(state.workers) == 40
-    if isinstance(value, str):
-        assert state.evicted > 0
-        assert 0 < sum(map(len, kept)) < eventmon.MAX_STATE
-        assert len(state.tasks["u37"]["large"]) > 100 > len(state.tasks["u0"]["large"])
-    else:
-        assert kept[-1] == json.dumps(value).replace(" ", ""), "nested values are kept as JSON, which takes less"
+    assert len(state.tasks) == len(state.workers) == 40 and state.evicted > 0
+    assert 0 < sum(map(len, kept)) < 256 << 20
+    assert len(state.tasks["u37"]["large"]) > 100 > len(state.tasks["u0"]["large"])
     assert state.tasks["u38"]["large"] == ["38"]
 
 
@@ -2696,10 +2616,11 @@ def test_of_a_traceback_the_last_line_and_the_users_own_frames_stand_out():
     assert "\nmake: ***\nError 1\n" in shown(state, typed(state, "t"))
 
 
-def test_a_task_that_is_forgotten_while_it_is_open_says_so():
+def test_c_clears_what_has_finished_and_a_task_that_is_open_says_so():
     state = shop()
     view = typed(state, "1 j j j i")
     typed(state, "1 c")
+    assert sorted(task["state"] for _, task in state.itertasks()) == ["PROGRESS", "PROGRESS", "RETRY"]
     assert f"{CHARGE} is not in memory: cleared, or evicted to make room" in shown(state, view)
 
 
@@ -2803,15 +2724,6 @@ def test_numbers_and_tab_turn_the_pages():
     assert kinds == ["tasks", "names", "workers", "events", "names", "tasks", "events"]
 
 
-def test_until_a_page_is_chosen_it_is_the_one_that_has_something():
-    state = state_of(heard("hello", "w1", 0))
-    assert "TYPE" in shown(state)
-    pinned = typed(state, "j")
-    state.event(heard("task-sent", "w1", 1, uuid="1"))
-    assert "TYPE" not in shown(state)
-    assert "TYPE" in shown(state, pinned)
-
-
 def test_s_sorts_by_the_next_column_and_capital_s_the_other_way_round():
     names = ["shop.charge", "shop.import", "shop.resize", "users", "报表.生成"]
     assert [row[1] for row in table(shop(), "1 s s s")] == names
@@ -2845,12 +2757,6 @@ def test_escape_goes_back_and_never_quits_and_q_quits_from_the_top():
         assert (view.done, view.frozen, len(view.layers), view.layers[0].filter) == (False, {}, 1, "")
 
 
-def test_c_clears_what_has_finished():
-    state = shop()
-    typed(state, "1 c")
-    assert sorted(task["state"] for _, task in state.itertasks()) == ["PROGRESS", "PROGRESS", "RETRY"]
-
-
 def test_an_empty_table_says_what_to_do_next():
     state = state_of(heard("hello", "w1", 0))
     assert "\nno events yet — try: send hello\n" in shown(State(), typed(State(), "1"))
@@ -2864,13 +2770,6 @@ def test_the_header_says_what_was_lost_rejected_or_evicted():
     for width in (120, 60):
         title = eventmon.screen(eventmon.View(), stage(state, 24, width, lost=1234, rejected=5))[0]
         assert [span.text.strip() for span in title if span.style == "alarm"] == ["1,234 lost", "5 rejected", "2 evicted"]
-
-
-def test_the_graph_has_a_column_for_each_second_and_tells_of_how_many():
-    state = state_of(*(heard("x", "w", second) for second in (1, 5, 5, 5)))
-    assert "█" in shown(state, second=6)
-    assert (" max 3/s" in shown(state, second=6), " last 5 s" in shown(state, second=6)) == (True, True)
-    assert not re.search("[▁-█]|max|last", shown(state, second=100))
 
 
 def test_help_tells_of_every_key():
@@ -3402,22 +3301,6 @@ def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
         assert (busy.returncode, busy.stderr.read()) == (0, b"")
 
 
-@posix
-def test_several_may_record_into_one_file_and_a_record_that_cannot_be_written_is_named(tmp_path):
-    file, fifo = tmp_path / "recorded.jsonl", tmp_path / "fifo"
-    os.mkfifo(fifo)
-    words, quiet = ("watch", "--json", "--limit", "50", "--record"), {"stdout": subprocess.DEVNULL}
-    with Dispatcher() as dispatcher:
-        for n in range(50):
-            dispatcher.send("large", n=n, text="x" * 20_000)
-        with running(*words, str(file), **quiet) as one, running(*words, str(file), **quiet) as two:
-            with running(*words, str(fifo), **quiet, stderr=subprocess.PIPE) as three:
-                os.close(os.open(fifo, os.O_RDONLY))
-                assert (one.wait(20), two.wait(20), three.wait(20)) == (0, 0, 1)
-                assert three.stderr.read() == f"eventmon: {fifo}: Broken pipe\n".encode()
-    assert sorted(json.loads(line)["n"] for line in file.read_text().splitlines()) == sorted([*range(50)] * 2)
-
-
 RUNS = [  # words, exit status, standard output, lines of standard error, fields of the events
     ("-- sh -c 'cat; echo out; echo err >&2'", 0, b"in\nout\n", ["err"], {"exit_status": 0}),
     ("sh -c 'exit 3'", 3, b"", [], {"exit_status": 3, "exception": "exit status 3"}),
@@ -3560,16 +3443,6 @@ URLS = [  # a URL, the step that is wrong, what check says of it
     ("udp://no.such.host.invalid:7000", "open", "no.such.host.invalid is not found"),
     ("udp://127.0.0.1:MUTE", "receive", "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:"),
 ]
-
-
-def test_a_key_file_means_its_text_however_an_editor_marks_its_encoding(tmp_path, command):
-    marks = ("utf-8", "utf-8-sig", "utf-16")
-    with watching(key="geheim ä") as (receiver, events):
-        for mark in marks:
-            (tmp_path / mark).write_bytes(" geheim ä\n".encode(mark))
-            assert command("send", mark, "--key-file", str(tmp_path / mark))[0] == 0
-        wait_until(lambda: tuple(event.type for event in events) == marks)
-        assert receiver.stats["rejected"] == 0
 
 
 @pytest.mark.parametrize("url, step, words", URLS)
