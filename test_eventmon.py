@@ -1655,7 +1655,7 @@ def test_handlers_get_their_types_and_the_star_gets_the_rest_also_after_an_excep
     assert [event.type for event in got] == ["a", "c", "d"]
 
 
-def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_history_if_so_wanted(monkeypatch):
+def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_history_if_so_wanted():
     with Receiver() as receiver, Receiver() as late, Dispatcher() as dispatcher:
         receiver.fileno()
         for n in range(40):
@@ -1663,27 +1663,22 @@ def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_histo
         for n in range(0, 30, 2):
             assert [event["n"] for event in receiver.itercapture(limit=2, timeout=20)] == [n, n + 1]
         assert list(receiver.itercapture(limit=0)) == []
-        assert [event["n"] for event in receiver.itercapture(timeout=0.2)] == list(range(30, 40))
-        threading.Timer(0.05, lambda: setattr(receiver, "should_stop", True)).start()
-        receiver.capture()
+        assert [event["n"] for event in receiver.itercapture(timeout=0.1)] == list(range(30, 40))
         late.fileno()
         dispatcher.send("step", n=40)
-        assert [event["n"] for event in late.itercapture(timeout=0.3, wakeup=False)] == [40]
-        monkeypatch.setattr(socket.socket, "recvfrom", lambda *_: (b"junk", SOURCE), raising=False)  # without end
-        assert list(late.itercapture(timeout=0)) == []
+        assert [event["n"] for event in late.itercapture(timeout=0.2, wakeup=False)] == [40]
 
 
-def test_a_close_from_another_thread_ends_a_capture_which_opens_nothing_again(sockets):
-    receiver = Receiver()
-    thread = threading.Thread(target=receiver.capture)
-    thread.start()
-    with Dispatcher() as dispatcher:
-        wait_until(lambda: dispatcher.flush(0.1))  # it captures
-        receiver.close()
-        receiver.close()
-        thread.join(20)
-        assert not thread.is_alive()
-    assert all(sock.fileno() == -1 for sock in sockets)
+def test_should_stop_or_a_close_from_another_thread_ends_a_capture_which_opens_nothing_again(sockets):
+    for end in (lambda receiver: setattr(receiver, "should_stop", True), Receiver.close):
+        with Dispatcher() as dispatcher, Receiver() as receiver:
+            thread = threading.Thread(target=receiver.capture)
+            thread.start()
+            wait_until(lambda: dispatcher.flush(0.1))  # it captures  # noqa: B023
+            end(receiver)
+            thread.join(20)
+            assert not thread.is_alive()
+        assert all(sock.fileno() == -1 for sock in sockets)
     with Dispatcher() as dispatcher, receiver:
         dispatcher.send("hello")
         assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["hello"]  # a new capture
@@ -1753,17 +1748,15 @@ def test_any_bytes_are_counted_and_never_raise():
     assert delivered(receiver, *[eventmon.format_frame(b"part", STREAM, *part) for part in no_parts]) == []
     assert receiver.stats["malformed"] == 4
     frames = [*map(data_frame, (1, 2, 3)), *(data for _, data in FRAMES), b'{"type":"x","a":[1,2]}']
-    for _ in range(20000):
+    for _ in range(10_000):
         data = bytearray(chance.choice(frames))
         for _ in range(chance.randrange(1, 4)):
-            data[chance.randrange(len(data)) :][:1] = bytes([chance.randrange(256)])
             where = chance.randrange(len(data))
             data[where : where + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
             data = data or bytearray(b"x")
         receiver.handle_message(bytes(data), ("127.0.0.1", chance.randrange(5)))
     assert receiver.stats["malformed"] > 1000
-    got = delivered(receiver, data_frame(1, b'{"type":"still here"}', b"fedcba9876543210"))
-    assert "still here" in got  # and what was held back for too long, on a slow machine
+    assert "still here" in delivered(receiver, data_frame(1, b'{"type":"still here"}', b"fedcba9876543210"))
 
 
 def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(monkeypatch, virtual):
@@ -1847,34 +1840,31 @@ def test_a_process_that_ends_says_so_once_and_one_that_falls_silent_is_lost(step
     assert not told or [event for event in events if event.type != "later"][-1] is local[-1]
 
 
-def test_with_a_key_events_arrive_and_nothing_else_does():
+def test_with_a_key_events_arrive_and_nothing_else_does_also_when_the_clocks_are_set_back_or_forward(virtual):
     with watching(key="secret") as (receiver, events), Dispatcher(key=b"secret") as dispatcher:
-        with Dispatcher() as open_one, Dispatcher(key="wrong") as wrong:
-            open_one.send("open")
-            wrong.send("wrong")
-            dispatcher.send("right")
-            assert dispatcher.flush(20) == 1
-            wait_until(lambda: receiver.stats["rejected"] > 3)
-            assert (open_one.flush(0), wrong.flush(0)) == (0, 0)
+        for number, virtual.offset in enumerate((0, -300, 300), 1):
+            others = {"step": Dispatcher(key="secret"), "open": Dispatcher(), "wrong": Dispatcher(key="wrong")}
+            for type, other in (("step", dispatcher), *others.items()):
+                other.send(type)
+            wait_until(lambda: len(events) == 2 * number and receiver.stats["rejected"] >= 2 * number)  # noqa: B023
+            assert others["open"].flush(0) == others["wrong"].flush(0) == 0
         assert receiver.handle_message(b'{"type":"bare"}', SOURCE) == []
-        wait_until(lambda: events)
-    assert [event.type for event in events] == ["right"]
+    assert [event.type for event in events] == ["step"] * 6
     assert "secret" not in repr(receiver) + repr(dispatcher) + dispatcher.url
     receiver = Receiver()
     assert delivered(receiver, eventmon.seal(data_frame(1), b"secret")) == [] and receiver.stats["rejected"] == 1
 
 
-def test_a_sealed_datagram_seen_before_is_a_duplicate_draws_no_answer_and_one_by_another_clock_is_rejected(virtual):
-    key, frame = b"secret", data_frame(1)
-    data, beat = eventmon.seal(frame, key), eventmon.seal(b"EM2 beat %b 1 1\n" % STREAM, key)
+def test_a_sealed_datagram_seen_before_draws_no_answer_and_one_by_another_clock_is_rejected(virtual):
+    key, frame, beat = b"secret", data_frame(1), b"EM2 beat %b 1 1\n" % STREAM
+    data, sealed, other = (eventmon.seal(each, key) for each in (frame, beat, frame.replace(STREAM, STREAM[::-1])))
     virtual.offset = 60
-    ahead = eventmon.seal(b"EM2 beat %b 1 1\n" % STREAM, key)
+    ahead = eventmon.seal(beat, key)
     virtual.offset = 0
     with Receiver(key=key) as receiver, Ear() as sender, Ear() as thief:
         receiver.fileno()
-        assert delivered(receiver, data, beat, data, data, beat) == ["x"]
+        assert delivered(receiver, data, sealed, data, data, sealed) == ["x"]
         assert receiver.stats["duplicates"] == 3
-        other = eventmon.seal(frame.replace(STREAM, STREAM[::-1]), key)
         for ear in (sender, thief):
             receiver.handle_message(other, ear.getsockname())
         list(receiver.itercapture(timeout=0))
@@ -1902,14 +1892,6 @@ def test_an_answer_without_the_key_seen_before_or_by_another_clock_does_nothing(
         dispatcher.flush(0)
         assert (dispatcher.stats["rejected"], dispatcher.stats["repairs"], dispatcher.stats["watchers"]) == (6, 1, 1)
         assert re.search("clock (60|59) s ahead", str(dispatcher.problem))
-
-
-def test_when_the_clocks_are_set_back_or_forward_sealed_events_go_on(virtual):
-    with watching(key="secret") as (_, events), Dispatcher(key="secret") as dispatcher:
-        for number, virtual.offset in enumerate((0, -300, 300), 1):
-            for sender in (dispatcher, Dispatcher(key="secret")):
-                sender.send("step")
-            wait_until(lambda: len(events) == 2 * number)  # noqa: B023
 
 
 COMES_BACK = """
@@ -1972,8 +1954,6 @@ LIVES = [
     ("PENDING", [task_event("sent", "c")]),
     ("RECEIVED", [task_event("sent", "c", clock=9), task_event("received", clock=1)]),
     ("RECEIVED", [task_event("received"), task_event("sent", "c", clock=9)]),
-    ("STARTED", [task_event("received"), task_event("started")]),
-    ("SUCCESS", [task_event("received"), task_event("started"), task_event("succeeded", result="1")]),
     ("SUCCESS", [task_event("succeeded"), task_event("started")]),
     ("SUCCESS", [task_event("failed"), task_event("succeeded")]),
     ("FAILURE", [task_event("revoked"), task_event("failed"), task_event("rejected")]),
@@ -1991,9 +1971,9 @@ LIVES = [
 ]
 
 
-@pytest.mark.parametrize("state, events", LIVES)
-def test_a_task_is_in_the_state_that_its_events_say(state, events):
-    assert state_of(*events).tasks["t"]["state"] == state
+def test_a_task_is_in_the_state_that_its_events_say():
+    for state, events in LIVES:
+        assert state_of(*events).tasks["t"]["state"] == state, events
 
 
 def stream(host, *events, pid=1):
@@ -2069,17 +2049,13 @@ def test_at_any_moment_a_task_is_what_its_processes_told_in_whatever_order_their
 
 
 def test_each_delivery_of_a_task_is_an_attempt():
-    state = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST))
-    attempts = state.attempts("t")
-    assert [(a["worker"], a["retries"], a["state"]) for a in attempts] == [
-        ("w1", 0, "RETRY"), ("w1", 1, "RETRY"), ("w2", 2, "SUCCESS")
-    ]  # fmt: skip
-    assert [(a["received"], a["started"], a["ended"], a["exception"]) for a in attempts] == [
-        (0.0, 1.0, 3.0, "refused (0)"), (2.0, 4.0, 5.0, "refused (1)"), (0.0, 0.5, 2.0, None)
-    ]  # fmt: skip
-    (only,) = state_of(*stream("w1", *RETRIED[:2])).attempts("t")
-    assert (only["state"], only["ended"], only["pid"]) == ("STARTED", None, 1)
-    assert state.attempts("unknown") == state_of(task_event("sent")).attempts("t") == []
+    attempts = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST)).attempts("t")
+    names = ("worker", "retries", "state", "received", "started", "ended", "exception")
+    assert [tuple(map(attempt.get, names)) for attempt in attempts] == [
+        ("w1", 0, "RETRY", 0.0, 1.0, 3.0, "refused (0)"),
+        ("w1", 1, "RETRY", 2.0, 4.0, 5.0, "refused (1)"),
+        ("w2", 2, "SUCCESS", 0.0, 0.5, 2.0, None),
+    ]
 
 
 def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_undoes_the_end():
@@ -2168,20 +2144,17 @@ def test_the_successful_go_first_then_the_finished_then_what_was_only_sent_then_
 
 
 def test_nothing_from_outside_makes_it_larger_than_it_may_be():
-    state = State(max_tasks_in_memory=50, max_workers_in_memory=20)
-    for n in range(1000):
+    state, sizes = State(max_tasks_in_memory=50, max_workers_in_memory=20), []
+    for n in range(1500):
         for subject in ("sent", "received", f"custom{n}", "failed", "received", "succeeded"):
             state.event(task_event(subject, f"w{n}", f"u{n}", parent_id=f"p{n}", name=f"name{n}", timestamp=n * 1e3))
-        state.event(task_event("received", "w", "u", pid=n))
-        state.event(Event("worker-heartbeat", hostname=f"w{n}", **{f"field{n}": n}))
-        state.event(Event(f"type{n}" * 1000, hostname=f"h{n}"))
-    size = len(pickle.dumps(state))
-    for n in range(500):
         state.event(task_event("received", "w", "u", pid=n, **{f"field{n}": n}))
+        state.event(Event("worker-heartbeat", hostname=f"w{n}", **{f"field{n}": n}))
         state.event(Event("worker-lost", hostname="w", pid=n, **{f"field{n}": n}))
-        state.event(Event(f"type{n}", hostname=f"h{n}"))
+        state.event(Event(f"type{n}" * 1000, hostname=f"h{n}"))
+        sizes += [len(pickle.dumps(state))] if n in (1000, 1499) else []
     assert (len(state.tasks), len(state.workers), len(state.recent)) == (50, 20, 1000)
-    assert len(pickle.dumps(state)) < size + 1_000_000
+    assert sizes[1] < sizes[0] + 1_000_000
 
 
 def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory():
@@ -2203,21 +2176,20 @@ JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}
 def test_any_fields_of_any_type_do_no_harm():
     chance = random.Random(1)
     state = State(max_tasks_in_memory=20, max_workers_in_memory=20)
-    types = [*eventmon.METHODS, "task-progress", "task-", "task-pending", "hello", None, 5, ["x"]]
+    types = ["task-sent", "task-received", "task-started", "task-succeeded", "task-failed", "task-retried", "worker-online"]
+    types += ["worker-heartbeat", "worker-offline", "worker-lost", "task-progress", "task-", "hello", None, 5, ["x"]]
     names = ("uuid", "hostname", "timestamp", "clock", "local_received", "retries", "state", "name", "args", "runtime")
     names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active", "sent")
-    for _ in range(5000):
+    for _ in range(3000):
         event = {"type": chance.choice(types)}
         for name in chance.sample(names, chance.randrange(len(names))):
             event[name] = chance.choice([*JUNK, "t1", "t2", "t3"])
         state.event(event)
         assert state.attempts("t1") is not None
-    assert state.event_count == 5000
-    assert state.task_types() is not None
-    assert state.type_stats() is not None
+    assert state.event_count == 3000
+    assert None not in (state.task_types(), state.type_stats(), state.alive_workers())
     assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
-    assert state.alive_workers() is not None
-    for page in eventmon.PAGES:
+    for page in "1234":
         shown(state, typed(state, page), 40, 120)
 
 
@@ -2248,9 +2220,6 @@ def test_a_worker_is_alive_until_its_end_or_until_a_heartbeat_is_overdue():
 def test_the_clock_of_a_live_state_is_not_the_one_that_can_be_set(monkeypatch):
     state = state_of(Event("worker-heartbeat", hostname="w", freq=2.0, local_received=time.time()))
     monkeypatch.setattr(eventmon.time, "time", lambda: time.monotonic() - 3600)
-    assert abs(state.now() - state.workers["w"]["heard"]) < 2
-    state.event(Event("note", hostname="v", local_received=eventmon.time.time()))
-    assert sum(state.counts(1, 5.0)) == 2
     assert state.is_alive(state.workers["w"])
     assert not state.is_alive(state.workers["w"], state.now() + 5)
 
@@ -2321,10 +2290,8 @@ def test_a_state_can_be_pickled_and_used_again():
     state = state_of(task_event("sent", "c", uuid="s"), *stream("w1", *RETRIED), callback=lambda state, event: None)
     again = pickle.loads(pickle.dumps(state))
     assert (again.tasks, again.attempts("t")) == (state.tasks, state.attempts("t"))
-    for event in (task_event("received", uuid="s", queue="q"), task_event("succeeded", "w1", pid=1)):
-        again.event(event)
-    assert ("began" in again.tasks["s"], again.attempts("s")[0]["worker"]) == (True, "w1")
-    assert (again.tasks["s"]["client"], again.tasks["s"]["state"], again.tasks["t"]["succeeded"] > 5) == ("c", "RECEIVED", True)
+    again.event(task_event("succeeded", "w1", pid=1))
+    assert (again.tasks["s"]["client"], again.tasks["t"]["succeeded"] > 5) == ("c", True)
 
 
 # --- the screen ---
