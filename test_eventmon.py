@@ -881,23 +881,17 @@ def test_nothing_leaves_the_machine_unless_the_url_says_so(url, sockets):
     assert len(sockets) == 3
 
 
-def test_a_receiver_hears_its_own_group_alone_and_the_interface_may_be_named(url):
+def test_a_receiver_hears_its_own_group_alone_whose_interface_may_be_named_or_is_reached_by_unicast(url):
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")] or ["127.0.0.1"]
-    ours, foreign = url.replace("127.0.0.1", names[0]), url.replace("239.255", "239.254")
-    with watching(url=ours) as (_, events), Dispatcher(foreign) as other, Dispatcher(ours) as dispatcher:
-        other.send("foreign")
-        dispatcher.send("ours")
-        wait_until(lambda: [event.type for event in events] == ["ours"])
-
-
-def test_a_host_that_is_no_group_is_reached_by_unicast():
     with Ear() as free:
-        where = free.url
-    with Dispatcher(where) as dispatcher:
-        dispatcher.send("before")
-        with watching(url=where) as (_, events):
-            dispatcher.send("after")
-            wait_until(lambda: [event.type for event in events] == ["before", "after"] and dispatcher.flush() == 1)
+        unicast = free.url
+    for where in (url.replace("127.0.0.1", names[0]), unicast):
+        with Dispatcher(where) as dispatcher, Dispatcher(url.replace("239.255", "239.254")) as other:
+            dispatcher.send("before")
+            with watching(url=where) as (_, events):
+                other.send("foreign")
+                dispatcher.send("after")
+                wait_until(lambda: [event.type for event in events] == ["before", "after"] and dispatcher.flush() == 1)
 
 
 # --- Dispatcher ---
@@ -1560,29 +1554,14 @@ def test_an_exception_that_passes_through_many_tasks_costs_little_and_each_of_th
     assert max(len(event.get("traceback", "")) for event in events) < 100_000
 
 
-PICKLED = """
-import logging.config, multiprocessing
-from eventmon import Dispatcher, LogHandler
-handler = LogHandler(Dispatcher(hostname="one", groups=["log"]))
-record = logging.makeLogRecord({"levelname": "INFO", "msg": "spawned"})
-process = multiprocessing.get_context("spawn").Process(target=handler.handle, args=(record,))
-process.start(), process.join()
-config = {"class": "eventmon.LogHandler", "dispatcher": handler.dispatcher, "level": "ERROR"}
-logging.config.dictConfig({"version": 1, "handlers": {"h": config}, "root": {"handlers": ["h"]}})
-logging.warning("unheard"), logging.error("configured")
-"""
-
-
-def test_a_dispatcher_and_what_holds_one_can_be_pickled_copied_and_configured(url):
-    with watching() as (_, events):
-        python(PICKLED)
-        wait_until(lambda: len(events) == 2)
-    assert [(event["message"], event["hostname"]) for event in events] == [("spawned", "one"), ("configured", "one")]
-    assert events[0]["pid"] != events[1]["pid"]
-    with Dispatcher(hostname="one", groups=["task"], enabled=False, max_repr=5) as one, copy.deepcopy(one) as two:
-        assert (two is one, two.hostname, two.url, two.enabled, two.max_repr) == (False, "one", url, False, 5)
-        two.enable()
-        assert two.send("hello") is None
+def test_a_dispatcher_and_what_holds_one_can_be_pickled_and_copied(url):
+    with Dispatcher(hostname="one", groups=["task"], enabled=False, max_repr=5) as one:
+        handler = pickle.loads(pickle.dumps(eventmon.LogHandler(one)))
+        for two in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), handler.dispatcher):
+            assert (two is one, two.hostname, two.url, two.enabled, two.max_repr) == (False, "one", url, False, 5)
+            two.enable()
+            assert (two.send("hello"), two.send("task-x").type) == (None, "task-x")
+            two.close()
         assert copy.deepcopy(one.task("x", "u")).uuid == "u"  # which is in the closure of a decorated function
     assert pickle.loads(pickle.dumps(eventmon.LogHandler)) is eventmon.LogHandler
 
@@ -2550,19 +2529,13 @@ def test_a_filter_is_words_that_must_all_be_found_anywhere_or_in_the_column_that
 
 def test_a_filter_is_typed_edited_kept_and_dropped():
     state = shop()
-
-    def layer(keys):
+    for keys, text, typing in [
+        *((["/", *"qj 1"], "qj 1", True), (["/", *"日本", "KEY_BACKSPACE"], "日", True), (["/", *"one two", "^W"], "one ", True)),
+        *((["/", *"x", "^U"], "", True), ("1 / shop enter", "shop", False), ("1 / shop enter / x", "shopx", True)),
+        *(("1 / shop esc", "", False), ("1 / shop enter esc", "", False), (["/", *"x" * 1000], "x" * 100, True)),
+    ]:
         view = typed(state, keys)
-        return (view.layers[-1].filter, view.typing)
-
-    assert layer(["/", *"qj 1"]) == ("qj 1", True)
-    assert layer(["/", *"日本", "KEY_BACKSPACE"]) == ("日", True)
-    assert layer(["/", *"one two", "^W"]) == ("one ", True)
-    assert layer(["/", *"one two", "^U"]) == ("", True)
-    assert layer("1 / shop enter") == ("shop", False)
-    assert layer("1 / shop enter / x") == ("shopx", True)
-    assert layer("1 / shop esc") == layer("1 / shop enter esc") == ("", False)
-    assert len(layer(["/", *"x" * 1000])[0]) == 100
+        assert (view.layers[-1].filter, view.typing) == (text, typing)
     assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  esc drop filter  ? keys")
     assert "nothing matches zzz" in shown(state, typed(state, "1 / zzz"))
 
@@ -2596,18 +2569,13 @@ def test_the_cursor_stays_on_its_task_and_line_when_rows_move_and_on_its_line_wh
     assert line_of_cursor(state, view) == (5, "x")
 
 
-def test_a_click_does_what_the_tab_heading_row_link_or_hint_under_it_says():
+def test_a_click_does_what_the_tab_heading_row_or_hint_under_it_says():
     state = shop()
     assert typed(state, ["click 0 15"]).layers[-1].kind == "names"
-    assert typed(state, ["1", "click 4 12"]) == typed(state, "1 s s s")
     assert typed(state, ["1", "click 4 12", "click 4 12"]) == typed(state, "1 s s s S")
     assert line_of_cursor(state, typed(state, ["1", "click 7 3"])) == (7, "报表.生成")
     assert typed(state, ["1", "click 8 3", "click 8 3"]).layers[-1][:2] == ("task", CHARGE)
-    line = next(n for n, text in enumerate(shown(state, typed(state, "1 j j j i")).splitlines()) if text.startswith("parent"))
-    assert typed(state, ["1", "j", "j", "j", "i", f"click {line} 30"]).layers[-1][:2] == ("task", IMPORT)
     assert typed(state, ["1", "click 23 11"]) == typed(state, "1 q")
-    view = typed(state, ["1", "/", "a", "click 5 3"])
-    assert (view.layers[0].filter, view.typing) == ("a", False)
 
 
 def test_keys_turn_the_pages_and_open_and_close_layers():
@@ -2628,7 +2596,6 @@ def test_s_sorts_by_the_next_column_and_capital_s_the_other_way_round():
     assert [row[1] for row in table(shop(), "1 s s s")] == names
     assert [row[1] for row in table(shop(), "1 s s s S")] == names[::-1]
     assert "NAME▾" in shown(shop(), typed(shop(), "1 s s s"))
-    assert "RUN▴ DETAIL" in shown(shop(), typed(shop(), "1 S"))
 
 
 @pytest.mark.parametrize("keys", ["1", "2", "3", "4", "1 j j i", "1 j j j t", "3 i", "4 i", "1 s"])
