@@ -2930,42 +2930,32 @@ def test_capture_events_prints_lines_where_there_is_no_terminal():
         assert process.wait(20) == 7
 
 
-def test_capture_events_leaves_signals_and_files_as_they_were():
+def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout_and_leaves_signals_and_files_as_they_were():
     program = """if True:
-        import eventmon, os, signal
-        names = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH]
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        before = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
-        eventmon.capture_events()
-        after = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
-        print("the same" if before == after else (before, after))
+        import eventmon, os, signal, threading
+        def look(): return [signal.getsignal(name) for name in signal.Signals], len(os.listdir("/dev/fd"))
+        def end():
+            while not dispatcher.flush(): pass
+            {}
+        receiver, dispatcher = eventmon.Receiver(), eventmon.Dispatcher()
+        receiver.fileno(), dispatcher.flush()
+        before = look()
+        threading.Thread(target=end).start()
+        eventmon.capture_events(receiver)
+        print("the same" if before == look() else (before, look()))
     """
-    with terminal(**in_python(program)) as it:
-        it.see("", "no events yet")
-        it.process.send_signal(signal.SIGHUP)
-        it.see("?", "what has finished")
-        it.type("qq")
-        it.wait_for("the same")
-
-
-def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout():
-    program = """import eventmon, threading; r, d = eventmon.Receiver(), eventmon.Dispatcher()
-def end():
-    while not d.flush(): pass
-    {}
-threading.Thread(target=end).start(); eventmon.capture_events(r)"""
-    ((status, *_),) = together([[sys.executable, "-c", program.format("r.close()")]], cwd=MODULE.parent)  # in lines
-    assert status == 0
-    with ExitStack() as stack:
-        terminals = [stack.enter_context(terminal(**in_python(program.format("r.should_stop = True")), EVENTMON_URL=new_url()))]
-        terminals += [stack.enter_context(terminal("watch", *words)) for words in (["--timeout", "0.2"], ["--limit", "2"])]
-        with Dispatcher() as dispatcher:
-            terminals[-1].wait_for("no events yet")
+    ((status, *_),) = together([[sys.executable, "-c", program.format("receiver.close()")]], cwd=MODULE.parent)
+    assert status == 0  # in lines
+    stopping = in_python(program.format("receiver.should_stop = True"))
+    with terminal(**stopping, EVENTMON_URL=new_url()) as one, terminal("watch", "--timeout", "0.2") as two:
+        with terminal("watch", "--limit", "2") as three, Dispatcher() as dispatcher:
+            three.wait_for("no events yet")
             dispatcher.send("hello")
             dispatcher.send("hello")
-        for it in terminals:
-            assert it.process.wait(20) == 0
-            assert it.is_restored()
+            for it in (one, two, three):
+                assert it.process.wait(20) == 0
+                assert it.is_restored()
+        one.wait_for("the same")
 
 
 @pytest.mark.parametrize("seconds, least, most", [(0.0, 36, 40), (0.1, 3, 5)])
