@@ -568,6 +568,16 @@ def test_the_history_is_bounded_and_so_are_repairs_however_many_ask():
     assert window.repairs([(900, 10**18)], 10**9, 5.0) == []
 
 
+def test_only_64_watchers_are_waited_for_and_the_dead_make_room():
+    window = eventmon.TransmitWindow()
+    for _ in range(10):
+        window.add(b"x" * 300)
+    assert all(window.on_ack(name, 10, 1000, 0, 1, now=0.0) for name in range(100)) and len(window.live(0.0)) == 64
+    assert window.on_ack(200, 10, 1000, 0, 1, now=5.0) and len(window.live(5.0)) == 1
+    window.leave(200)
+    assert window.live(5.0) == []
+
+
 def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often_until_it_is_given_up():
     counts = {"lost": 0, "repaired": 0, "duplicates": 0, "held": 0}
     window = eventmon.ReceiveWindow(1, 0.0, lambda: 0.5, counts)
@@ -1743,6 +1753,20 @@ def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
             while select.select([ear], [], [], 0)[0]:
                 positions.add(eventmon.parse_frame(ear.recv(65536)).numbers[0])
     assert len(positions) > 100
+
+
+def test_however_many_beats_wait_for_a_watcher_alone_what_they_announce_counts(virtual):
+    def lost():
+        virtual.monotonic += 0.05
+        return receiver.stats["lost"]
+
+    with watching() as (receiver, _), Ear() as ear:
+        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
+        ear.hear(b"ack")
+        for lead in (*[0] * 40, 6):
+            ear.sendto(b"EM2 beat %b %d 1\n" % (STREAM, lead), ear.sender)
+        ear.tell(receiver, b"EM2 beat %b 0 1\n" % STREAM)
+        assert wait_until(lost) == 6
 
 
 def test_many_senders_that_start_and_end_together_lose_nothing():
