@@ -34,7 +34,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import tracemalloc
 import weakref
 import zipapp
@@ -1543,24 +1542,33 @@ def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
     assert {text.splitlines()[-1] for text in texts} == {"KeyError: 'k'"}
 
 
-def test_an_exception_that_passes_through_many_tasks_costs_little_and_each_of_them_ends(monkeypatch):
-    made, form = [], traceback.format_exception
-    monkeypatch.setattr(traceback, "format_exception", lambda *args, **how: made.append(args) or form(*args, **how))
+def test_an_exception_that_passes_through_many_tasks_costs_little_and_stays_as_it_was():
+    calls = []
 
     def work(dispatcher):
         @dispatcher.task("deep")
-        def deeper():
+        def deeper(left):
+            if not left:
+                raise ValueError("x")
             with dispatcher.task("inner"):
-                deeper()
+                deeper(left - 1)
 
-        with pytest.raises(RecursionError) as info:
-            deeper()
-        assert (vars(info.value), len(made)) == ({}, 1)  # as it was, and formatted once
+        with pytest.raises(RecursionError):
+            deeper(10**6)
+        for depth in (60, 120):
+            counter = count()
+            sys.setprofile(lambda *_: next(counter))  # noqa: B023
+            with pytest.raises(ValueError, match="x") as info:
+                deeper(depth)
+            sys.setprofile(None)
+            calls.append(next(counter))
+            assert vars(info.value) == {}
 
     events = told(work, max_wait=2)
     begun, ended = ([event["uuid"] for event in events if event.subject == end] for end in ("started", "failed"))
-    assert sorted(begun) == sorted(ended) and len(begun) > 150
+    assert sorted(begun) == sorted(ended) and len(begun) > 500
     assert max(len(event.get("traceback", "")) for event in events) < 100_000
+    assert calls[1] < 2.5 * calls[0]  # for twice as many: no more for each of them
 
 
 def test_a_dispatcher_and_what_holds_one_can_be_pickled_and_copied(url):
@@ -2528,7 +2536,7 @@ def test_c_clears_what_has_finished_and_a_task_that_is_open_says_so():
     view = typed(state, "1 j j j i")
     typed(state, "1 c")
     assert sorted(task["state"] for _, task in state.itertasks()) == ["PROGRESS", "PROGRESS", "RETRY"]
-    assert f"{CHARGE} is not in memory: cleared, or evicted to make room" in shown(state, view)
+    assert "not in memory: cleared, or evicted to make room" in shown(state, view)
 
 
 FILTERS = [
@@ -2553,13 +2561,13 @@ def test_a_filter_is_words_that_must_all_be_found_anywhere_or_in_the_column_that
 def test_a_filter_is_typed_edited_kept_and_dropped():
     state = shop()
     for keys, text, typing in [
-        *((["/", *"qj 1"], "qj 1", True), (["/", *"日本", "KEY_BACKSPACE"], "日", True), (["/", *"one two", "^W"], "one ", True)),
-        *((["/", *"x", "^U"], "", True), ("1 / shop enter", "shop", False), ("1 / shop enter / x", "shopx", True)),
+        *((["/", *"qj 1"], "qj 1", True), (["/", *"日本", "KEY_BACKSPACE"], "日", True)),
+        *(("1 / shop enter", "shop", False), ("1 / shop enter / x", "shopx", True)),
         *(("1 / shop esc", "", False), ("1 / shop enter esc", "", False), (["/", *"x" * 1000], "x" * 100, True)),
     ]:
         view = typed(state, keys)
         assert (view.layers[-1].filter, view.typing) == (text, typing)
-    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  esc drop filter  ? keys")
+    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  ")
     assert "nothing matches zzz" in shown(state, typed(state, "1 / zzz"))
 
 
