@@ -13,6 +13,7 @@ import errno
 import gc
 import heapq
 import inspect
+import io
 import json
 import linecache
 import logging
@@ -37,7 +38,7 @@ import tracemalloc
 import weakref
 import zipapp
 from collections import Counter, deque
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -355,18 +356,13 @@ def delivered(receiver, *datagrams):
 
 @pytest.fixture
 def sockets(monkeypatch):
-    """The sockets opened from now on; each calls its `before_send(data)`, which a test may set."""
+    """The sockets opened from now on."""
     opened = []
 
     class Socket(socket.socket):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.before_send = lambda data: None
             opened.append(self)
-
-        def sendto(self, data, target):
-            self.before_send(data)
-            return super().sendto(data, target)
 
     monkeypatch.setattr(eventmon.socket, "socket", Socket)
     return opened
@@ -397,20 +393,39 @@ def virtual(monkeypatch):
     return it
 
 
+PROGRAM = shlex.join([sys.executable, str(MODULE)])
+
+
+def together(commands, input=b"", **options):
+    """Run commands, a str by a shell, at the same time; return of each (status, standard output, lines of standard error)."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [subprocess.Popen(each, shell=isinstance(each, str), **pipes, **options) for each in commands]
+    try:
+        pairs = [process.communicate(input, timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    statuses = [process.returncode for process in processes]
+    return [(status, out, err.decode(errors="backslashreplace").splitlines()) for status, (out, err) in zip(statuses, pairs)]
+
+
 def python(code, *options):
     """Run a program beside the module, which says nothing on standard error; return its standard output."""
-    words = [sys.executable, *options, "-c", code]
-    done = subprocess.run(words, cwd=MODULE.parent, timeout=30, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    return done.stdout
+    ((status, out, errors),) = together([[sys.executable, *options, "-c", code]], cwd=MODULE.parent)
+    assert (status, errors) == (0, [])
+    return out
 
 
-def run(*words, input=None, timeout=30, **options):
-    """Run eventmon.py as a process; return (status, standard output, lines of standard error)."""
-    done = subprocess.run(
-        [sys.executable, str(MODULE), *words], input=input, capture_output=True, timeout=timeout, check=False, **options
-    )
-    return done.returncode, done.stdout, done.stderr.decode(errors="backslashreplace").splitlines()
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command line in this process: return its status, standard output and the lines of standard error."""
+
+    def call(*words, input=b""):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(input)))
+        status, (out, err) = main(words), capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return call
 
 
 @contextmanager
@@ -462,17 +477,19 @@ NO_FRAMES += [b"EM2 nope 0123456789abcdef 1\n", b"EM2 data short 1\n", b"EM2 dat
 NO_FRAMES += [b"EM2 data %b%b\n" % (STREAM, n) for n in (b"", b" 1 2", b" -1", b" 1_0", b" \xb2", b" " + b"1" * 20)]
 
 
-@pytest.mark.parametrize("fields, data", FRAMES)
-def test_a_frame_is_formatted_and_parsed_as_documented(fields, data):
-    assert eventmon.format_frame(*fields) == data
-    assert eventmon.parse_frame(data) == fields
-    kind = fields[0].decode()
-    assert re.search(rf"\n    EM2 {kind} STREAM |also {kind}, (the|its) last", eventmon.__doc__)
+JSON = {"a": [1, 2.5, None, True, "\u65e5\u672c \U0001f600"], "b": {"c": "\x1b[2J\n"}}
+MIRRORED = [  # how it is formatted and parsed, the value, and the bytes
+    *((lambda fields: eventmon.format_frame(*fields), eventmon.parse_frame, *frame) for frame in FRAMES),
+    (eventmon.format_ranges, eventmon.parse_ranges, [(1, 2), (5, 5), (7, 900)], b"1-2 5 7-900"),
+    *[(eventmon.format_json, eventmon.parse_json, JSON, '{"a":[1,2.5,null,true,"日本 😀"],"b":{"c":"\\u001b[2J\\n"}}'.encode())],
+]
 
 
-def test_the_ranges_of_a_nak_are_formatted_and_parsed_as_documented():
-    ranges, body = [(1, 2), (5, 5), (7, 900)], b"1-2 5 7-900"
-    assert (eventmon.format_ranges(ranges), eventmon.parse_ranges(body)) == (body, ranges)
+@pytest.mark.parametrize("form, parse, value, data", MIRRORED)
+def test_what_is_sent_is_formatted_and_parsed_as_documented(form, parse, value, data):
+    assert (form(value), parse(data)) == (data, value)
+    if parse is eventmon.parse_frame:
+        assert re.search(rf"\n    EM2 {value[0].decode()} STREAM |also {value[0].decode()}, (the|its) last", eventmon.__doc__)
 
 
 @pytest.mark.parametrize(
@@ -490,39 +507,18 @@ def test_bytes_that_are_not_what_they_should_be_are_a_wire_error(parse, bodies):
             parse(body)
 
 
-def test_json_is_compact_utf8_in_both_directions():
-    value = {"a": [1, 2.5, None, True, "\u65e5\u672c \U0001f600"], "b": {"c": "\x1b[2J\n"}}
-    body = '{"a":[1,2.5,null,true,"日本 😀"],"b":{"c":"\\u001b[2J\\n"}}'.encode()
-    assert (eventmon.format_json(value), eventmon.parse_json(body)) == (body, value)
-
-
-class Rude(dict):
-    def refuse(self):
-        raise RuntimeError("no")
-
-    __iter__ = items = __repr__ = refuse
-    __class__ = property(refuse)
-
-
 CIRCULAR = []
 CIRCULAR.append(CIRCULAR)
 
 
-@pytest.mark.parametrize(
-    "value, sent",
-    [
-        ({1}, "{1}"),
-        (b"x", "b'x'"),
-        ([math.nan, -math.inf], ["nan", "-inf"]),
-        ("a\udc80", "a\\udc80"),
-        ({(1, 2): 3}, {"(1, 2)": 3}),
-        ([Rude(a=1)], ["<Rude whose repr raises RuntimeError>"]),
-        (CIRCULAR, ["[...]"]),
+def test_what_json_has_no_form_for_is_sent_as_something_readable():
+    rude = type("Rude", (), {"__repr__": lambda self: 1 / 0})()
+    for value, sent in [
+        *(({1}, "{1}"), (b"x", "b'x'"), ([math.nan, -math.inf], ["nan", "-inf"]), ("a\udc80", "a\\udc80")),
+        *(({(1, 2): 3}, {"(1, 2)": 3}), ([rude], ["<Rude whose repr raises ZeroDivisionError>"]), (CIRCULAR, ["[...]"])),
         ((1, (2, {"a": {"b": math.nan}})), [1, [2, {"a": {"b": "nan"}}]]),
-    ],
-)
-def test_what_json_has_no_form_for_is_sent_as_something_readable(value, sent):
-    assert json.loads(eventmon.format_json({"value": value})) == {"value": sent}
+    ]:
+        assert json.loads(eventmon.format_json({"value": value})) == {"value": sent}
 
 
 def test_values_too_big_deep_or_tangled_for_others_are_sent_as_something_readable():
@@ -555,92 +551,49 @@ def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(virtual):
 # --- the windows: as pure functions of time, then on a virtual network in virtual time ---
 
 
-def transmit_window(sent, size=300, **options):
-    """A TransmitWindow that has sent so many datagrams of so many bytes."""
-    window = eventmon.TransmitWindow(**options)
-    for _ in range(sent):
-        window.add(b"x" * size)
-    return window
-
-
 def test_the_history_is_bounded_and_so_are_repairs_however_many_ask():
-    window = transmit_window(2000, history=100_000)
-    assert 1500 < window.trail < 1800 and len(window.repairs([(1, 3000)], 1 << 20, 0.0)) == 2001 - window.trail
-    window = transmit_window(200, 40_000)
-    assert len(window.repairs([(1, 20)], 10**9, 0.0)) == 20
-    assert window.repairs([(1, 20)], 10**9, 0.001) == []
-    assert len(window.repairs([(5, 5)], 0, 0.01)) == 1  # one also where there is no room for it
+    window, short = eventmon.TransmitWindow(limit=60_000), eventmon.TransmitWindow(limit=100_000)
+    for _ in range(2000):
+        short.add(b"x" * 300)
+    for _ in range(200):
+        window.add(b"x" * 300)
+    assert 1500 < short.trail < 1800 and len(short.repairs([(1, 3000)], 1 << 20, 0.0)) == 2001 - short.trail
+    trail = window.trail
+    assert len(window.repairs([(1, trail + 19)], 10**9, 0.0)) == 20
+    assert window.repairs([(1, trail + 19)], 10**9, 0.001) == []
+    assert len(window.repairs([(trail, trail)], 0, 0.01)) == 1  # one also where there is no room for it
     sent = sum(len(frame) for step in range(200) for frame in window.repairs([(1, 200)], 10**9, 0.02 + step / 100))
     assert sent < 2 * (18 << 20)  # in two seconds, with what may come at once
     assert window.repairs([(900, 10**18)], 10**9, 5.0) == []
 
 
 def test_only_64_watchers_are_waited_for_and_the_dead_make_room():
-    window = transmit_window(10)
+    window = eventmon.TransmitWindow()
+    for _ in range(10):
+        window.add(b"x" * 300)
     assert all(window.on_ack(name, 10, 1000, 0, 1, now=0.0) for name in range(100)) and len(window.live(0.0)) == 64
     assert window.on_ack(200, 10, 1000, 0, 1, now=5.0) and len(window.live(5.0)) == 1
     window.watchers[200].has_left = True
     assert window.live(5.0) == []
 
 
-def receive_window():
-    """A ReceiveWindow, and what it counts."""
+def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often_until_it_is_given_up():
     counts = {"lost": 0, "repaired": 0, "duplicates": 0, "held": 0}
-    return eventmon.ReceiveWindow(1, 0.0, lambda: 0.5, counts), counts
+    window = eventmon.ReceiveWindow(1, 0.0, lambda: 0.5, counts)
 
+    def arrive(*numbers, now):
+        return [item for number in numbers for item in window.receive(number, number, 10, now)]
 
-def arrive(window, *numbers, now=0.0):
-    """Let datagrams with these sequence numbers arrive; return those that may be delivered."""
-    return [item for number in numbers for item in window.receive(number, number, 10, now)]
-
-
-def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often():
-    window, _ = receive_window()
-    assert arrive(window, 1, 4, 5, 8) == [1]
+    assert arrive(1, 4, 5, 8, now=0.0) == [1]
     asked = [step / 2000 for step in range(1, 2600) if window.missing(step / 2000)]
     pauses = [later - sooner for sooner, later in zip(asked, asked[1:])]
-    assert 0.001 <= asked[0] <= 0.004 and pauses[0] <= 0.011 and max(pauses[1:8]) <= 0.04
+    assert 0.001 <= asked[0] <= 0.004 and 1.5 * pauses[0] < pauses[2] and max(pauses[:8]) <= 0.04
     assert min(pauses[-2:]) > 0.2  # a forger's stream, in which nothing more comes, gets no flood of questions
     window.reach = 100
-    assert arrive(window, 2, 3, 1000, now=1.3) == [2, 3, 4, 5]
+    assert arrive(2, 3, 1000, now=1.3) == [2, 3, 4, 5]
     assert window.missing(1.35) == [(6, 7), (9, 106)]  # no more than a buffer takes
-
-
-def test_a_gap_is_given_up_a_second_after_it_was_known_and_counted_unless_it_is_being_repaired():
-    window, counts = receive_window()
-    arrive(window, 1, 3, now=1.0)
-    arrive(window, 6, now=1.5)
-    assert window.overdue(1.85) == [] and window.overdue(1.95) == [3]
-    assert window.overdue(2.3) == [] and window.overdue(2.45) == [6]
-    assert counts["lost"] == window.lost == 3 and window.give_up_at() == math.inf
-    window, counts = receive_window()
-    window.announce(500, 1, now=0.0)
-    for number in range(1, 500):  # a long history, one each 10 ms
-        assert window.overdue(number / 100) == []
-        arrive(window, number, now=number / 100)
-    assert window.overdue(5.8) == [] and counts["lost"] == 0
-    window.overdue(6.0)
-    assert counts["lost"] == 1
-    arrive(window, *range(502, 2001, 2), now=7.0)
-    assert window.overdue(7.95) == [*range(502, 2001, 2)] and counts["lost"] == 1 + 750  # all gaps together
-
-
-def test_what_was_gone_before_we_came_is_not_lost_but_what_goes_later_is():
-    window, counts = receive_window()
-    window.announce(20, 11, now=0.0)
-    assert window.next == 11 and counts["lost"] == 0
-    window.announce(20, 16, now=0.1)
-    window.overdue(0.1)
-    assert window.next == 16 and counts["lost"] == 5
-    here, counts = receive_window()
-    here.announce(0, 1, now=0.0)  # we are here before the first one is sent
-    here.announce(20, 16, now=0.1)
-    here.overdue(0.1)
-    assert counts["lost"] == 15
-    late, counts = receive_window()
-    arrive(late, 5, 6, 8)
-    assert late.announce(8, 7, now=0.0) == [5, 6]  # what is held back is not gone
-    assert arrive(late, 7, now=0.1) == [7, 8] and counts["held"] == counts["lost"] == 0
+    assert window.overdue(1.35) == [] and counts["lost"] == 0
+    assert window.overdue(2.8) == [8, 1000] and counts["lost"] == 2 + 991
 
 
 class VirtualSocket:
@@ -875,18 +828,17 @@ def verify(sender, watcher, is_early, hard, seed):
 BASE = random.SystemRandom().randrange(10**6)
 
 
-@pytest.mark.parametrize("hundred", range(6))
-def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(hundred, monkeypatch):
-    print("base", BASE)
-    for seed in range(BASE + 100 * hundred, BASE + 100 * hundred + 100):
+@pytest.mark.parametrize("seed", range(BASE, BASE + 180, 60))
+def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(seed, monkeypatch):
+    for number in range(seed, seed + 60):
         with monkeypatch.context() as patch:
-            simulate(seed, patch)
+            simulate(number, patch)
 
 
 # --- URL and sockets ---
 
 
-def test_a_url_names_host_port_interface_and_ttl():
+def test_a_url_names_host_port_interface_and_ttl_and_the_environment_overrides_the_default(monkeypatch):
     for text, parts in [
         (DEFAULT_URL, ("239.255.69.86", 6986, "127.0.0.1", 0)),
         ("udp://239.1.2.3:7000", ("239.1.2.3", 7000, "127.0.0.1", 0)),
@@ -895,6 +847,11 @@ def test_a_url_names_host_port_interface_and_ttl():
         ("udp://watcher.example:65535?ttl=3", ("watcher.example", 65535, "", 3)),
     ]:
         assert eventmon.parse_url(text) == parts
+        monkeypatch.setenv("EVENTMON_URL", text)
+        assert Dispatcher().url == Receiver().url == text
+        assert Dispatcher("udp://239.1.2.4:7000").url == "udp://239.1.2.4:7000"
+    monkeypatch.delenv("EVENTMON_URL")
+    assert Dispatcher().url == DEFAULT_URL
 
 
 @pytest.mark.parametrize(
@@ -922,14 +879,6 @@ def test_a_bad_url_is_a_value_error_that_says_which_part(part, bad):
                 use(text)
 
 
-def test_the_environment_overrides_the_default_url_and_an_argument_overrides_both(monkeypatch):
-    monkeypatch.setenv("EVENTMON_URL", "udp://239.1.2.3:7000")
-    assert Dispatcher().url == Receiver().url == "udp://239.1.2.3:7000"
-    assert Dispatcher("udp://239.1.2.4:7000").url == "udp://239.1.2.4:7000"
-    monkeypatch.delenv("EVENTMON_URL")
-    assert Dispatcher().url == DEFAULT_URL
-
-
 def test_nothing_leaves_the_machine_unless_the_url_says_so(url, sockets):
     with Dispatcher() as dispatcher, Receiver() as receiver:
         dispatcher.send("hello")
@@ -941,23 +890,17 @@ def test_nothing_leaves_the_machine_unless_the_url_says_so(url, sockets):
     assert len(sockets) == 3
 
 
-def test_a_receiver_hears_its_own_group_alone_and_the_interface_may_be_named(url):
+def test_a_receiver_hears_its_own_group_alone_whose_interface_may_be_named_or_is_reached_by_unicast(url):
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")] or ["127.0.0.1"]
-    ours, foreign = url.replace("127.0.0.1", names[0]), url.replace("239.255", "239.254")
-    with watching(url=ours) as (_, events), Dispatcher(foreign) as other, Dispatcher(ours) as dispatcher:
-        other.send("foreign")
-        dispatcher.send("ours")
-        wait_until(lambda: [event.type for event in events] == ["ours"])
-
-
-def test_a_host_that_is_no_group_is_reached_by_unicast():
     with Ear() as free:
-        where = free.url
-    with Dispatcher(where) as dispatcher:
-        dispatcher.send("before")
-        with watching(url=where) as (_, events):
-            dispatcher.send("after")
-            wait_until(lambda: [event.type for event in events] == ["before", "after"] and dispatcher.flush() == 1)
+        unicast = free.url
+    for where in (url.replace("127.0.0.1", names[0]), unicast):
+        with Dispatcher(where) as dispatcher, Dispatcher(url.replace("239.255", "239.254")) as other:
+            dispatcher.send("before")
+            with watching(url=where) as (_, events):
+                other.send("foreign")
+                dispatcher.send("after")
+                wait_until(lambda: [event.type for event in events] == ["before", "after"] and dispatcher.flush() == 1)
 
 
 # --- Dispatcher ---
@@ -985,13 +928,11 @@ def test_what_is_sent_or_published_is_what_arrives_and_says_who_sent_it_and_when
 
 
 @posix
-@pytest.mark.parametrize("zone", ["UTC0", "EST5EDT", "IST-1GMT0,M10.5.0,M3.5.0/1"])  # the last is Dublin's
-def test_the_utcoffset_is_what_the_clock_on_the_wall_says(zone, monkeypatch):
-    monkeypatch.setenv("TZ", zone)
+def test_the_utcoffset_is_what_the_clock_on_the_wall_says(monkeypatch):
+    monkeypatch.setenv("TZ", "IST-1GMT0,M10.5.0,M3.5.0/1")  # Dublin's, whose summer time is the standard one
     time.tzset()
     now = int(time.time())
-    with Dispatcher() as dispatcher:
-        assert dispatcher.send("hello")["utcoffset"] == (now - calendar.timegm(time.localtime(now))) / 3600
+    assert Dispatcher().send("hello")["utcoffset"] == (now - calendar.timegm(time.localtime(now))) / 3600
 
 
 def test_the_clock_is_shared_by_the_process_and_goes_past_what_is_received():
@@ -1109,7 +1050,7 @@ def refuse(number):
 
 
 REFUSALS = [(socket, "getaddrinfo", "ENETUNREACH"), (eventmon, "Link", "ENODEV")]
-REFUSALS += [(socket.socket, "sendto", name) for name in "ENOBUFS EPERM EMSGSIZE ECONNREFUSED ENETUNREACH".split()]
+REFUSALS += [(socket.socket, "sendto", name) for name in ("ENOBUFS", "EPERM", "EMSGSIZE")]
 
 
 @pytest.mark.parametrize("owner, function, name", REFUSALS)
@@ -1139,9 +1080,8 @@ def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread(monkeypatch):
             with monkeypatch.context() as broken:
                 broken.setattr(eventmon, "wait_for", fail)
                 wait_until(lambda: getattr(dispatcher.problem, "errno", 0) == errno.EIO)
-            monkeypatch.setattr(eventmon.os, "getloadavg", refuse(errno.ENOENT), raising=False)
-            wait_until(lambda: "loadavg" not in events[-1])
-            assert dispatcher.flush(20) == 1
+            many = len(events)
+            wait_until(lambda: len(events) > many + 1)
         wait_until(lambda: events[-1].type == "worker-offline")
     assert [event.subject for event in events] == ["online", *["heartbeat"] * (len(events) - 2), "offline"]
     assert {"freq", "active", "processed", "sw_ident", "sw_ver", "sw_sys"} <= events[1].keys()
@@ -1174,11 +1114,8 @@ def test_threads_share_a_dispatcher_of_events_of_any_size_and_only_one_waits_on_
 
 
 def interrupted(work, handler, line):
-    """Run work(), and handler() when it comes to this line, counted, of eventmon.py.
-
-    Return whether there is such a line, and what work() returned; None if the handler's exception ended it.
-    """
-    left, done = [line], None
+    """Run work(), and handler() when it comes to this line, counted, of eventmon.py; return whether there is one."""
+    left = [line]
 
     def trace(frame, event, arg):
         if frame.f_code.co_filename != eventmon.__file__:
@@ -1192,49 +1129,40 @@ def interrupted(work, handler, line):
         return trace
 
     sys.settrace(trace)
-    with suppress(TimeoutError, ValueError):
-        done = work()
+    with suppress(ValueError):  # it is closed
+        work()
     sys.settrace(None)
-    return left[0] <= 0, done
+    return left[0] <= 0
 
 
 WAYS = [({}, {}), ({}, {"x": "x" * 150000}), ({"buffer_group": {"task"}, "buffer_limit": 2}, {})]
 
 
-@pytest.mark.parametrize("how", ["sends", "sends and raises", "closes"])
+@pytest.mark.parametrize("closes", [False, True])
 @pytest.mark.parametrize("options, fields", WAYS)
-def test_a_signal_handler_may_send_raise_or_close_at_any_moment(options, fields, how):
+def test_a_signal_handler_may_send_or_close_at_any_moment(options, fields, closes):
     """It interrupts a send: in each run at some lines of eventmon.py, over all runs at each."""
-
-    def handler():
-        if how == "closes":
-            return dispatcher.close()
-        dispatcher.send("task-x", name="nested", **fields)
-        dispatcher.send("hello", name="nested")
-        if how == "sends and raises":
-            raise TimeoutError
 
     def arrived(line):
         return [event["name"] for event in events if event["hostname"] == str(line)]
 
     with watching() as (receiver, events):
-        for line in count(random.randint(1, 16), 16):
+        for line in count(random.randint(1, 24), 24):
             dispatcher = Dispatcher(hostname=str(line), **options)
-            first = dispatcher.send("task-x", name="first")
-            type = random.choice(("task-x", "task-y"))  # the second is not known yet
-            ran, outer = interrupted(partial(dispatcher.send, type, name="outer", **fields), handler, line)
-            with suppress(ValueError):
-                last = None  # where it is closed
-                last = dispatcher.send("task-x", name="last")
-            if how == "closes" and ran:
+            send = partial(dispatcher.send, random.choice(("task-x", "task-y")))  # sometimes known already
+            dispatcher.send("task-x", name="first")
+            handler = dispatcher.close if closes else partial(send, name="nested", **fields)
+            sent = []
+            ran = interrupted(lambda: sent.append(send(name="outer", **fields)), handler, line)  # noqa: B023
+            if closes and ran:
                 wait_until(lambda: not dispatcher.enabled)  # noqa: B023
+            else:
+                send(name="last")
             dispatcher.close()
-            sent = [event["name"] for event in (first, outer, last) if event]
-            nested = 0 if how == "closes" else 2 * ran
-            wait_until(lambda: arrived(line).count("nested") == nested and sent[-1] in arrived(line))  # noqa: B023
+            expected = ["first", "outer", "last"] if not (closes and ran) else ["first", *["outer"] * any(sent)]
+            wait_until(lambda: {*expected, *["nested"] * (ran and not closes)} <= {*arrived(line)})  # noqa: B023
             others = [name for name in arrived(line) if name != "nested"]
-            whole = ["first", "outer", "last"]  # with an exception go the events that were being sent
-            assert others == sent or how == "sends and raises" and others in (whole, whole[1:], whole[2:])
+            assert others in (expected, ["first", "outer"]) and arrived(line).count("nested") == (ran and not closes)
             if not ran:
                 break
         assert receiver.stats["duplicates"] == 0 and line > 15
@@ -1313,36 +1241,12 @@ def test_a_stopped_watcher_costs_a_quarter_second_once_until_it_advances_and_so_
         assert 0.2 < napped(dispatcher) < 0.26 and napped(dispatcher) == 0
 
 
-def test_while_one_thread_waits_for_a_watcher_others_go_on(virtual):
-    with behind(max_wait=60) as (dispatcher, ear):
-        dispatcher.send("step")
-
-        def others():
-            virtual.during_nap = int
-            ear.answer(b"ack", 2, 7, 10**6, 0)
-            in_threads(dispatcher.send, ["step"])
-
-        virtual.during_nap = others
-        dispatcher.send("step")
-        assert virtual.napped < 1 and dispatcher.stats["events"] == 4
-
-
-def test_however_many_watchers_ask_and_however_often_answers_are_few():
-    with Ear() as ear, Dispatcher(ear.url) as dispatcher:
-        dispatcher.send("hello")
-        data = ear.hear()
-        for name in range(200):  # of which only some are waited for
-            ear.answer(b"nak", 0, name, 10**6, 0, body=b"0")  # for what is gone, or never was
-            ear.answer(b"nak", 1, name % 5, 10**6, 0, body=b"1")
-        wait_until(lambda: 50 < dispatcher.stats["watchers"] < 100)
-        assert ear.hear() == data
-        assert dispatcher.stats["datagrams"] < 100 and dispatcher.stats["repairs"] < 20
-
-
 def test_sending_imports_nothing_needs_no_file_and_leaves_nothing_open():
     """Beside an import a fork would hang, and where all descriptors are in use it would fail."""
     out = python(
-        "import eventmon, os, sys\nd, late = eventmon.Dispatcher(key='secret'), eventmon.Dispatcher()\n"
+        "import eventmon, os, sys\ntry: import resource\nexcept ImportError: pass\n"
+        "else: resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))\n"
+        "d, late = eventmon.Dispatcher(key='secret'), eventmon.Dispatcher()\n"
         "before, files = set(sys.modules), []\nd.send('hello', x={1}, y='x' * 100000)\n"
         "try:\n    while True: files.append(open(os.devnull))\nexcept OSError: pass\n"
         "for each in (d, late):\n    try:\n        with each.task('job'): 1/0\n    except ZeroDivisionError: pass\n"
@@ -1360,20 +1264,15 @@ PROGRAMS = {  # of each: the numbers that it sends, by how many processes, and i
         *([*range(30)], 1),
         "d = Dispatcher(buffer_group={'step'}, freq=60)\nfor n in range(30): d.send('step', n=n)",
     ),
-    "whose thread outlives it": (
-        *([0], 1),
-        "d = Dispatcher()\ndef work():\n    while True: d.send('more'); time.sleep(0.001)\n"
-        "threading.Thread(target=work, daemon=True).start()\nd.send('step', n=0)\ntime.sleep(0.01)",
-    ),
     "that forks a child of multiprocessing, which buffers": (
         *([0], 1),
         "d = Dispatcher(buffer_group={'step'})\nfork = multiprocessing.get_context('fork')\n"
         "p = fork.Process(target=d.send, args=('step',), kwargs={'n': 0})\np.start()\np.join()",
     ),
     "that forks while a thread sends": (
-        *([0, *range(100, 2000), *[*range(51)] * 3], 7),
+        *([0, *range(100, 1000), *[*range(51)] * 3], 7),
         "d = Dispatcher(freq=60)\nd.send('step', n=0)\n"
-        "busy = threading.Thread(target=lambda: [d.send('step', n=n) for n in range(100, 2000)])\nbusy.start()\n"
+        "busy = threading.Thread(target=lambda: [d.send('step', n=n) for n in range(100, 1000)])\nbusy.start()\n"
         "for _ in range(3):\n    if not os.fork():\n        for n in range(50): d.send('step', n=n)\n"
         "        if os.fork(): os.wait()\n        else: d.send('step', n=50)\n        os._exit(0)\n"
         "busy.join()\nfor _ in range(3): os.wait()",
@@ -1386,14 +1285,10 @@ PROGRAMS = {  # of each: the numbers that it sends, by how many processes, and i
     ),
     "that forks by C code": (
         *([-1, *[*range(20)] * 3], 3),
-        "d = Dispatcher()\nd.send('step', n=-1)\ntime.sleep(0.1)  # else the child may hang at the interpreter's lock\n"
+        "d = Dispatcher(freq=9)\nd.send('step', n=-1)\n"
+        "time.sleep(0.1)  # else the child may hang at the interpreter's lock\n"
         "fork = ctypes.PyDLL(None).fork\nfirst = fork()\nsecond = first and fork()\n"
         "for n in range(20): d.send('step', n=n)\nos.wait() if second else os._exit(0)\nos.wait()",
-    ),
-    "that forks by C code a child which only ends": (
-        *([0, 1, 2], 1),
-        "d = Dispatcher(freq=9, buffer_group={'step'})\nd.send('step', n=0)\ntime.sleep(0.1)\n"
-        "if not ctypes.PyDLL(None).fork(): sys.exit(0)\nos.wait()\nfor n in (1, 2): d.send('step', n=n)",
     ),
 }
 
@@ -1417,27 +1312,23 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a descriptor is no number of a file here")
-@pytest.mark.parametrize("whose, reused", [("Receiver's", False), ("Dispatcher's", False), ("both's", True)])
-def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(
-    whose, reused, sockets, monkeypatch
-):
+def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(sockets, monkeypatch):
     turns, wait_for = [], eventmon.wait_for
     monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
     with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
         turns.clear()
-        opened, mine = len(sockets), {"Receiver's": receiver.channel.fileno(), "Dispatcher's": sockets[-1].fileno()}
-        closed = [number for name, number in mine.items() if whose in (name, "both's")]
-        for number in closed:
-            os.dup2(file.fileno(), number) if reused else os.close(number)
+        opened = len(sockets)
+        closed, reused = random.sample((receiver.channel.fileno(), sockets[-1].fileno()), 2)
+        os.dup2(file.fileno(), reused)
+        os.close(closed)
         for n in range(1, 10):
             dispatcher.send("step", n=n)
-        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + len(closed))
+        wait_until(lambda: len(events) == 10 and len(sockets) >= opened + 2)
         assert len(turns) < 1000  # nobody turns in a circle
-        for number in closed if reused else ():
-            assert os.path.sameopenfile(number, file.fileno())
-            os.close(number)
+        assert os.path.sameopenfile(reused, file.fileno())
+        os.close(reused)
     assert [event["n"] for event in events] == list(range(10))
 
 
@@ -1481,12 +1372,13 @@ def test_a_close_waits_for_a_listener_of_this_machine_that_has_not_read_what_has
 
 
 def told(work, **options):
-    """The events that work(dispatcher) sends."""
+    """The events that work(dispatcher) sends, up to one of type "end"."""
     with watching() as (_, events), Dispatcher(**options) as dispatcher:
         work(dispatcher)
-        dispatcher.send("end")
-        wait_until(lambda: events and events[-1].type == "end")
-        return events[:-1]
+        with suppress(ValueError):  # it is closed
+            dispatcher.send("end")
+        wait_until(lambda: "end" in [event.type for event in events])
+        return events[: [event.type for event in events].index("end")]
 
 
 def results(events):
@@ -1494,51 +1386,34 @@ def results(events):
     return [event for event in events if event.subject not in ("received", "started")]
 
 
-def test_a_task_tells_how_it_goes_and_went():
+def test_a_task_tells_how_it_goes_and_went_and_leaves_exceptions_as_they_are():
     like_numpy = type("Single", (), {"__float__": lambda self: 0.5})()
     fractions = {0: 0, like_numpy: 0.5, Decimal("0.1"): 0.1, Fraction(1, 4): 0.25, 10**400: 10**400, "half": "half"}
+    odd = type("Odd", (Exception,), {"__getattr__": lambda self, name: {}[name]})()  # no traceback can be made of it
 
     def work(dispatcher):
         with dispatcher.task("job", uuid="u", queue="q", retries=1) as task:
             for fraction in fractions:
                 task.progress(fraction, step="half")
-        with suppress(ZeroDivisionError), task:
-            1 / 0  # noqa: B018
-        with suppress(KeyError), task:
+        with pytest.raises(KeyError), task:
             task.retried(OSError("busy"))
             raise KeyError("k")
-        with task:
-            task.retried()
-        with task:
-            pass
+        for problem in (ZeroDivisionError("no"), odd, SyntaxError("x", ("f", 1, 2, 3)), RuntimeError("mine" * 10**6)):
+            with pytest.raises(type(problem)), task:
+                raise problem
+        with pytest.raises(RuntimeError, match="mine"), task:
+            dispatcher.send("end")
+            dispatcher.close()
+            raise RuntimeError("mine")
 
     events = told(work)
     first = {"name": "job", "queue": "q", "retries": 1, "args": "()", "kwargs": "{}", "root_id": "u", "parent_id": None}
     assert first.items() <= events[0].items() and {event["uuid"] for event in events} == {"u"}
     progress, ends = results(events)[: len(fractions)], results(events)[len(fractions) :]
     assert [(event["progress"], event["step"]) for event in progress] == [(told, "half") for told in fractions.values()]
-    assert [(end.subject, end.get("exception"), "1 / 0" in end.get("traceback", "")) for end in ends] == [
-        *(("succeeded", None, False), ("failed", "ZeroDivisionError('division by zero')", True)),
-        *(("retried", "OSError('busy')", False), ("retried", None, False), ("succeeded", None, False)),
-    ]
-    assert min(end["runtime"] for end in ends) >= 0
-
-
-def test_a_task_never_replaces_the_exception_that_ended_it():
-    odd = type("Odd", (Exception,), {"__getattr__": lambda self, name: {}[name]})()  # no traceback can be made of it
-
-    def work(dispatcher):
-        for problem in (odd, SyntaxError("x", ("f", 1, 2, 3)), RuntimeError("mine" * 10**6)):
-            with pytest.raises(type(problem)), dispatcher.task("job"):
-                raise problem
-
-    assert [event.subject for event in told(work)] == ["received", "started", "failed"] * 3
-    dispatcher = Dispatcher()
-    with pytest.raises(RuntimeError, match="mine"), dispatcher.task("job"):
-        dispatcher.close()
-        raise RuntimeError("mine")
-    with pytest.raises(ValueError, match="closed"), dispatcher.task("job"):
-        pass
+    assert [end.subject for end in ends] == ["succeeded", "retried", *["failed"] * 4]
+    assert [end.get("exception") for end in ends[:3]] == [None, "OSError('busy')", "ZeroDivisionError('no')"]
+    assert "raise problem" in ends[2]["traceback"] and min(end["runtime"] for end in ends) >= 0
 
 
 def test_what_is_decorated_is_a_task_at_each_call_and_behaves_as_it_did():
@@ -1572,21 +1447,15 @@ def test_what_is_decorated_is_a_task_at_each_call_and_behaves_as_it_did():
 
 
 def test_a_generator_is_a_task_from_its_first_value_to_its_last_and_behaves_as_it_did():
-    problems = []
-
     def numbers():
         with suppress(KeyError):
             yield (yield 1)
         return "done"
 
     async def later():
-        try:
-            yield (yield 1)
-        finally:
-            problems.append(await asyncio.sleep(0))
+        yield (yield 1)
 
     async def use(make):
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
         whole, thrown, closed, use.left_open = make(), make(), make(), make()
         assert [await each.__anext__() for each in (whole, thrown, closed, use.left_open)] == [1] * 4
         assert [await whole.asend("x"), [item async for item in whole], await closed.aclose()] == ["x", [], None]
@@ -1608,17 +1477,16 @@ def test_a_generator_is_a_task_from_its_first_value_to_its_last_and_behaves_as_i
         *(("succeeded", "'done'"), ("succeeded", None), ("succeeded", "'done'"), ("failed", None)),
         *(("succeeded", None), ("succeeded", None), ("failed", None), ("succeeded", None)),
     ]
-    assert problems == [None] * 4
 
 
-FAMILY = """a None a; generator a a; in generator a a; beside generator a a; outer a a; inner outer a; first outer a;
-second a a; given elsewhere far; in given given far; one None one; two one one; three None three; last None last"""
+FAMILY = """a None a; generator a a; in generator a a; beside generator a a; outer a a; inner outer a; second a a;
+given elsewhere far; in given given far; one None one; two one one; last None last"""
 
 
 def test_a_task_belongs_to_the_one_that_runs_where_it_begins_but_a_generator_is_nobodys_parent(logger):
     def work(dispatcher):
         logger.addHandler(eventmon.LogHandler(dispatcher))
-        task, copied = partial(dispatcher.task, "job"), contextvars.copy_context
+        task = partial(dispatcher.task, "job")
 
         def leaf(uuid):
             logger.warning(uuid)
@@ -1633,58 +1501,32 @@ def test_a_task_belongs_to_the_one_that_runs_where_it_begins_but_a_generator_is_
         with task("a"):
             for _ in generate():
                 leaf("beside generator")
-            with task("outer"):
-                with task("inner"):
-                    context = copied()  # as an asyncio task has that is created here
-                context.run(leaf, "first")
+            with task("outer"), task("inner"):
+                context = contextvars.copy_context()  # as an asyncio task has that is created here
             context.run(leaf, "second")
         with task("given", parent_id="elsewhere", root_id="far"):
             leaf("in given")
-        one, two, three, again = map(task, ("one", "two", "three", "again"))
+        one, two = task("one"), task("two")
         one.__enter__(), two.__enter__()
         one.__exit__(None, None, None), two.__exit__(None, None, None)  # not in the order of a stack
-        copied().run(three.__enter__)
-        three.__exit__(None, None, None)  # in another context
-        with again, again, task("other"), again:  # it has no sense, but an end
-            pass
         leaf("last")
 
     events = told(work)
     parents = {event["uuid"]: event["parent_id"] for event in events if "parent_id" in event}
     family = {f"{event['uuid']} {event['parent_id']} {event['root_id']}" for event in events if "root_id" in event}
-    assert {*re.split(r";\s", FAMILY)} <= family
+    assert {*re.split(r";\s", FAMILY)} == family
     assert all(event.get("uuid") == parents[event["message"]] for event in events if event.group == "log")
-
-
-def test_a_task_that_starts_its_successor_is_not_kept():
-    dispatcher, alive, before = Dispatcher(enabled=False), weakref.WeakSet(), None
-    context = contextvars.copy_context()
-    for _ in range(100):
-        task = dispatcher.task("tick")
-        alive.add(task)
-        context = context.copy()  # as call_soon() makes one
-        context.run(task.__enter__)
-        if before:
-            before.__exit__(None, None, None)
-        before = task
-    assert len(alive) < 5
 
 
 def test_a_repr_is_shortened_visibly_and_no_more_of_it_is_spelled():
     for value, limit, text in [
         *((("x" * 999,), 10, "('xxxxxxx…"), (b"x" * 999, 10, "b'xxxxxxx…"), ({"x" * 999: 1}, 10, "{'xxxxxxx…")),
-        *(({"a": [(1,), {2}, set()]}, 100, "{'a': [(1,), {2}, set()]}"), ({"a": [(1,), {2}, ()]}, 5, "{'a'…")),
-        *(([(1,)] * 1000, 12, "[(1,), (1,)…"), ([{1: "x"}] * 1000, 12, "[{1: 'x'}, …"), ("x", 0, "…")),
+        *(({"a": [(1,), {2}, set()]}, 100, "{'a': [(1,), {2}, set()]}"), ([{1: "x"}] * 1000, 12, "[{1: 'x'}, …")),
     ]:
         assert (eventmon.shortened(value, limit), eventmon.shortened(value, 10**6)) == (text, repr(value))
     spelled = count()
     costly = type("Costly", (), {"__repr__": lambda self: f"costly {next(spelled)}"})()
-    endless = [[[costly] * 1000] * 1000]
-    endless.append(endless)
-    with Dispatcher(enabled=False) as dispatcher:
-        assert dispatcher.task("job")(len)(endless) == 2
-    assert eventmon.shortened([[costly] * 10**6, endless], 20) == "[[costly 0, costly …"
-    assert next(spelled) <= 20
+    assert eventmon.shortened([[costly] * 10**6], 20) == "[[costly 0, costly …" and next(spelled) <= 20
 
 
 def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
@@ -1692,89 +1534,69 @@ def test_a_traceback_has_the_frames_of_the_user_and_none_of_ours():
         task = dispatcher.task("job")
 
         @task
-        def divide(how):
+        def divide():
             try:
                 return 1 / 0
             except ZeroDivisionError as problem:
-                if how == "cause":
-                    raise KeyError(how) from problem
-                if how == "group" and sys.version_info >= (3, 11):
-                    raise ExceptionGroup("both", [problem, KeyError(how)])  # noqa: F821 - of 3.11
-                raise
+                raise KeyError("k") from problem
 
         @task
-        def generate(how):
-            yield divide(how)
+        def generate():
+            yield divide()
 
         @task
-        async def later(how):
-            return list(generate(how))
+        async def later():
+            return list(generate())
 
-        def run(how):
-            with suppress(Exception), dispatcher.task("job"):
-                asyncio.run(later(how))
-
-        for how in ("plain", "cause", "group"):
-            run(how)
+        with suppress(KeyError), dispatcher.task("job"):
+            asyncio.run(later())
 
     texts = [event["traceback"] for event in results(told(work))]
     frames = [re.findall(r"test_eventmon.py\", line \d+, in (\w+)", text) for text in texts]
-    outer = ["run", "later", "generate", "divide"]
-    assert frames[:8] == [outer[-1:], outer[-2:], outer[-3:], outer, *(["divide", *outer[n:]] for n in (3, 2, 1, 0))]
+    outer = ["work", "later", "generate", "divide"]
+    assert frames == [["divide", *outer[n:]] for n in (3, 2, 1, 0)]  # the cause, and then the exception
     assert not [text for text in texts if f'"{MODULE}"' in text]
-    assert len({text.splitlines()[-1] for text in texts}) == 2 + (sys.version_info >= (3, 11))
+    assert {text.splitlines()[-1] for text in texts} == {"KeyError: 'k'"}
 
 
 def test_an_exception_that_passes_through_many_tasks_costs_little_and_stays_as_it_was():
+    calls = []
+
     def work(dispatcher):
         @dispatcher.task("deep")
         def deeper(left):
-            if left == 0:
+            if not left:
                 raise ValueError("x")
             with dispatcher.task("inner"):
                 deeper(left - 1)
 
-        with pytest.raises(ValueError, match="x") as info:
-            deeper(50)
-        assert vars(info.value) == {}
         with pytest.raises(RecursionError):
             deeper(10**6)
-        assert time.process_time() - began < 2
+        for depth in (60, 120):
+            counter = count()
+            sys.setprofile(lambda *_: next(counter))  # noqa: B023
+            with pytest.raises(ValueError, match="x") as info:
+                deeper(depth)
+            sys.setprofile(None)
+            calls.append(next(counter))
+            assert vars(info.value) == {}
 
     began = time.process_time()
     events = told(work, max_wait=2)
-    received, started, failed = (
-        [event["uuid"] for event in events if event.subject == subject] for subject in ("received", "started", "failed")
-    )
-    assert received == started and sorted(received) == sorted(failed) and len(received) > 150
-    assert max(event.get("traceback", "").count(", line ") for event in events) <= eventmon.MAX_FRAMES
+    begun, ended = ([event["uuid"] for event in events if event.subject == end] for end in ("started", "failed"))
+    assert sorted(begun) == sorted(ended) and len(begun) > 500
+    assert max(len(event.get("traceback", "")) for event in events) < 100_000
+    assert calls[1] < 2.5 * calls[0]  # for twice as many: no more for each of them
 
 
-PICKLED = """
-import logging.config, multiprocessing
-from eventmon import Dispatcher, LogHandler
-handler = LogHandler(Dispatcher(hostname="one", groups=["log"]))
-for how in ("spawn", "forkserver"):
-    record = logging.makeLogRecord({"levelname": "INFO", "msg": how})
-    process = multiprocessing.get_context(how).Process(target=handler.handle, args=(record,))
-    process.start(), process.join()
-config = {"class": "eventmon.LogHandler", "dispatcher": handler.dispatcher, "level": "ERROR"}
-logging.config.dictConfig({"version": 1, "handlers": {"h": config}, "root": {"handlers": ["h"]}})
-logging.warning("unheard"), logging.error("configured")
-"""
-
-
-@posix
-def test_a_dispatcher_and_what_holds_one_can_be_pickled_copied_and_configured(url):
-    with watching() as (_, events):
-        python(PICKLED)
-        wait_until(lambda: len(events) == 3)
-    assert [event["message"] for event in events] == ["spawn", "forkserver", "configured"]
-    assert len({event["pid"] for event in events}) == 3 and {event["hostname"] for event in events} == {"one"}
-    with Dispatcher(hostname="one", groups=["task"], enabled=False, max_repr=5) as one, copy.deepcopy(one) as two:
-        assert (two is one, two.hostname, two.url, two.enabled, two.max_repr) == (False, "one", url, False, 5)
-        two.enable()
-        assert two.send("hello") is None
+def test_a_dispatcher_and_what_holds_one_can_be_pickled_and_copied(url):
+    with Dispatcher(hostname="one", groups=["task"], enabled=False, max_repr=5) as one:
+        handler = pickle.loads(pickle.dumps(eventmon.LogHandler(one)))
+        for two in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), handler.dispatcher):
+            assert (two is one, two.hostname, two.url, two.enabled, two.max_repr) == (False, "one", url, False, 5)
+            two.enable()
+            assert (two.send("hello"), two.send("task-x").type) == (None, "task-x")
+            two.close()
         assert copy.deepcopy(one.task("x", "u")).uuid == "u"  # which is in the closure of a decorated function
     assert pickle.loads(pickle.dumps(eventmon.LogHandler)) is eventmon.LogHandler
 
@@ -1785,57 +1607,31 @@ def logger():
     return logging.Logger("shop")  # noqa: LOG001 - which getLogger() would share
 
 
-def test_a_log_record_becomes_an_event_and_a_handler_never_raises_and_never_loops(logger, capsys, monkeypatch):
-    kept = []
+def test_a_log_record_becomes_an_event_and_a_handler_never_raises_never_loops_and_holds_no_lock(logger, capsys):
     broken = type("Broken", (), {"__str__": lambda self: 1 / 0})()
     loud = type("Loud", (), {"__str__": lambda self: logger.warning("%s", self) or "loud"})()
+    other = threading.Thread(target=logger.warning, args=("other",), daemon=True)
+    waiting = type("Waiting", (), {"__str__": lambda self: other.start() or other.join(20) or str(other.is_alive())})()
 
     def work(dispatcher):
         logger.addHandler(eventmon.LogHandler(dispatcher))
-        logger.addFilter(lambda record: kept.append(record) or True)
         logger.warning("%d left", 3)
         logger.error("lost it", exc_info=KeyError("gone"))
-        for message, args, problem in (("%y", (1,), "ValueError"), ("%s", (broken,), "ZeroDivisionError")):
-            logger.warning(message, *args)
-            assert problem in capsys.readouterr().err
-        for write in (broken.__str__, logger.error):  # the report of a problem goes there, and so is logged
-            with monkeypatch.context() as patch:
-                patch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
-                logger.warning("%s", broken)
+        logger.warning("%s", broken)
+        assert "ZeroDivisionError" in capsys.readouterr().err
+        with pytest.MonkeyPatch.context() as patch:  # the report of a problem goes there, and so is logged
+            patch.setattr(sys, "stderr", SimpleNamespace(write=logger.error, flush=lambda: None))
+            logger.warning("%s", broken)
         logger.warning("%s", loud)
+        logger.warning("%s", waiting)
 
-    first, second, last = told(work)
+    first, second, *others = told(work)
     assert {"type": "log-warning", "logger": "shop", "message": "3 left"}.items() <= first.items()
-    assert first.timestamp == kept[0].created
+    assert abs(first.timestamp - time.time()) < 60
     assert second.type == "log-error" and "KeyError: 'gone'" in second["exception"]
-    assert last["message"] == "loud"
+    assert [event["message"] for event in others] == ["loud", "other", "False"]
     logger.warning("nobody hears this: the dispatcher is closed")
     assert capsys.readouterr().err == ""
-
-
-def test_a_log_handler_holds_no_lock_for_which_a_send_could_wait(logger, sockets):
-    """A __del__ or a signal handler logs in the middle of a send(), while another thread logs."""
-    sending = threading.Event()
-    message = type("Message", (), {"__str__": lambda self: sending.set() or "other"})()
-    other = threading.Thread(target=logger.warning, args=(message,), daemon=True)
-
-    def log_between(data):
-        if b"outer" in data and not sending.is_set():
-            other.start()
-            assert sending.wait(20)
-            logger.warning("interrupting")
-
-    def work(dispatcher):
-        logger.addHandler(eventmon.LogHandler(dispatcher))
-        dispatcher.send("hello")
-        sockets[-1].before_send = log_between
-        sender = threading.Thread(target=dispatcher.send, args=("outer",), daemon=True)
-        sender.start()
-        for thread in (sender, other):
-            thread.join(20)
-            assert not thread.is_alive()
-
-    assert {event.get("message") for event in told(work)} == {None, "interrupting", "other"}
 
 
 # --- Receiver ---
@@ -1856,7 +1652,7 @@ def test_handlers_get_their_types_and_the_star_gets_the_rest_also_after_an_excep
     assert [event.type for event in got] == ["a", "c", "d"]
 
 
-def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_history_if_so_wanted(monkeypatch):
+def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_history_if_so_wanted():
     with Receiver() as receiver, Receiver() as late, Dispatcher() as dispatcher:
         receiver.fileno()
         for n in range(40):
@@ -1864,27 +1660,22 @@ def test_a_capture_ends_after_its_limit_or_timeout_or_when_told_and_has_no_histo
         for n in range(0, 30, 2):
             assert [event["n"] for event in receiver.itercapture(limit=2, timeout=20)] == [n, n + 1]
         assert list(receiver.itercapture(limit=0)) == []
-        assert [event["n"] for event in receiver.itercapture(timeout=0.2)] == list(range(30, 40))
-        threading.Timer(0.05, lambda: setattr(receiver, "should_stop", True)).start()
-        receiver.capture()
+        assert [event["n"] for event in receiver.itercapture(timeout=0.1)] == list(range(30, 40))
         late.fileno()
         dispatcher.send("step", n=40)
-        assert [event["n"] for event in late.itercapture(timeout=0.3, wakeup=False)] == [40]
-        monkeypatch.setattr(socket.socket, "recvfrom", lambda *_: (b"junk", SOURCE), raising=False)  # without end
-        assert list(late.itercapture(timeout=0)) == []
+        assert [event["n"] for event in late.itercapture(timeout=0.2, wakeup=False)] == [40]
 
 
-def test_a_close_from_another_thread_ends_a_capture_which_opens_nothing_again(sockets):
-    receiver = Receiver()
-    thread = threading.Thread(target=receiver.capture)
-    thread.start()
-    with Dispatcher() as dispatcher:
-        wait_until(lambda: dispatcher.flush(0.1))  # it captures
-        receiver.close()
-        receiver.close()
-        thread.join(20)
-        assert not thread.is_alive()
-    assert all(sock.fileno() == -1 for sock in sockets)
+def test_should_stop_or_a_close_from_another_thread_ends_a_capture_which_opens_nothing_again(sockets):
+    for end in (lambda receiver: setattr(receiver, "should_stop", True), Receiver.close):
+        with Dispatcher() as dispatcher, Receiver() as receiver:
+            thread = threading.Thread(target=receiver.capture)
+            thread.start()
+            wait_until(lambda: dispatcher.flush(0.1))  # it captures  # noqa: B023
+            end(receiver)
+            thread.join(20)
+            assert not thread.is_alive()
+        assert all(sock.fileno() == -1 for sock in sockets)
     with Dispatcher() as dispatcher, receiver:
         dispatcher.send("hello")
         assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["hello"]  # a new capture
@@ -1954,17 +1745,15 @@ def test_any_bytes_are_counted_and_never_raise():
     assert delivered(receiver, *[eventmon.format_frame(b"part", STREAM, *part) for part in no_parts]) == []
     assert receiver.stats["malformed"] == 4
     frames = [*map(data_frame, (1, 2, 3)), *(data for _, data in FRAMES), b'{"type":"x","a":[1,2]}']
-    for _ in range(20000):
+    for _ in range(10_000):
         data = bytearray(chance.choice(frames))
         for _ in range(chance.randrange(1, 4)):
-            data[chance.randrange(len(data)) :][:1] = bytes([chance.randrange(256)])
             where = chance.randrange(len(data))
             data[where : where + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
             data = data or bytearray(b"x")
         receiver.handle_message(bytes(data), ("127.0.0.1", chance.randrange(5)))
     assert receiver.stats["malformed"] > 1000
-    got = delivered(receiver, data_frame(1, b'{"type":"still here"}', b"fedcba9876543210"))
-    assert "still here" in got  # and what was held back for too long, on a slow machine
+    assert "still here" in delivered(receiver, data_frame(1, b'{"type":"still here"}', b"fedcba9876543210"))
 
 
 def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(monkeypatch, virtual):
@@ -1976,15 +1765,6 @@ def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(mon
         forged = (data_frame(seq, stream=b"%016x" % name) for name in range(n * 100, n * 100 + 80) for seq in (1, 2))
         got += delivered(receiver, data, beat, *forged, beat, *frames[max(0, n - 3) : n])
     assert [type for type in got if type != "x"] == [f"step-{n}" for n in range(1, 41)]
-
-
-def test_a_stream_is_believed_elsewhere_only_when_its_old_place_is_silent(virtual):
-    receiver, elsewhere = Receiver(), ("127.0.0.2", 815)
-    assert delivered(receiver, data_frame(1), data_frame(2)) == ["x", "x"]
-    assert receiver.handle_message(data_frame(3, b'{"type":"forged"}'), elsewhere) == []
-    virtual.monotonic += 2
-    got = [event.type for seq in (1, 2, 3, 4) for event in receiver.handle_message(data_frame(seq), elsewhere)]
-    assert (got, receiver.stats["streams"], receiver.stats["rejected"]) == (["x", "x"], 1, 1)
 
 
 def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
@@ -2062,34 +1842,31 @@ def test_a_process_that_ends_says_so_once_and_one_that_falls_silent_is_lost(step
     assert not told or [event for event in events if event.type != "later"][-1] is local[-1]
 
 
-def test_with_a_key_events_arrive_and_nothing_else_does():
+def test_with_a_key_events_arrive_and_nothing_else_does_also_when_the_clocks_are_set_back_or_forward(virtual):
     with watching(key="secret") as (receiver, events), Dispatcher(key=b"secret") as dispatcher:
-        with Dispatcher() as open_one, Dispatcher(key="wrong") as wrong:
-            open_one.send("open")
-            wrong.send("wrong")
-            dispatcher.send("right")
-            assert dispatcher.flush(20) == 1
-            wait_until(lambda: receiver.stats["rejected"] > 3)
-            assert (open_one.flush(0), wrong.flush(0)) == (0, 0)
+        for number, virtual.offset in enumerate((0, -300, 300), 1):
+            others = {"step": Dispatcher(key="secret"), "open": Dispatcher(), "wrong": Dispatcher(key="wrong")}
+            for type, other in (("step", dispatcher), *others.items()):
+                other.send(type)
+            wait_until(lambda: len(events) == 2 * number and receiver.stats["rejected"] >= 2 * number)  # noqa: B023
+            assert others["open"].flush(0) == others["wrong"].flush(0) == 0
         assert receiver.handle_message(b'{"type":"bare"}', SOURCE) == []
-        wait_until(lambda: events)
-    assert [event.type for event in events] == ["right"]
+    assert [event.type for event in events] == ["step"] * 6
     assert "secret" not in repr(receiver) + repr(dispatcher) + dispatcher.url
     receiver = Receiver()
     assert delivered(receiver, eventmon.seal(data_frame(1), b"secret")) == [] and receiver.stats["rejected"] == 1
 
 
-def test_a_sealed_datagram_seen_before_is_a_duplicate_draws_no_answer_and_one_by_another_clock_is_rejected(virtual):
-    key, frame = b"secret", data_frame(1)
-    data, beat = eventmon.seal(frame, key), eventmon.seal(b"EM2 beat %b 1 1\n" % STREAM, key)
+def test_a_sealed_datagram_seen_before_draws_no_answer_and_one_by_another_clock_is_rejected(virtual):
+    key, frame, beat = b"secret", data_frame(1), b"EM2 beat %b 1 1\n" % STREAM
+    data, sealed, other = (eventmon.seal(each, key) for each in (frame, beat, frame.replace(STREAM, STREAM[::-1])))
     virtual.offset = 60
-    ahead = eventmon.seal(b"EM2 beat %b 1 1\n" % STREAM, key)
+    ahead = eventmon.seal(beat, key)
     virtual.offset = 0
     with Receiver(key=key) as receiver, Ear() as sender, Ear() as thief:
         receiver.fileno()
-        assert delivered(receiver, data, beat, data, data, beat) == ["x"]
+        assert delivered(receiver, data, sealed, data, data, sealed) == ["x"]
         assert receiver.stats["duplicates"] == 3
-        other = eventmon.seal(frame.replace(STREAM, STREAM[::-1]), key)
         for ear in (sender, thief):
             receiver.handle_message(other, ear.getsockname())
         list(receiver.itercapture(timeout=0))
@@ -2117,14 +1894,6 @@ def test_an_answer_without_the_key_seen_before_or_by_another_clock_does_nothing(
         dispatcher.flush(0)
         assert (dispatcher.stats["rejected"], dispatcher.stats["repairs"], dispatcher.stats["watchers"]) == (6, 1, 1)
         assert re.search("clock (60|59) s ahead", str(dispatcher.problem))
-
-
-def test_when_the_clocks_are_set_back_or_forward_sealed_events_go_on(virtual):
-    with watching(key="secret") as (_, events), Dispatcher(key="secret") as dispatcher:
-        for number, virtual.offset in enumerate((0, -300, 300), 1):
-            for sender in (dispatcher, Dispatcher(key="secret")):
-                sender.send("step")
-            wait_until(lambda: len(events) == 2 * number)  # noqa: B023
 
 
 COMES_BACK = """
@@ -2187,8 +1956,6 @@ LIVES = [
     ("PENDING", [task_event("sent", "c")]),
     ("RECEIVED", [task_event("sent", "c", clock=9), task_event("received", clock=1)]),
     ("RECEIVED", [task_event("received"), task_event("sent", "c", clock=9)]),
-    ("STARTED", [task_event("received"), task_event("started")]),
-    ("SUCCESS", [task_event("received"), task_event("started"), task_event("succeeded", result="1")]),
     ("SUCCESS", [task_event("succeeded"), task_event("started")]),
     ("SUCCESS", [task_event("failed"), task_event("succeeded")]),
     ("FAILURE", [task_event("revoked"), task_event("failed"), task_event("rejected")]),
@@ -2206,9 +1973,9 @@ LIVES = [
 ]
 
 
-@pytest.mark.parametrize("state, events", LIVES)
-def test_a_task_is_in_the_state_that_its_events_say(state, events):
-    assert state_of(*events).tasks["t"]["state"] == state
+def test_a_task_is_in_the_state_that_its_events_say():
+    for state, events in LIVES:
+        assert state_of(*events).tasks["t"]["state"] == state, events
 
 
 def stream(host, *events, pid=1):
@@ -2284,17 +2051,13 @@ def test_at_any_moment_a_task_is_what_its_processes_told_in_whatever_order_their
 
 
 def test_each_delivery_of_a_task_is_an_attempt():
-    state = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST))
-    attempts = state.attempts("t")
-    assert [(a["worker"], a["retries"], a["state"]) for a in attempts] == [
-        ("w1", 0, "RETRY"), ("w1", 1, "RETRY"), ("w2", 2, "SUCCESS")
-    ]  # fmt: skip
-    assert [(a["received"], a["started"], a["ended"], a["exception"]) for a in attempts] == [
-        (0.0, 1.0, 3.0, "refused (0)"), (2.0, 4.0, 5.0, "refused (1)"), (0.0, 0.5, 2.0, None)
-    ]  # fmt: skip
-    (only,) = state_of(*stream("w1", *RETRIED[:2])).attempts("t")
-    assert (only["state"], only["ended"], only["pid"]) == ("STARTED", None, 1)
-    assert state.attempts("unknown") == state_of(task_event("sent")).attempts("t") == []
+    attempts = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST)).attempts("t")
+    names = ("worker", "retries", "state", "received", "started", "ended", "exception")
+    assert [tuple(map(attempt.get, names)) for attempt in attempts] == [
+        ("w1", 0, "RETRY", 0.0, 1.0, 3.0, "refused (0)"),
+        ("w1", 1, "RETRY", 2.0, 4.0, 5.0, "refused (1)"),
+        ("w2", 2, "SUCCESS", 0.0, 0.5, 2.0, None),
+    ]
 
 
 def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_undoes_the_end():
@@ -2308,29 +2071,21 @@ def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_un
     assert "eta" not in task
 
 
-def test_events_are_counted_and_kept_and_notes_apart():
-    types = ["task-received", "task-progress", "worker-heartbeat", "hello", "log-info", "worker-online", None]
-    state = state_of(*({"type": type, "uuid": "u", "hostname": "h"} for type in types))
-    assert (state.event_count, state.task_count, len(state.recent)) == (7, 1, 7)
-    assert [event["type"] for event in state.notes] == ["hello", "log-info", "worker-online", None]
-    assert repr(state) == "<State: 7 events, 1 tasks, 1 workers, 0 evicted>"
-
-
-def test_the_callback_comes_first_and_then_the_method_for_the_type_which_may_be_replaced():
+def test_events_are_counted_and_kept_and_notes_apart_after_the_callback_and_before_the_method_for_the_type():
     calls = []
 
     class Mine(State):
         def task_started(self, event):
-            calls.append(("method", event["uuid"]))
+            calls.append(("method", event["uuid"], self.event_count))
             super().task_started(event)
 
     state = Mine(lambda state, event: calls.append(("callback", len(state.tasks))))
     state.event(task_event("started"))
-    assert calls == [("callback", 0), ("method", "t")]
-    assert state.tasks["t"]["state"] == "STARTED"
-    state.task_failed = calls.append
-    state.event(task_event("failed"))
-    assert (calls[-1].type, state.tasks["t"]["state"]) == ("task-failed", "STARTED")
+    assert calls == [("callback", 0), ("method", "t", 1)] and state.tasks["t"]["state"] == "STARTED"
+    types = ["task-received", "task-progress", "worker-heartbeat", "hello", "log-info", "worker-online", None]
+    state = state_of(*({"type": type, "uuid": "u", "hostname": "h"} for type in types))
+    assert (state.event_count, state.task_count, len(state.recent)) == (7, 1, 7)
+    assert [event["type"] for event in state.notes] == ["hello", "log-info", "worker-online", None]
 
 
 def many_tasks():
@@ -2341,27 +2096,25 @@ def many_tasks():
     return state
 
 
-def test_tasks_are_listed_newest_first_or_oldest_by_name_and_by_worker():
+def test_tasks_are_listed_newest_first_or_oldest_by_name_and_by_worker_and_active_ones_oldest_start_first():
     state = many_tasks()
-    assert [uuid for uuid, _ in state.tasks_by_time()] == list("9876543210")
-    assert [uuid for uuid, _ in state.tasks_by_time(3)] == list("987")
-    assert [uuid for uuid, _ in state.tasks_by_time(2, reverse=False)] == list("01")
-    assert [uuid for uuid, _ in state.tasks_by_type("job1", 2)] == list("97")
-    assert [uuid for uuid, _ in state.tasks_by_worker("w0", 2, reverse=False)] == list("02")
-    assert state.task_types() == ["job0", "job1"]
-    assert len(list(state.itertasks())) == 10
+
+    def uuids(tasks):
+        return "".join(uuid for uuid, _ in tasks)
+
+    assert (uuids(state.tasks_by_time()), uuids(state.tasks_by_time(3))) == ("9876543210", "987")
+    assert uuids(state.tasks_by_time(2, reverse=False)) == "01"
+    assert uuids(state.tasks_by_type("job1", 2)) == "97"
+    assert uuids(state.tasks_by_worker("w0", 2, reverse=False)) == "02"
+    assert (state.task_types(), len(list(state.itertasks())), len(list(state.itertasks(3)))) == (["job0", "job1"], 10, 3)
+    assert uuids(state.iteractive()) == "0134679"
     state.event(task_event("started", "w0", "0", timestamp=50.0))
-    assert next(state.tasks_by_time())[0] == "0"
+    assert uuids(state.tasks_by_time(1)) == "0"
+    state.event(task_event("sent", uuid="s"))
+    state.event(task_event("started", uuid="z", timestamp=-5.0))
+    assert uuids(state.iteractive()) == "z1346790"
     state.get_task_info("1")["children"].append("X")
     assert (state.tasks["1"]["children"], state.get_task_info("nope")) == ([], None)
-
-
-def test_active_tasks_are_listed_oldest_start_first():
-    state = many_tasks()
-    assert [uuid for uuid, _ in state.iteractive()] == list("0134679")
-    state.event(task_event("sent", uuid="only-sent"))
-    state.event(task_event("started", uuid="z", timestamp=-5.0))
-    assert next(uuid for uuid, _ in state.iteractive()) == "z"
 
 
 def test_each_kind_of_task_has_figures():
@@ -2393,37 +2146,29 @@ def test_the_successful_go_first_then_the_finished_then_what_was_only_sent_then_
 
 
 def test_nothing_from_outside_makes_it_larger_than_it_may_be():
-    state = State(max_tasks_in_memory=50, max_workers_in_memory=20)
-    for n in range(1000):
+    state, sizes = State(max_tasks_in_memory=50, max_workers_in_memory=20), []
+    for n in range(900):
         for subject in ("sent", "received", f"custom{n}", "failed", "received", "succeeded"):
             state.event(task_event(subject, f"w{n}", f"u{n}", parent_id=f"p{n}", name=f"name{n}", timestamp=n * 1e3))
-        state.event(task_event("received", "w", "u", pid=n))
-        state.event(Event("worker-heartbeat", hostname=f"w{n}", **{f"field{n}": n}))
-        state.event(Event(f"type{n}" * 1000, hostname=f"h{n}"))
-    size = len(pickle.dumps(state))
-    for n in range(500):
         state.event(task_event("received", "w", "u", pid=n, **{f"field{n}": n}))
+        state.event(Event("worker-heartbeat", hostname=f"w{n}", **{f"field{n}": n}))
         state.event(Event("worker-lost", hostname="w", pid=n, **{f"field{n}": n}))
-        state.event(Event(f"type{n}", hostname=f"h{n}"))
+        state.event(Event(f"type{n}" * 1000, hostname=f"h{n}"))
+        sizes += [len(pickle.dumps(state))] if n in (600, 899) else []
     assert (len(state.tasks), len(state.workers), len(state.recent)) == (50, 20, 1000)
-    assert len(pickle.dumps(state)) < size + 1_000_000
+    assert sizes[1] < sizes[0] + 500_000
 
 
-@pytest.mark.parametrize("value", ["x" * (8 << 20), [[]] * 100_000], ids=["text", "nested"])
-def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory(value):
+def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory():
     state = State()
     for n in range(40):
-        large = [str(n)] if n % 4 > 1 else f"{value}{n}" if isinstance(value, str) else value
+        large = [str(n)] if n % 4 > 1 else f"{n}" * (4 << 20)
         for type in ("task-received", "worker-online", "note"):
             state.event(Event(type, uuid=f"u{n}", hostname=f"h{n}", pid=1, large=large))
     kept = [task["large"] for task in state.tasks.values() if len(task["large"]) > 100]
-    assert len(state.tasks) == len(state.workers) == 40
-    if isinstance(value, str):
-        assert state.evicted > 0
-        assert 0 < sum(map(len, kept)) < eventmon.MAX_STATE
-        assert len(state.tasks["u37"]["large"]) > 100 > len(state.tasks["u0"]["large"])
-    else:
-        assert kept[-1] == json.dumps(value).replace(" ", ""), "nested values are kept as JSON, which takes less"
+    assert len(state.tasks) == len(state.workers) == 40 and state.evicted > 0
+    assert 0 < sum(map(len, kept)) < 256 << 20
+    assert len(state.tasks["u37"]["large"]) > 100 > len(state.tasks["u0"]["large"])
     assert state.tasks["u38"]["large"] == ["38"]
 
 
@@ -2433,20 +2178,19 @@ JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}
 def test_any_fields_of_any_type_do_no_harm():
     chance = random.Random(1)
     state = State(max_tasks_in_memory=20, max_workers_in_memory=20)
-    types = [*eventmon.METHODS, "task-progress", "task-", "task-pending", "hello", None, 5, ["x"]]
+    types = ["task-sent", "task-received", "task-started", "task-succeeded", "task-failed", "task-retried", "worker-online"]
+    types += ["worker-heartbeat", "worker-offline", "worker-lost", "task-progress", "task-", "hello", None, 5, ["x"]]
     names = ("uuid", "hostname", "timestamp", "clock", "local_received", "retries", "state", "name", "args", "runtime")
     names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active", "sent")
-    for _ in range(5000):
+    for _ in range(1500):
         event = {"type": chance.choice(types)}
         for name in chance.sample(names, chance.randrange(len(names))):
             event[name] = chance.choice([*JUNK, "t1", "t2", "t3"])
         state.event(event)
         assert state.attempts("t1") is not None
-    assert state.event_count == 5000
-    assert state.task_types() is not None
-    assert state.type_stats() is not None
+    assert state.event_count == 1500
+    assert None not in (state.task_types(), state.type_stats(), state.alive_workers())
     assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
-    assert state.alive_workers() is not None
     for page in "1234":
         shown(state, typed(state, page), 40, 120)
 
@@ -2478,34 +2222,25 @@ def test_a_worker_is_alive_until_its_end_or_until_a_heartbeat_is_overdue():
 def test_the_clock_of_a_live_state_is_not_the_one_that_can_be_set(monkeypatch):
     state = state_of(Event("worker-heartbeat", hostname="w", freq=2.0, local_received=time.time()))
     monkeypatch.setattr(eventmon.time, "time", lambda: time.monotonic() - 3600)
-    assert abs(state.now() - state.workers["w"]["heard"]) < 2
-    state.event(Event("note", hostname="v", local_received=eventmon.time.time()))
-    assert sum(state.counts(1, 5.0)) == 2
     assert state.is_alive(state.workers["w"])
     assert not state.is_alive(state.workers["w"], state.now() + 5)
 
 
-def test_workers_that_join_and_leave_are_told():
+def test_workers_that_join_and_leave_are_told_and_the_last_event_of_each_is_known_until_it_is_cleared():
     calls = []
     state = State(
         on_node_join=lambda worker: calls.append(("join", worker["hostname"])),
         on_node_leave=lambda worker: calls.append(("leave", worker["hostname"])),
     )
+    assert state.last_worker_event() is None
     for type in ("worker-online", "worker-heartbeat", "worker-offline", "worker-offline", "note", "worker-lost"):
         state.event(Event(type, hostname="w"))
     state.event(Event("worker-heartbeat", hostname="v"))
     assert calls == [("join", "w"), ("leave", "w"), ("join", "w"), ("leave", "w"), ("join", "v")]
-
-
-def test_the_last_event_of_a_worker_is_known_until_it_is_cleared():
-    state = State()
-    assert state.last_worker_event() is None
-    for event in (Event("a", hostname="w1"), Event("b", hostname="w2"), Event("c")):
-        state.event(event)
-    assert (state.last_worker_event("w1").type, state.last_worker_event().type) == ("a", "b")
-    assert state.last_worker_event("w3") is None
+    last = state.last_worker_event("w"), state.last_worker_event(), state.last_worker_event("x")
+    assert [event and event.type for event in last] == ["worker-lost", "worker-heartbeat", None]
     state.clear()
-    assert state.last_worker_event("w1") is state.last_worker_event() is None
+    assert state.last_worker_event("w") is state.last_worker_event() is None
 
 
 def test_the_graph_counts_events_by_the_time_they_came():
@@ -2557,10 +2292,8 @@ def test_a_state_can_be_pickled_and_used_again():
     state = state_of(task_event("sent", "c", uuid="s"), *stream("w1", *RETRIED), callback=lambda state, event: None)
     again = pickle.loads(pickle.dumps(state))
     assert (again.tasks, again.attempts("t")) == (state.tasks, state.attempts("t"))
-    for event in (task_event("received", uuid="s", queue="q"), task_event("succeeded", "w1", pid=1)):
-        again.event(event)
-    assert ("began" in again.tasks["s"], again.attempts("s")[0]["worker"]) == (True, "w1")
-    assert (again.tasks["s"]["client"], again.tasks["s"]["state"], again.tasks["t"]["succeeded"] > 5) == ("c", "RECEIVED", True)
+    again.event(task_event("succeeded", "w1", pid=1))
+    assert (again.tasks["s"]["client"], again.tasks["t"]["succeeded"] > 5) == ("c", True)
 
 
 # --- the screen ---
@@ -2658,19 +2391,6 @@ def styles(state, view):
 
 
 SCREENS = {
-    ("1", 100): """\
- 1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20                        1.0/s  udp://239.1.2.3:6986
- 1 running, longest shop.import 8.0s on alpha@laptop                           █  █      max 4/s
- 1 failed in the last minute: shop.charge ValueError('refused')  ←  (7,)    ▄  █▄██▄▄▄▄▄ last 12 s
- LOST 1  FAILURE 1  PROGRESS 1  RETRY 1  SUCCESS 1
-STATE    NAME               TIME     WORKER           RUN▾ DETAIL
-LOST     users              11:59:58 gamma@laptop     6.0s worker LOST  40% ━━━━······  ←  (7,)
-PROGRESS shop.import        12:00:09 alpha@laptop     8.0s 40% ━━━━······  ('2026-11.csv',)
-RETRY    报表.生成          12:00:07 alpha@laptop          Timeout('db')  attempt 2  ←  (1,)
-FAILURE  shop.charge        12:00:05 alpha@laptop     1.0s ValueError('refused')  ←  (7,)
-SUCCESS  shop.resize        12:00:04 alpha@laptop      2ms 'photo.webp'
-
- 1 of 5  q quit  ? keys  enter details  / filter  s sort  space freeze  c clear finished""",
     ("2", 100): """\
  1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20                        1.0/s  udp://239.1.2.3:6986
  1 running, longest shop.import 8.0s on alpha@laptop                           █  █      max 4/s
@@ -2724,7 +2444,7 @@ pid         101
 
 
 @pytest.mark.parametrize("keys, width", SCREENS)
-def test_the_screen_shows_each_page_and_everything_about_a_task(keys, width):
+def test_the_screen_shows_each_page_and_everything_about_a_task(keys, width):  # the first page is in the README
     assert shown(shop(), typed(shop(), keys, 24, width), 24, width) == SCREENS[keys, width]
 
 
@@ -2744,45 +2464,27 @@ def odd():
     return state
 
 
-def crowd():
-    """A State with 10,000 tasks, of which the last 1,667 are not finished."""
-    state = State()
-    for n in range(10_000):
-        for subject in ("received", "started", "succeeded" if n < 8333 else "progress"):
-            state.event(heard(f"task-{subject}", f"w{n % 7}", n / 1000, uuid=f"{n:08x}-9", name=f"job{n % 3}"))
-    return state
-
-
-@pytest.mark.parametrize("make", [State, shop, odd, crowd])
+@pytest.mark.parametrize("make", [State, shop, odd])
 def test_the_screen_is_exactly_as_large_as_the_terminal_whatever_is_open(make):
     state = make()
-    sizes = [(24, 80), (40, 200), (10, 40), (5, 20), (2, 3), (1, 1), (1, 300), (100, 1)] if make is not crowd else [(24, 80)]
     for keys in ("1", "2", "3", "4", "1 i", "2 i", "3 i", "4 i", "1 i t", "1 t", "1 r", "?", "1 / w1", "1 s s i", "1 space", "1 G"):
-        for size in sizes:
+        for size in [(24, 80), (40, 200), (10, 40), (5, 20), (2, 3), (1, 1), (1, 300), (100, 1)]:
             shown(state, typed(state, keys, *size), *size, lost=3)
 
 
-def test_of_ten_thousand_tasks_the_header_tells_how_many_run():
-    lines = shown(crowd()).splitlines()
-    assert lines[0].startswith(" 1 Tasks 10,000  2 Names 3  3 Workers 7/7  4 Events 30,000 3,000.0/s ")
-    assert lines[1].startswith(" 1,667 running, longest job2 1.7s on w3 ")
-    assert lines[3] == " PROGRESS 1,667  SUCCESS 8,333"
-    assert len(lines) == 24
-
-
-def test_lost_tasks_come_first_then_the_longest_running_then_the_newest_finished():
+def test_lost_tasks_come_first_then_the_longest_running_whose_time_goes_on_then_the_newest_finished():
     state = shop()
     state.event(heard("task-started", "alpha@laptop", 1, uuid="long", name="long", pid=101))
-    assert [row[1] for row in table(state, "1")] == ["users", "long", "shop.import", "报表.生成", "shop.charge", "shop.resize"]
+    before, after = (table(state, "1", second=second) for second in (10, 11))
+    names = ["users", "long", "shop.import", "报表.生成", "shop.charge", "shop.resize"]
+    assert [row[1] for row in before] == [row[1] for row in after] == names
+    assert [row[3] for row in before[:3]] == ["6.0s", "9.0s", "8.0s"]
+    assert [row[3] for row in after[:3]] == ["6.0s", "10.0s", "9.0s"]
+    assert before[4] == after[4]
 
 
-def test_a_running_task_counts_its_time_and_a_lost_or_finished_one_does_not():
-    before, after = (table(shop(), "1", second=second) for second in (10, 11))
-    times = [[line[3] for line in rows if line[1] in ("users", "shop.import", "shop.charge")] for rows in (before, after)]
-    assert times == [["6.0s", "8.0s", "1.0s"], ["6.0s", "9.0s", "1.0s"]]
-
-
-def test_a_clock_that_is_wrong_is_told_of_and_does_not_count():
+def test_a_worker_that_is_silent_or_whose_clock_is_wrong_is_told_of():
+    assert "silent 52.0s" in shown(shop(), typed(shop(), "3"), second=61)
     state = State()
     for type in ("worker-online", "task-received", "task-started"):
         state.event(Event(type, hostname="w", uuid="1", name="job", pid=1, timestamp=NOON - 3600, local_received=NOON))
@@ -2790,36 +2492,22 @@ def test_a_clock_that_is_wrong_is_told_of_and_does_not_count():
     assert "clock 60m00s behind" in shown(state, typed(state, "3"), 24, 120)
 
 
-def test_a_worker_is_alive_or_silent_or_lost_or_ended():
-    rows = {row[0]: row[1] for row in table(shop(), "3")}
-    assert rows == {"alpha@laptop": "alive", "beta@build-7": "ended", "gamma@laptop": "LOST"}
-    assert "silent 52.0s" in shown(shop(), typed(shop(), "3"), second=61)
-    assert table(shop(), "3")[0][2:4] == ["shop.import", "8.0s"]
-
-
 def test_names_show_how_each_kind_does_and_lead_to_its_tasks():
     state = shop()
     rows = {row[0]: row[1:] for row in table(state, "2", 24, 120)}
     assert rows["shop.charge"] == ["0", "0", "1", "100%", "0", "1.0s", "1.0s", "1.0s", "12:00:05", "ValueError('refused')"]
-    assert rows["shop.import"][:4] == ["1", "0", "0", "0"]
+    assert rows["shop.import"] == ["1", "0", "0", "0", "8.0s", "8.0s", "8.0s", "12:00:09"]
     assert [row[1] for row in table(state, "2 j i")] == ["shop.import"]
     assert shown(state, typed(state, "2 j i esc")) == shown(state, typed(state, "2 j"))
 
 
-def test_events_tell_the_reason_first_and_the_tasks_name():
+def test_events_tell_the_reason_first_and_the_tasks_name_and_heartbeats_push_nothing_out():
     uuid = "5d0c91aa-05b0-41f9-9527-429e9295c494"
     state = state_of(heard("task-received", "w", 0, uuid=uuid, name="job", clock=7, utcoffset=0, root_id=uuid))
     state.event(heard("task-failed", "w", 1, uuid=uuid, logger="x", exception="E()", other=uuid, clock=8))
     assert re.search(r"task-failed +job 5d0c91aa +E\(\)  logger=x  other=5d0c91aa\n", shown(state, typed(state, "4"), 24, 88))
     line = eventmon.event_line(state.recent[-1], state)
     assert line == "01-01  task-failed  job 5d0c91aa  w  E()  logger=x  other=5d0c91aa"
-    for many in (190, 500):
-        long = heard("task-failed", "w", 1, name="job", exception="E" * many, traceback=TRACEBACK, other="x")
-        assert len(eventmon.event_line(long, state)) == 200
-        assert eventmon.event_line(long, state).endswith("…")
-
-
-def test_a_thousand_heartbeats_do_not_push_out_what_came_just_before():
     state = shop()
     for n in range(1000):
         state.event(heard("worker-heartbeat", "alpha@laptop", 10 + n / 1000))
@@ -2860,10 +2548,11 @@ def test_of_a_traceback_the_last_line_and_the_users_own_frames_stand_out():
     assert "\nmake: ***\nError 1\n" in shown(state, typed(state, "t"))
 
 
-def test_a_task_that_is_forgotten_while_it_is_open_says_so():
+def test_c_clears_what_has_finished_and_a_task_that_is_open_says_so():
     state = shop()
     view = typed(state, "1 j j j i")
     typed(state, "1 c")
+    assert sorted(task["state"] for _, task in state.itertasks()) == ["PROGRESS", "PROGRESS", "RETRY"]
     assert "not in memory: cleared, or evicted to make room" in shown(state, view)
 
 
@@ -2888,18 +2577,14 @@ def test_a_filter_is_words_that_must_all_be_found_anywhere_or_in_the_column_that
 
 def test_a_filter_is_typed_edited_kept_and_dropped():
     state = shop()
-
-    def layer(keys):
+    for keys, text, typing in [
+        *((["/", *"qj 1"], "qj 1", True), (["/", *"日本", "KEY_BACKSPACE"], "日", True)),
+        *(("1 / shop enter", "shop", False), ("1 / shop enter / x", "shopx", True)),
+        *(("1 / shop esc", "", False), ("1 / shop enter esc", "", False), (["/", *"x" * 1000], "x" * 100, True)),
+    ]:
         view = typed(state, keys)
-        return (view.layers[-1].filter, view.typing)
-
-    assert layer(["/", *"qj 1"]) == ("qj 1", True)
-    assert layer(["/", *"日本", "KEY_BACKSPACE"]) == ("日", True)
-    assert layer("1 / shop enter") == ("shop", False)
-    assert layer("1 / shop enter / x") == ("shopx", True)
-    assert layer("1 / shop esc") == layer("1 / shop enter esc") == ("", False)
-    assert len(layer(["/", *"x" * 1000])[0]) == 100
-    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  q quit  ? keys")
+        assert (view.layers[-1].filter, view.typing) == (text, typing)
+    assert shown(state, typed(state, "1 / shop enter")).splitlines()[-1].startswith("/shop  1 of 3  ")
     assert "nothing matches zzz" in shown(state, typed(state, "1 / zzz"))
 
 
@@ -2932,45 +2617,25 @@ def test_the_cursor_stays_on_its_task_and_line_when_rows_move_and_on_its_line_wh
     assert line_of_cursor(state, view) == (5, "x")
 
 
-def test_a_click_does_what_the_tab_heading_row_or_link_under_it_says():
+def test_a_click_does_what_the_tab_heading_or_row_under_it_says():
     state = shop()
     assert typed(state, ["click 0 15"]).layers[-1].kind == "names"
-    assert typed(state, ["1", "click 4 12"]) == typed(state, "1 s s s")
     assert typed(state, ["1", "click 4 12", "click 4 12"]) == typed(state, "1 s s s S")
     assert line_of_cursor(state, typed(state, ["1", "click 7 3"])) == (7, "报表.生成")
     assert typed(state, ["1", "click 8 3", "click 8 3"]).layers[-1][:2] == ("task", CHARGE)
-    line = next(n for n, text in enumerate(shown(state, typed(state, "1 j j j i")).splitlines()) if text.startswith("parent"))
-    assert typed(state, ["1", "j", "j", "j", "i", *[f"click {line} 30"] * 2]).layers[-1][:2] == ("task", IMPORT)
-    view = typed(state, ["1", "/", "a", "click 5 3"])
-    assert (view.layers[0].filter, view.typing) == ("a", False)
 
 
-@pytest.mark.parametrize(
-    "keys, kinds",
-    [
-        *(("1 i", "task"), ("1 i i", "task"), ("1 j j j i / parent enter i", "task task"), ("1 j j j i t", "task traceback")),
-        *(("1 t t", "traceback"), ("1 t r", "traceback result"), ("? ?", "keys"), ("? r", "keys"), ("1 i e", "task events")),
-        *(("3 i", "worker"), ("3 e", "events"), ("4 t", "traceback"), ("4 i", "event"), ("4 i e", "event events"), ("2 t", "")),
-        *(("1 i q q", ""), ("1 i 4", ""), ("1 i s", "task"), ("3 i j i", "worker task"), ("1 j j j i t q", "task")),
-        *(("2 i", "tasks"), ("2 i i", "tasks task"), ("1 i esc esc esc", ""), ("x KEY_RESIZE ^@ é", "")),
-    ],
-)
-def test_keys_open_and_close_layers(keys, kinds):
-    assert [layer.kind for layer in typed(shop(), keys).layers[1:]] == kinds.split()
-
-
-def test_numbers_and_tab_turn_the_pages():
-    kinds = [typed(shop(), keys).layers[-1].kind for keys in ("1", "2", "3", "4", "1 tab", "4 tab")]
-    assert kinds == ["tasks", "names", "workers", "events", "names", "tasks"]
-
-
-def test_until_a_page_is_chosen_it_is_the_one_that_has_something():
-    state = state_of(heard("hello", "w1", 0))
-    assert "TYPE" in shown(state)
-    pinned = typed(state, "j")
-    state.event(heard("task-sent", "w1", 1, uuid="1"))
-    assert "TYPE" not in shown(state)
-    assert "TYPE" in shown(state, pinned)
+def test_keys_turn_the_pages_and_open_and_close_layers():
+    for keys, kinds in [
+        *(("1", "tasks"), ("2", "names"), ("3", "workers"), ("4", "events"), ("1 tab", "names"), ("4 tab", "tasks")),
+        *(("1 i", "tasks task"), ("1 t r", "tasks traceback result")),
+        *(("1 t t", "tasks traceback"), ("1 j j j i t", "tasks task traceback"), ("1 i e", "tasks task events"), ("1 i i", "tasks task")),
+        *(("? ?", "tasks keys"), ("3 i", "workers worker"), ("3 e", "workers events")),
+        *(("4 t", "events traceback"), ("4 i", "events event"), ("4 i e", "events event events"), ("2 t", "names")),
+        *(("2 i", "names tasks"), ("2 i i", "names tasks task"), ("1 i q q", "tasks"), ("1 i 4", "events"), ("1 i s", "tasks task")),
+        *(("1 j j j i t q", "tasks task"), ("1 i esc esc esc", "tasks"), ("x KEY_RESIZE ^@ é", "tasks")),
+    ]:
+        assert [layer.kind for layer in typed(shop(), keys).layers] == kinds.split(), keys
 
 
 def test_s_sorts_by_the_next_column_and_capital_s_the_other_way_round():
@@ -2978,7 +2643,6 @@ def test_s_sorts_by_the_next_column_and_capital_s_the_other_way_round():
     assert [row[1] for row in table(shop(), "1 s s s")] == names
     assert [row[1] for row in table(shop(), "1 s s s S")] == names[::-1]
     assert "NAME▾" in shown(shop(), typed(shop(), "1 s s s"))
-    assert "RUN▴ DETAIL" in shown(shop(), typed(shop(), "1 S"))
 
 
 @pytest.mark.parametrize("keys", ["1", "2", "3", "4", "1 j j i", "1 j j j t", "3 i", "4 i", "1 s"])
@@ -3006,12 +2670,6 @@ def test_escape_goes_back_and_never_quits_and_q_quits_from_the_top():
         assert (view.done, view.frozen, len(view.layers), view.layers[0].filter) == (False, {}, 1, "")
 
 
-def test_c_clears_what_has_finished():
-    state = shop()
-    typed(state, "1 c")
-    assert sorted(task["state"] for _, task in state.itertasks()) == ["PROGRESS", "PROGRESS", "RETRY"]
-
-
 def test_an_empty_table_says_what_to_do_next():
     state = state_of(heard("hello", "w1", 0))
     assert "\nno events yet — try: send hello\n" in shown(State(), typed(State(), "1"))
@@ -3025,13 +2683,6 @@ def test_the_header_says_what_was_lost_rejected_or_evicted():
     for width in (120, 60):
         title = eventmon.screen(eventmon.View(), stage(state, 24, width, lost=1234, rejected=5))[0]
         assert [span.text.strip() for span in title if span.style == "alarm"] == ["1,234 lost", "5 rejected", "2 evicted"]
-
-
-def test_the_graph_has_a_column_for_each_second_and_tells_of_how_many():
-    state = state_of(*(heard("x", "w", second) for second in (1, 5, 5, 5)))
-    assert "█" in shown(state, second=6)
-    assert (" max 3/s" in shown(state, second=6), " last 5 s" in shown(state, second=6)) == (True, True)
-    assert not re.search("[▁-█]|max|last", shown(state, second=100))
 
 
 def test_help_tells_of_every_key():
@@ -3058,92 +2709,18 @@ def test_hostile_text_becomes_harmless():
     assert eventmon.json_line(Event("x", x=evil)).isprintable()
 
 
-def test_values_of_any_class_are_shown():
-    class Odd:
-        __hash__ = None
-
-        def __eq__(self, other):
-            raise TypeError("not to be compared")
-
-        def __repr__(self):
-            return "odd one"
-
-    odd = Odd()
-    state = state_of({"type": "task-received", "uuid": "1", "args": odd, "kwargs": odd, "hostname": odd, "x": [odd]})
-    state.event({"type": odd, "hostname": odd, "timestamp": odd})
-    for keys in ("1", "2", "3", "4", "1 i", "4 i", "4 j i", "1 / odd", "4 / odd", "1 s s"):
-        shown(state, typed(state, keys))
-    assert "odd one" in shown(state, typed(state, "1"))
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        *(("abc", "abc"), (None, ""), (7, "7"), ([1, None, "\x1b"], '[1, null, "\\u001b"]'), ({"a": True}, '{"a": true}')),
-        *(("a\tb\nc\u00a0d\u3000e", "a b c d e"), ("\x1b\x9b\u202e\ud800\ue000", "?????")),
-        *(("👩\u200d💻 ❤\ufe0f", "👩💻 ❤"), ("x" * 5000, "x" * 1000), (object, json.dumps(repr(object)))),
-    ],
-)
-def test_any_value_becomes_text_that_only_shows(value, text):
-    assert eventmon.printable(value) == text
-
-
-def test_of_a_large_value_no_more_is_spelled_than_is_shown():
-    class Long(list):
-        def __iter__(self):
-            return iter(range(2000))  # of a million: who asks for more gets an IndexError
-
-    assert eventmon.printable(Long([0] * 10**6)).startswith("[0, 1, 2")
+def test_of_a_large_value_only_the_beginning_is_shown():
     deep = []
     for _ in range(5000):
         deep = [deep]
-    assert eventmon.printable(deep).startswith("[[[")
-    assert len(eventmon.printable([10**4000] * 10**5)) == 1000
-    assert list(eventmon.wrap("x" * 10**6, 80))[-1] == "… and more"
-    state = state_of(Event("x", text="\n" * 10**6, **{str(n): n for n in range(10_000)}))
+    state = state_of(Event("x", deep=deep, text="\n" * 10**6, **{str(n): n for n in range(10_000)}))
     assert " of 2,000 " in shown(state, typed(state, "4 i"))
 
 
-@pytest.mark.parametrize(
-    "text, width, tail, result",
-    [
-        *(("abc", 2, False, "a…"), ("a", 3, False, "a  "), ("日本", 3, False, "日…"), ("日本", 2, False, "… ")),
-        *(("e\u0301x", 2, False, "e\u0301x"), ("abc", 0, False, ""), ("👍🏽", 5, False, "👍🏽 "), ("abcdef", 4, True, "…def")),
-        *(("\u1112\u1161\u11ab", 3, False, "\u1112\u1161\u11ab "), ("日本語", 4, True, " …語")),
-    ],
-)
-def test_text_is_fitted_by_the_columns_that_it_takes_a_name_by_its_tail(text, width, tail, result):
-    assert eventmon.fit(text, width, tail) == result
-
-
-@pytest.mark.parametrize(
-    "text, width, lines",
-    [
-        *(("", 5, [""]), ("abc", 5, ["abc"]), ("abc ", 3, ["abc"]), ("a\n\n b", 5, ["a", "", " b"]), ("日", 1, ["日"])),
-        *(("abcdefg", 3, ["abc", "def", "g"]), ("one two three", 8, ["one two", "three"]), ("日本語", 5, ["日本", "語"])),
-        *(("a\tb", 9, ["a   b"]), ("  abc def ghi", 8, ["  abc", "def ghi"])),
-    ],
-)
-def test_text_is_wrapped_at_spaces_where_they_are_near(text, width, lines):
-    assert list(eventmon.wrap(text, width)) == lines
-
-
-def test_times_and_sizes_are_short():
-    durations = {0: "0ms", 0.25: "250ms", 1.25: "1.2s", 99: "99.0s", 99.97: "1m39s", 600: "10m00s", 5999: "99m59s", 6000: "1h40m"}
-    durations |= {359999: "99h59m", 1e6: "11d", 8e9: "92592d", -1: "0ms", 0.9999: "1.0s"}
-    assert {seconds: eventmon.duration(seconds) for seconds in durations} == durations
-    assert eventmon.exact(1700000000.123) == "2023-11-14 22:13:20.123"
-    assert [eventmon.exact(seconds)[11:] for seconds in (0.9999, -1e-20, 1e30, "x")] == ["00:00:01.000", "00:00:00.000", "", ""]
-    assert [eventmon.clock(NOON, now) for now in (NOON, NOON + 90000)] == ["12:00:00", "01-01"]
-    assert [eventmon.size(many) for many in (7, 2048, 34288435, 5 << 30)] == ["7 bytes", "2 KiB", "32.7 MiB", "5.0 GiB"]
-
-
-def test_without_unicode_the_same_is_drawn_in_ascii():
-    for keys in (["1"], ["1", "j", "j", "j", "i"], ["/", "生"]):
-        text = shown(shop(), typed(shop(), keys))
-        lines = [eventmon.in_ascii(line) for line in text.splitlines()]
-        assert all(line.isascii() for line in lines)
-        assert [len(line) for line in lines] == [eventmon.cells(line) for line in text.splitlines()]
+def test_a_long_name_loses_its_head_before_its_tail_and_wide_and_combining_characters_take_their_columns():
+    state = state_of(task_event("received", name="shop." * 20 + "resize"))
+    assert re.search(r"RECEIVED …\S*shop\.resize ", shown(state, typed(state, "1")))
+    assert [eventmon.cells(text) for text in ("日本", "e\u0301x", "👍🏽", "\u1112\u1161\u11ab", "❤")] == [4, 2, 4, 2, 1]
 
 
 def test_each_colour_is_legible_on_black_on_dark_grey_and_on_white():
@@ -3248,13 +2825,20 @@ def in_python(program):
     return {"command": [sys.executable, "-c", program], "PYTHONPATH": str(MODULE.parent)}
 
 
-def test_the_monitor_shows_what_is_sent_and_quits():
+def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed_and_quits():
     with terminal("watch") as it:
         it.see("", "no events yet on udp://")
-        with Dispatcher() as dispatcher, dispatcher.task("visible-job"):
-            dispatcher.send("log-line", text="\x1b]0;evil\x07")
-        it.see("", "SUCCESS visible-job")
-        it.see("4", "log-line")
+        with Dispatcher(max_wait=1.0) as dispatcher:
+            for n in range(2996):
+                dispatcher.send("task-received", uuid=str(n), name="job")
+                if n % 100 == 0:
+                    it.type("jk4j12G"[n // 100 % 7])
+                    it.screen()
+            with dispatcher.task("visible-job"):
+                dispatcher.send("log-line", text="\x1b]0;evil\x07")
+        it.see("1/visible\r", "SUCCESS visible-job")
+        it.see("4/log-line\r", "evil", without="lost")
+        it.see("", "4 Events 3,001")  # and the end of the Dispatcher
         it.type("q")
         assert it.process.wait(20) == 0
         assert it.is_restored()
@@ -3291,18 +2875,18 @@ def test_the_monitor_follows_the_size_of_the_terminal_however_often_it_changes(r
         assert it.process.wait(20) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)])
-@pytest.mark.parametrize("keys", ["", "i", "/x", " "])
-def test_the_terminal_comes_back_when_the_monitor_is_ended(ending, keys, recording):
-    with terminal("watch", recording) as it:
-        it.wait_for("shop.charge")
-        it.type(keys)
-        if isinstance(ending, str):
-            it.type(ending)
-        else:
-            it.process.send_signal(ending)
-        assert it.process.wait(20) == (0 if ending in ("\x03", signal.SIGINT) else 128 + ending)
-        assert it.is_restored()
+def test_the_terminal_comes_back_when_the_monitor_is_ended(recording):
+    endings = {"": signal.SIGINT, "i": signal.SIGTERM, "/x": signal.SIGHUP, " ": "\x03"}
+    with ExitStack() as stack:
+        terminals = [stack.enter_context(terminal("watch", recording)) for _ in endings]
+        for it, (keys, ending) in zip(terminals, endings.items()):
+            it.wait_for("shop.charge")
+            it.type(keys + (ending if ending == "\x03" else ""))
+            if ending != "\x03":
+                it.process.send_signal(ending)
+        for it, ending in zip(terminals, endings.values()):
+            assert it.process.wait(20) == (0 if ending in ("\x03", signal.SIGINT) else 128 + ending)
+            assert it.is_restored()
 
 
 def test_the_terminal_comes_back_after_an_exception():
@@ -3332,41 +2916,42 @@ def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
         assert it.is_restored()
 
 
-@pytest.mark.parametrize("name, fresh", [("SIGCONT", 1), ("SIGWINCH", 1)])
-def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_attached_again(name, fresh):
+def test_the_monitor_is_painted_anew_when_it_goes_on_and_when_a_terminal_is_attached_again():
     with terminal("watch") as it:
         it.wait_for("no events yet")
-        it.screen(0, 0.2)
-        since = len(it.raw)
-        it.process.send_signal(getattr(signal, name))
-        it.wait_for("no events yet", since)
-        assert it.raw.count(b"\x1b[?1049h") == fresh  # whoever had the terminal meanwhile may have left that screen
+        for number, fresh in ((signal.SIGWINCH, 1), (signal.SIGCONT, 2)):
+            it.screen(0, 0.2)
+            since = len(it.raw)
+            it.process.send_signal(number)
+            it.wait_for("no events yet", since)
+            assert it.raw.count(b"\x1b[?1049h") == fresh  # whoever had the terminal meanwhile may have left that screen
 
 
-@pytest.mark.parametrize("term, no_color, coloured", [("xterm-256color", "", 1), ("xterm", "", 0), ("xterm-256color", "1", 0), ("vt100", "", 0)])
-def test_colours_stand_on_the_terminals_own_background_and_can_be_switched_off(term, no_color, coloured, recording):
-    with terminal("watch", recording, TERM=term, NO_COLOR=no_color) as it:
-        it.wait_for("shop.charge")
-        it.screen(0, 0.1)
-        assert bool(re.search(rb"\x1b\[(\d+;)*3[0-8][;m]", it.raw)) == bool(coloured)
-        assert not re.search(rb"\x1b\[(\d+;)*4[0-8][;m]", it.raw)
+LOOKS = [  # the environment, whether there are colours, whether there is more than ASCII
+    ({"TERM": "xterm-256color"}, True, True),
+    ({"TERM": "xterm"}, True, True),
+    ({"NO_COLOR": "1"}, False, True),
+    ({"TERM": "vt100", "LC_ALL": "C"}, False, False),
+]
 
 
-def test_without_utf_8_the_monitor_draws_in_ascii(recording):
-    with terminal("watch", recording, LC_ALL="C") as it:
-        it.wait_for("RETRY ????.????")
-        it.screen(0, 0.1)
-        assert it.raw.isascii()
+def test_colours_stand_on_the_terminals_own_background_and_like_unicode_are_there_where_they_can_be(recording):
+    with ExitStack() as stack:
+        terminals = [stack.enter_context(terminal("watch", recording, **environment)) for environment, *_ in LOOKS]
+        for it, (_, coloured, unicode) in zip(terminals, LOOKS):
+            it.wait_for("shop.resize")
+            it.screen(0, 0.1)
+            assert bool(re.search(rb"\x1b\[(\d+;)*3[0-8][;m]", it.raw)) == coloured
+            assert not re.search(rb"\x1b\[(\d+;)*4[0-8][;m]", it.raw)
+            assert it.raw.isascii() != unicode
 
 
-@pytest.mark.parametrize("term", ["dumb", "unknown", "no-such-terminal", None])
-def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
-    command = [*(() if term else ("env", "-u", "TERM")), sys.executable, str(MODULE), "watch", recording]
-    with terminal(command=command, TERM=str(term), columns=300) as it:
+@pytest.mark.parametrize("term, problem", [("dumb", "cannot move the cursor"), ("no-such-terminal", "is not known")])
+def test_where_no_picture_can_be_drawn_lines_are_printed(term, problem, recording):
+    with terminal("watch", recording, TERM=term, columns=300) as it:
         it.wait_for("deploy-done")
         assert it.process.wait(20) == 0
-        problem = f"eventmon: curses cannot draw where TERM={term or ''}: printing lines instead of the monitor"
-        assert it.screen().count(problem) == 1
+        assert it.screen().count(f"eventmon: TERM={term} {problem}: printing lines instead of the monitor") == 1
 
 
 def test_capture_events_prints_lines_where_there_is_no_terminal():
@@ -3381,206 +2966,128 @@ def test_capture_events_prints_lines_where_there_is_no_terminal():
         assert process.wait(20) == 7
 
 
-def test_capture_events_leaves_signals_and_files_as_they_were():
+def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout_and_leaves_signals_and_files_as_they_were():
     program = """if True:
         import eventmon, os, signal, threading
-        names = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH]
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        before = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
-        eventmon.capture_events()
-        thread = threading.Thread(target=eventmon.capture_events)
-        thread.start()
-        thread.join()
-        after = [signal.getsignal(name) for name in names], len(os.listdir("/dev/fd"))
-        print("the same" if before == after else (before, after))
+        def look(): return [signal.getsignal(name) for name in signal.Signals], len(os.listdir("/dev/fd"))
+        def end():
+            while not dispatcher.flush(): pass
+            {}
+        receiver, dispatcher = eventmon.Receiver(), eventmon.Dispatcher()
+        receiver.fileno(), dispatcher.flush()
+        before = look()
+        threading.Thread(target=end).start()
+        eventmon.capture_events(receiver)
+        print("the same" if before == look() else (before, look()))
     """
-    with terminal(**in_python(program)) as it:
-        it.see("", "no events yet")
-        it.process.send_signal(signal.SIGHUP)
-        it.see("?", "what has finished")
-        it.type("qq")
-        it.see("", "no events yet")
-        it.resize(30, 90)
-        it.see("?", "what has finished")
-        it.type("qq")
-        it.wait_for("the same")
-
-
-def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout():
-    program = """import eventmon, threading; r = eventmon.Receiver()
-threading.Timer(0.3, setattr, (r, 'should_stop', True)).start(); eventmon.capture_events(r)"""
-    with terminal(**in_python(program)) as it:
-        assert it.process.wait(20) == 0
-        assert it.is_restored()
-    closing = program.replace("setattr, (r, 'should_stop', True)", "r.close")
-    command = [sys.executable, "-c", closing]
-    assert subprocess.run(command, cwd=MODULE.parent, stdin=subprocess.DEVNULL, timeout=20, check=False).returncode == 0
-    for words in (["--timeout", "0.2"], ["--limit", "2"]):
-        with terminal("watch", *words) as it, Dispatcher() as dispatcher:
-            it.wait_for("no events yet")
+    ((status, *_),) = together([[sys.executable, "-c", program.format("receiver.close()")]], cwd=MODULE.parent)
+    assert status == 0  # in lines
+    stopping = in_python(program.format("receiver.should_stop = True"))
+    with terminal(**stopping, EVENTMON_URL=new_url()) as one, terminal("watch", "--timeout", "0.2") as two:
+        with terminal("watch", "--limit", "2") as three, Dispatcher() as dispatcher:
+            three.wait_for("no events yet")
             dispatcher.send("hello")
             dispatcher.send("hello")
-            assert it.process.wait(20) == 0
+            for it in (one, two, three):
+                assert it.process.wait(20) == 0
+                assert it.is_restored()
+        one.wait_for("the same")
 
 
-def test_the_monitor_says_how_to_send_to_another_url(url):
-    other = url.partition("?")[0] + "?ttl=0&interface=127.0.0.1"
-    with terminal("watch", "--url", other, columns=200) as it:
-        it.wait_for(f"no events yet on {other} — try: python eventmon.py send hello --url '{other}'")
-
-
-def test_ctrl_s_stops_the_picture_and_not_the_monitor():
-    with terminal("watch") as it:
-        it.wait_for("no events yet")
-        it.screen(0, 0.3)  # nothing is being written
-        it.type("\x13")
-        with Dispatcher() as dispatcher:
-            for size in ((20, 60), (24, 80)):
-                dispatcher.send("unseen-event")
-                assert dispatcher.flush(20) == 1
-                it.resize(*size)
-        assert "unseen" not in it.screen()
-        it.process.send_signal(signal.SIGTERM)
-        assert it.process.wait(20) == 128 + signal.SIGTERM
-        assert it.is_restored()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A time.monotonic() that stands still but for clock.now."""
-    it = SimpleNamespace(now=100.0)
-    stopped = {name: getattr(time, name) for name in ("time", "strftime", "localtime")}
-    monkeypatch.setattr(eventmon, "time", SimpleNamespace(monotonic=lambda: it.now, **stopped))
-    return it
-
-
-@pytest.mark.parametrize("seconds, least, most", [(0.0, 180, 200), (0.1, 15, 25)])
-def test_a_picture_is_painted_20_times_a_second_at_most_and_a_slow_one_leaves_the_time_to_the_events(seconds, least, most, clock):
+@pytest.mark.parametrize("seconds, least, most", [(0.0, 36, 40), (0.1, 3, 5)])
+def test_a_picture_is_painted_20_times_a_second_at_most_and_a_slow_one_leaves_the_time_to_the_events(seconds, least, most, virtual):
     pictures = []
 
     def paint(lines):
-        clock.now += seconds
+        virtual.monotonic += seconds
         pictures.append(lines)
 
     state = State()
     monitor = eventmon.Monitor(iter(()), state, dict)
     painter = SimpleNamespace(paint=paint, is_ready=lambda: True)
-    for n in range(1000):  # in ten seconds
-        clock.now += 0.01
+    for n in range(200):  # in two seconds
+        virtual.monotonic += 0.01
         state.event(heard("task-sent", "w", n / 100, uuid=str(n)))
         assert monitor._draw(painter, stage(state)) > 0
     assert least <= len(pictures) <= most
-    clock.now += 1
+    virtual.monotonic += 1
     pictures.clear()
-    for _ in range(1000):
-        clock.now += 0.1
-        assert monitor._draw(painter, stage(state)) >= eventmon.FRAME_TIME
+    for _ in range(200):
+        virtual.monotonic += 0.1
+        monitor._draw(painter, stage(state))
     assert len(pictures) <= 2  # of the last event, and as the seconds begin to stand still
-
-
-def test_once_a_picture_is_due_keys_wait_for_the_events(clock):
-    waits, pressed, state = [], iter("jjj"), shop()
-    monitor = eventmon.Monitor(iter(()), state, dict)
-    monitor._wait = waits.append
-    clock.now += 1
-    monitor._turn(SimpleNamespace(pressed=lambda: pressed, is_ready=lambda: True, paint=lambda lines: None), stage(state))
-    assert (len(list(pressed)), waits) == (2, [0.0])
-    assert monitor._view.layers[-1].index == 1
-
-
-def test_what_comes_while_a_key_is_pressed_again_and_again_is_all_counted():
-    with terminal("watch") as it:
-        it.wait_for("no events yet")
-        with Dispatcher(max_wait=1.0) as dispatcher:
-            for n in range(3000):
-                dispatcher.send("task-received", uuid=str(n), name="job")
-                if n % 100 == 0:
-                    it.type("jk4j12G"[n // 100 % 7])
-                    it.screen()
-            dispatcher.flush(20)
-        it.see("", "4 Events 3,001", without="lost")  # and its end
-
-
-def test_a_file_is_shown_with_its_own_times_and_its_bad_lines_are_told_of(recording):
-    with open(recording, "a") as file:
-        file.write('nonsense\n{"type":"cut o')
-    with terminal("watch", recording, columns=120) as it:
-        it.see("", "2 malformed")
-        it.see("", "12:00:09 alpha@laptop 7.0s")
-        since = len(it.raw)
-        it.type("q")
-        assert it.process.wait(20) == 0
-        assert len(re.findall("line (21|22): ", it.screen(since, 0.1))) == 2
 
 
 # --- the command line ---
 
 
-def test_watch_prints_each_event_as_it_was_sent():
+def test_watch_prints_each_event_as_it_was_sent_and_send_names_the_first_bad_lines(command):
     recording = [task_event("received", uuid=str(n), x=["日本", None, {"a": 1.5}]) for n in range(200)]
-    lines = "".join(json.dumps(event) + "\n" for event in recording)
+    lines = "".join(json.dumps(event) + "\n" for event in recording).encode()
     with running("watch", "--json", "--limit", "200", stdout=subprocess.PIPE) as watch:
         wait_until(somebody_watches)
-        assert run("send", "-", input=lines.encode()) == (0, b"", ["sent 200 events, confirmed by 1 watcher"])
+        status, _, errors = command("send", "-", input=b"\xff\n\n[1]\n" + lines + b"\n0" * 5)
         got = [json.loads(line) for line in watch.stdout]
         assert watch.wait(20) == 0
     assert [event for event in got if event.pop("local_received")] == recording
+    named = [re.sub(":.*", "", error.replace("eventmon: ", "")) for error in errors]
+    assert (status, named[:5]) == (1, [f"line {n}" for n in (1, 3, 205, 206, 207)])
+    assert named[5:] == ["and 2 more", "sent 200 events, confirmed by 1 watcher"]
 
 
-def test_watch_chooses_types_and_stops_after_a_limit_or_a_while():
+def test_watch_chooses_types_and_stops_after_a_limit_or_a_while(command):
     with Dispatcher(hostname="w") as dispatcher:
         for type in ("task-sent", "worker-online", "hello", "task-received"):
             dispatcher.send(type, text="\x1b[2J")
-        status, out, errors = run("watch", "--type", "task-*", "--type", "hello", "--timeout", "0.7")
-        assert (status, errors, b"\x1b" in out) == (0, [], False)
-        assert [line.split()[1] for line in out.decode().splitlines()] == ["task-sent", "hello", "task-received"]
-        assert run("watch", "--json", "--no-history", "--timeout", "0.3") == (0, b"", [])
+        status, out, errors = command("watch", "--type", "task-*", "--type", "hello", "--timeout", "0.4")
+        assert (status, errors, "\x1b" in out) == (0, [], False)
+        assert [line.split()[1] for line in out.splitlines()] == ["task-sent", "hello", "task-received"]
+        assert command("watch", "--json", "--no-history", "--timeout", "0.1") == (0, "", [])
         with suppress(ValueError), dispatcher.task("shop.charge", uuid="aca02be9-33"):
             raise ValueError("refused")
-        status, out, errors = run("watch", "--plain", "--type", "task-failed", "--limit", "1")
+        status, out, errors = command("watch", "--plain", "--type", "task-failed", "--limit", "1")
     assert (status, errors) == (0, [])
     reason = r"ValueError\('refused'\)  runtime=\S+"  # and the task's name, which another event has told
-    assert re.fullmatch(rf"[\d:]{{8}}  task-failed  shop.charge aca02be9  w  {reason}\n", out.decode())
+    assert re.fullmatch(rf"[\d:]{{8}}  task-failed  shop.charge aca02be9  w  {reason}\n", out)
 
 
-def test_what_watch_records_can_be_watched_and_sent_again_but_not_recorded_into_itself(tmp_path):
+def test_what_watch_records_can_be_watched_and_sent_again_also_after_a_crash(tmp_path, command, monkeypatch):
     file = tmp_path / "recorded.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"type":"whole"}\r\n{"type":"cut o')
     with Dispatcher() as dispatcher:
-        dispatcher.send("hello", n=1)
-        assert run("watch", "--json", "--limit", "1", "--record", str(file))[0] == 0
-    with open(file, "a") as more:
-        more.write('{"type":"cut o')
-    assert run("watch", str(file), "--json", "--record", str(file))[0] == 2
-    status, out, (error,) = run("watch", str(file), "--json")
-    assert (status, [json.loads(line)["n"] for line in out.splitlines()], "line 2" in error) == (0, [1], True)
-    assert run("send", "-", input=file.read_bytes())[0] == 1
-    status, out, errors = run("watch", str(MODULE.with_name("README.md")), "--plain")
-    assert (status, out, len(errors), errors[5][:13]) == (1, b"", 6, "eventmon: and")
+        dispatcher.send("hello")
+        assert command("watch", "--plain", "--limit", "1", "--record", str(file))[0] == 0
+        with terminal("watch", "--record", str(file)) as it:
+            it.wait_for("hello")
+            dispatcher.send("seen")
+            it.wait_for("seen")
+            it.process.kill()  # a crash
+    with open(file, "ab") as more:
+        more.write(b"x" * 5000 + b'\n{"type":"last"}')
+    monkeypatch.setattr(eventmon, "MAX_LINE", 1000)
+    status, out, errors = command("watch", str(file), "--json")
+    types = [json.loads(line)["type"] for line in out.splitlines()]
+    assert (status, types) == (0, ["whole", "hello", "hello", "seen", "last"])
+    assert [re.sub(".*jsonl: ", "", error)[:17] for error in errors] == ["line 2: not JSON:", "line 6: a line of"]
+    assert command("send", "-", input=file.read_bytes())[2][-1] == "sent 5 events, confirmed by 0 watchers"
+    assert command("watch", str(file), "--json", "--record", str(file))[0] == 2  # not into itself
+    assert command("watch", str(MODULE.with_name("README.md")))[0] == 1
 
 
-def test_send_says_how_many_watchers_have_everything():
-    assert run("send", "hello") == (0, b"", ["sent 1 event, confirmed by 0 watchers"])
+def test_send_says_how_many_watchers_have_everything(url, command):
+    assert command("send", "hello") == (0, "", ["sent 1 event, confirmed by 0 watchers"])
     with watching() as (_, one), watching() as (_, two):
-        status, _, errors = run("send", "deploy-done", "version=1.2", "--url", os.environ["EVENTMON_URL"], "ok:=true")
+        status, _, errors = command("send", "deploy-done", "version=1.2", "--url", url, "ok:=true")
         assert (status, errors) == (0, ["sent 1 event, confirmed by 2 watchers"])
         wait_until(lambda: len(one) == len(two) == 1)
-    assert {"type": "deploy-done", "version": "1.2", "ok": True, "clock": 1}.items() <= one[0].items()
+    assert {"type": "deploy-done", "version": "1.2", "ok": True}.items() <= one[0].items() and one[0]["clock"]
     with Ear() as ear, running("send", "hello", "--url", ear.url, stderr=subprocess.PIPE, text=True) as send:
         ear.hear()
         ear.answer(b"ack", 1, 7, 65536, 3)
         assert send.stderr.read() == "sent 1 event, confirmed by 0 watchers; 1 watcher lacks 3 datagrams\n"
         assert send.wait() == 1
-    status, _, (error,) = run("send", "hello", "--url", "udp://no.such.host.invalid:7000")
+    status, _, (error,) = command("send", "hello", "--url", "udp://no.such.host.invalid:7000")
     assert (status, error[:43]) == (1, "eventmon: cannot send to udp://no.such.host")
-
-
-def test_the_first_bad_lines_of_send_are_named_and_the_rest_is_sent():
-    with watching() as (_, events):
-        status, _, errors = run("send", "-", input=b'{"type":"a"}\n\xff\n\n[1]\n{"type":"b"}' + b"\n0" * 5)
-        wait_until(lambda: len(events) == 2)
-    named = [re.sub(":.*", "", error.replace("eventmon: ", "")) for error in errors]
-    assert (status, named[:5]) == (1, [f"line {n}" for n in (2, 4, 6, 7, 8)])
-    assert named[5:] == ["and 2 more", "sent 2 events, confirmed by 1 watcher"]
 
 
 def test_watch_tells_of_datagrams_without_the_key_and_in_the_end_of_all_of_them():
@@ -3610,95 +3117,46 @@ WRONG = {  # words of a command line -> the exit status; each gets one line on s
 
 
 @pytest.mark.parametrize("words, status", WRONG.items())
-def test_an_error_is_one_line_and_a_status(words, status, capsys):
-    assert main(shlex.split(words)) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(r"eventmon: [^\n]+\n", err)
+def test_an_error_is_one_line_and_a_status(words, status, command):
+    ended, out, (error,) = command(*shlex.split(words))
+    assert (ended, out, error[:10]) == (status, "", "eventmon: ")
 
 
+@posix
 def test_any_encoding_and_missing_streams_will_do(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"type":"x","y":"日本"}\n', encoding="utf-8")
-    status, out, errors = run("watch", str(file), "--plain", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (status, b"y=\\u65e5\\u672c" in out, errors) == (0, True, [])
-    code = f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))}"
-    for line in (f"{code} watch {file} <&- >&-", f"{code} send - <&-", f"{code} watch --timeout 0 <&- 2>&-"):
-        done = subprocess.run(line, shell=True, capture_output=True, timeout=30, check=False)
-        assert (done.returncode, b"Traceback" in done.stdout + done.stderr) == (0, False)
+    lines = f"PYTHONIOENCODING=ascii {PROGRAM} watch {file} --plain", f"{PROGRAM} watch {file} <&- >&-"
+    first, *others = together([*lines, f"{PROGRAM} send - <&-", f"{PROGRAM} watch --timeout 0 <&- 2>&-"])
+    assert (first[0], b"y=\\u65e5\\u672c" in first[1], first[2]) == (0, True, [])
+    assert [(status, "Traceback" in str((out, errors))) for status, out, errors in others] == [(0, False)] * 3
 
 
-def test_help_and_version_go_to_standard_output(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"eventmon {eventmon.__version__}\n"
-    assert main(["--help"]) == 0
-    listed = capsys.readouterr().out
+def test_help_and_version_go_to_standard_output(command):
+    assert command("--version") == (0, f"eventmon {eventmon.__version__}\n", [])
+    _, listed, _ = command("--help")
     for name in ("watch", "send", "run", "demo", "check"):
         assert re.search(rf"^ +{name} ", listed, re.MULTILINE)
-        assert main([name, "--help"]) == 0
-        text = capsys.readouterr().out
+        status, text, errors = command(name, "--help")
+        assert (status, errors) == (0, [])
         assert all(part in text for part in ("usage:", "--url", "--key-file", "exit status: ", f"\n  python eventmon.py {name}"))
 
 
+@posix
 def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    for ends_it in (lambda watch: watch.send_signal(signal.SIGINT), lambda watch: watch.stdout.close()):  # no event comes
-        with running("watch", "--json", **streams) as watch:
-            wait_until(somebody_watches)
-            ends_it(watch)
-            assert (watch.wait(20), watch.stderr.read()) == (0, b"")
-    with running("watch", "--json", **streams) as watch, Dispatcher() as dispatcher:
-        wait_until(dispatcher.flush)
-        watch.stdout.close()
-        wait_until(lambda: (dispatcher.send("x"), watch.poll())[1] is not None)
-        assert (watch.returncode, watch.stderr.read()) == (0, b"")
+    words, streams = ("watch", "--json"), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with running(*words, **streams) as told, running(*words, **streams) as idle, running(*words, **streams) as busy:
+        wait_until(lambda: somebody_watches() == 3)
+        told.send_signal(signal.SIGINT)
+        idle.stdout.close()  # and no event comes
+        assert [(watch.wait(20), watch.stderr.read()) for watch in (told, idle)] == [(0, b"")] * 2
+        busy.stdout.close()
+        with Dispatcher() as dispatcher:
+            wait_until(lambda: (dispatcher.send("x"), busy.poll())[1] is not None)
+        assert (busy.returncode, busy.stderr.read()) == (0, b"")
 
 
-def test_a_record_that_a_crash_has_cut_off_loses_nothing_that_comes_after_it(tmp_path):
-    file = tmp_path / "recorded.jsonl"
-    file.write_text('{"type":"whole"}\n{"type":"cut o')
-    with Dispatcher() as dispatcher:
-        dispatcher.send("hello")
-        assert run("watch", "--plain", "--limit", "1", "--record", str(file))[0] == 0
-        with terminal("watch", "--record", str(file)) as it:
-            it.wait_for("hello")
-            dispatcher.send("seen")
-            it.wait_for("seen")
-            it.process.kill()  # a crash
-    status, out, (error,) = run("watch", str(file), "--json")
-    types = [json.loads(line)["type"] for line in out.splitlines()]
-    assert (status, types) == (0, ["whole", "hello", "hello", "seen"])
-    assert "recorded.jsonl: line 2: not JSON" in error
-
-
-def test_several_may_record_into_one_file_and_a_record_that_cannot_be_written_is_named(tmp_path):
-    file, fifo = tmp_path / "recorded.jsonl", tmp_path / "fifo"
-    os.mkfifo(fifo)
-    with Dispatcher() as dispatcher:
-        for n in range(50):
-            dispatcher.send("large", n=n, text="x" * 20_000)
-        words = ["watch", "--json", "--limit", "50", "--record"]
-        with running(*words, str(file), stdout=subprocess.DEVNULL) as one:
-            with running(*words, str(file), stdout=subprocess.DEVNULL) as two:
-                assert (one.wait(20), two.wait(20)) == (0, 0)
-        assert sorted(json.loads(line)["n"] for line in file.read_text().splitlines()) == sorted([*range(50)] * 2)
-        with running(*words, str(fifo), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as watch:
-            os.close(os.open(fifo, os.O_RDONLY))
-            assert watch.wait(20) == 1
-            assert watch.stderr.read() == f"eventmon: {fifo}: Broken pipe\n".encode()
-
-
-def test_a_file_may_begin_with_a_byte_order_mark_and_have_lines_of_any_length(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "x.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"type":"a"}\r\n' + b"x" * 5000 + b'\n{"type":"b"}\r\n')
-    monkeypatch.setattr(eventmon, "MAX_LINE", 1000)
-    assert main(["watch", str(file), "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["type"] for line in out.splitlines()] == ["a", "b"]
-    assert "line 2: not JSON" in err
-
-
-RUNS = [  # words, exit status, standard output, lines of standard error, fields of the last event
+RUNS = [  # words, exit status, standard output, lines of standard error, fields of the events
     ("-- sh -c 'cat; echo out; echo err >&2'", 0, b"in\nout\n", ["err"], {"exit_status": 0}),
     ("sh -c 'exit 3'", 3, b"", [], {"exit_status": 3, "exception": "exit status 3"}),
     ("-- sh -c 'kill -9 $$'", 137, b"", [], {"exit_status": 137, "exception": "SIGKILL"}),
@@ -3706,7 +3164,6 @@ RUNS = [  # words, exit status, standard output, lines of standard error, fields
     ("-- no-such-command -x", 127, b"", ["eventmon: no-such-command: not found"], {"exception": "not found"}),
     ("'make all'", 127, b"", ["eventmon: make all: not found, did you mean run -- sh -c 'make all'?"], {}),
     ("--name x -- /", 126, b"", ["eventmon: /: Permission denied"], {"exit_status": 126, "name": "x"}),
-    ("sh -c 'seq 30 >&2; exit 1'", 1, b"", [*map(str, range(1, 31))], {"stderr": "\n".join(map(str, range(11, 31)))}),
     ("sh -c 'printf \"a\\\\377\" >&2; exit 1'", 1, b"", ["a\\xff"], {"stderr": "a\\xff"}),
     ("./script arg", 0, b"script arg\n", [], {"name": "script"}),
     ("--name x -- sh -c 'exec 2>&-; exit 4'", 4, b"", [], {"name": "x"}),
@@ -3715,21 +3172,23 @@ RUNS = [  # words, exit status, standard output, lines of standard error, fields
 
 
 @posix
-@pytest.mark.parametrize("words, status, out, err, fields", RUNS)
-def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(words, status, out, err, fields, tmp_path):
+def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(tmp_path):
     (tmp_path / "script").write_text("echo script $1\n")  # which does not say for whom
     (tmp_path / "script").chmod(0o755)
     (tmp_path / "resource.py").write_text("this is not the module resource")
     with watching() as (_, events):
-        assert run("run", *shlex.split(words), input=b"in\n", cwd=tmp_path) == (status, out, err)
-        received, started, ended = wait_until(lambda: events[2:] and events)
-    assert (received.type, started.type) == ("task-received", "task-started")
-    assert ended.type == ("task-failed" if status else "task-succeeded")
-    command = shlex.split(words.partition("-- ")[2] or words)
-    told = {"uuid": started["uuid"], "name": os.path.basename(command[0]), "args": shlex.join(command), **fields}
-    assert told.items() <= {**received, **ended}.items()
-    assert 0 < ended["runtime"] < 30
-    assert status in (126, 127) or ended["peak_memory"] > 10**5
+        results = together([f"{PROGRAM} run {words}" for words, *_ in RUNS], b"in\n", cwd=tmp_path)
+        wait_until(lambda: len(events) == 3 * len(RUNS))
+    for (words, status, out, err, fields), result in zip(RUNS, results):
+        assert result == (status, out, err)
+        command = shlex.split(words.partition("-- ")[2] or words)
+        (uuid,) = (event["uuid"] for event in events if event.get("args") == shlex.join(command))
+        received, started, ended = (event for event in events if event["uuid"] == uuid)
+        types = ["task-received", "task-started", "task-failed" if status else "task-succeeded"]
+        assert [received.type, started.type, ended.type] == types
+        assert {"name": os.path.basename(command[0]), **fields}.items() <= {**received, **ended}.items()
+        assert 0 < ended["runtime"] < 30
+        assert status in (126, 127) or ended["peak_memory"] > 10**5
 
 
 LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit status and standard output
@@ -3746,15 +3205,14 @@ LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit s
 
 
 @posix
-@pytest.mark.parametrize("line, status, out", LINES)
-def test_run_leaves_streams_and_what_is_inherited_as_they_are(line, status, out, tmp_path):
-    line = line.replace("RUN", f"{sys.executable} {MODULE} run --")
-    done = subprocess.run(line, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout.split()) == (status, out)
+def test_run_leaves_streams_and_what_is_inherited_as_they_are(tmp_path):
+    results = together([line.replace("RUN", f"{PROGRAM} run --") for line, _, _ in LINES], cwd=tmp_path)
+    for (line, status, out), result in zip(LINES, results):
+        assert (result[0], result[1].decode().split()) == (status, out), line
 
 
 COUNTER = """
-import os, signal, sys
+import os, signal, sys, time
 def count(name, frame):
     print("got", signal.Signals(name).name, flush=True)
     if name == signal.SIGTERM:
@@ -3763,7 +3221,7 @@ for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "ALRM", "WINCH"):
     signal.signal(getattr(signal, f"SIG{name}"), count)
 print("ready", [os.isatty(n) for n in range(3)], os.getpgid(0) == os.getpgid(os.getppid()), flush=True)
 while True:
-    signal.pause()
+    time.sleep(0.05)  # in pause() a signal that came just before would wait for the next
 """
 
 
@@ -3780,7 +3238,6 @@ def test_run_passes_signals_on():
         assert process.wait(20) == 7
 
 
-@posix
 def test_on_a_terminal_run_leaves_signals_and_job_control_to_the_terminal():
     with terminal("run", "--", sys.executable, "-c", COUNTER) as it:
         it.wait_for("ready [True, True, True] True")
@@ -3791,128 +3248,104 @@ def test_on_a_terminal_run_leaves_signals_and_job_control_to_the_terminal():
         it.screen()
         assert re.findall(rb"got (\w+)", it.raw) == [b"SIGINT", b"SIGQUIT", b"SIGTERM"]
     with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
-        it.press(f"{sys.executable} {MODULE} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n", "ready\n")
+        it.press(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n", "ready\n")
         it.press("\x1a", "topped")
-        it.press("clear; fg\n", "run -- sh")
+        since = len(it.raw)
+        it.type("fg\n")
+        it.wait_for("run -- sh", since)
         it.press("hello\n", "got hello")
-        it.type("exit\n")
-        assert it.process.wait(20) == 0
 
 
-def check(capsys, *words):
+def check(command, *words):
     """Run `check`; return its exit status, {step: (verdict, text)}, and the lines about interfaces."""
-    status = main(["check", *words])
-    out, err = capsys.readouterr()
-    assert err == ""
+    status, out, errors = command("check", *words)
+    assert errors == []
     first, _, rest = out.partition("\ninterfaces")
     steps = {line[6:13].strip(): (line[:5].strip(), line[14:]) for line in first.splitlines()[1:]}
     return status, steps, rest.splitlines()[1:]
 
 
-def test_check_says_step_by_step_that_all_is_well_and_who_is_there(capsys):
-    with watching() as (receiver, events), Dispatcher(hostname="alpha@there") as old:
+def test_check_says_step_by_step_that_all_is_well_and_who_is_there(tmp_path, command):
+    (tmp_path / "key").write_text("secret\n")
+    with watching(key="secret") as (receiver, events), Dispatcher(hostname="alpha@there", key="secret") as old:
         for n in range(1000):
             old.send("old", n=n)
-        with Dispatcher(hostname="wrong\x1b@there") as wrong:
+        with Dispatcher(hostname="wrong\x1b@there", key="secret") as wrong, Dispatcher(freq=0.1):  # that has no key
             done = threading.Event()
-            late = threading.Thread(target=lambda: [wrong.send("x") for _ in iter(lambda: done.wait(0.05), True)])
+            late = threading.Thread(
+                target=lambda: [wrong.send("x", timestamp=0) for _ in iter(lambda: done.wait(0.05), True)]
+            )
             late.start()
-            status, steps, others = check(capsys)
+            status, steps, others = check(command, "--key-file", str(tmp_path / "key"))
             done.set()
             late.join()
         assert (status, {verdict for verdict, _ in steps.values()}) == (0, {"ok"})
         assert list(steps) == ["open", "join", "send", "receive", "sizes", "buffer", "others"]
-        who, where, names = steps["others"][1].split("; ")
+        who, where, names, rejected = steps["others"][1].split("; ", 3)
         assert who == "2 Dispatchers and 1 watcher beside this one"
         assert where == "watchers are at 127.0.0.1, and prove that events get there"
-        assert re.fullmatch("events come from wrong[^\x1b]*", names)
+        assert re.fullmatch("events come from wrong[^\x1b]*, whose clock is -[0-9,]+ s from ours", names)
+        assert "rejected: " in rejected
         assert f"{old.stats['repairs']}{receiver.stats['lost']}" == "00"  # it asks for no history
         assert {event.type for event in events if "hostname" in event} >= {"eventmon-check", "old"}
     assert all(re.fullmatch(r"  \S+ +'udp://[0-9.:]+\?interface=\S+&ttl=[01]'", line) for line in others)
 
 
-URLS = [  # a URL, the step that is wrong, what check says of it
-    ("udp://239.1.2.3:7000?interface=nosuchif0", "open", "no such interface as nosuchif0"),
-    ("udp://239.1.2.3:7000?interface=192.0.2.77", "open", "192.0.2.77 is no address of this machine"),
-    ("udp://no.such.host.invalid:7000", "open", "no.such.host.invalid is not found"),
-    ("udp://127.0.0.1:MUTE", "receive", "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:"),
+WRONGS = [  # URL, datagrams of so many bytes are lost or are an error, the step that is wrong, what check says of it
+    ("udp://239.1.2.3:7000?interface=nosuchif0", 9999, "", "open", "no such interface as nosuchif0"),
+    ("udp://239.1.2.3:7000?interface=192.0.2.77", 9999, "", "open", "192.0.2.77 is no address of this machine"),
+    ("udp://no.such.host.invalid:7000", 9999, "", "open", "no.such.host.invalid is not found"),
+    ("udp://127.0.0.1:MUTE", 9999, "", "receive", "nobody confirms it: start python eventmon.py watch --url udp://0.0.0.0:"),
+    (None, 0, "", "receive", "it does not come back"),
+    (None, 8000, "", "sizes", "61,440 bytes do"),
+    (None, 0, "ENETUNREACH", "send", "no route for 239."),
+    (None, 0, "EPERM", "send", "not permitted: a firewall"),
+    (None, 0, "EIO", "send", "[Errno 5] refused by the test"),
 ]
 
 
-@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_key_file_means_its_text_however_an_editor_marks_its_encoding(mark, tmp_path):
-    (tmp_path / "key").write_bytes(" geheim ä\n".encode(mark))
-    with watching(key="geheim ä") as (receiver, events):
-        assert run("send", "hello", "--key-file", str(tmp_path / "key"))[0] == 0
-        wait_until(lambda: [event.type for event in events] == ["hello"])
-        assert receiver.stats["rejected"] == 0
-
-
-@pytest.mark.parametrize("url, step, words", URLS)
-def test_check_says_what_is_wrong_with_a_url(url, step, words, capsys, monkeypatch):
-    monkeypatch.setattr(eventmon, "HEAR_TIME", 0.3)
-    with Ear() as mute:
-        status, steps, _ = check(capsys, "--url", url.replace("MUTE", str(mute.getsockname()[1])))
-    assert (status, list(steps)[-1], steps[step][0]) == (1, step, "wrong")
-    assert steps[step][1].startswith(words)
-
-
-def test_errors_of_the_system_are_told_in_plain_words():
-    for problem, words in (
-        (OSError(errno.ENETUNREACH, "x"), "no route for 239.1.2.3"),
-        (OSError(errno.ENODEV, "x"), "no such interface as eth7"),
-        (OSError(errno.EPERM, "x"), "not permitted: a firewall"),
-        (OSError(errno.EHOSTUNREACH, "x"), "a VPN"),
-        (OSError(errno.EIO, "input/output error"), "input/output error"),
-        (OSError("no number"), "no such interface as eth7"),
-        (socket.gaierror(-2, "x"), "239.1.2.3 is not found"),
-    ):
-        assert words in eventmon.in_words(problem, eventmon.parse_url("udp://239.1.2.3:7000?interface=eth7"))
-
-
-@pytest.mark.parametrize("lost, step, words", [(0, "receive", "it does not come back"), (8000, "sizes", "61,440 bytes do")])
-def test_check_tells_what_the_network_keeps_back(lost, step, words, capsys, monkeypatch):
+@pytest.mark.parametrize("where, lost, error, step, words", WRONGS)
+def test_check_says_what_is_wrong_and_what_to_do(where, lost, error, step, words, url, command, monkeypatch):
     class Socket(socket.socket):
         def sendto(self, data, target):
-            return len(data) if len(data) >= lost else super().sendto(data, target)
+            if len(data) < lost:
+                return super().sendto(data, target)
+            return refuse(getattr(errno, error))() if error else len(data)
 
-    monkeypatch.setattr(eventmon.socket, "socket", Socket)
-    monkeypatch.setattr(eventmon, "HEAR_TIME", 0.3)
-    status, steps, _ = check(capsys)
+    with Ear() as mute:
+        monkeypatch.setattr(eventmon.socket, "socket", Socket)
+        monkeypatch.setattr(eventmon, "HEAR_TIME", 0.1)
+        status, steps, _ = check(command, "--url", (where or url).replace("MUTE", str(mute.getsockname()[1])))
     assert (status, list(steps)[-1], steps[step][0]) == (1, step, "wrong")
     assert steps[step][1].startswith(words)
 
 
-def test_check_finds_the_watcher_of_a_unicast_url_and_counts_what_has_no_key(capsys, tmp_path):
-    (tmp_path / "key").write_text("secret\n")
-    where = f"udp://127.0.0.1:{20000 + next(numbers) % 20000}"
+def test_check_finds_the_watcher_of_a_unicast_url(command):
+    with Ear() as free:
+        where = free.url
     with watching(url=where):
-        status, steps, _ = check(capsys, "--url", where)
+        status, steps, _ = check(command, "--url", where)
     assert (status, steps["receive"]) == (0, ("ok", "a watcher has confirmed it"))
     assert "port" in steps["join"][1]
-    with watching(key="secret"), Dispatcher(freq=0.1):
-        status, steps, _ = check(capsys, "--key-file", str(tmp_path / "key"))
-    assert (status, "rejected: " in steps["others"][1]) == (0, True)
 
 
-def namespace(script, folder=None):
+def namespace(script, folder):
     """Run a shell script in a network namespace of its own, whose loopback interface is down, where that is possible."""
     able = shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"], check=False).returncode
     if not able:
         pytest.skip("no network namespace can be made here")
-    code = script.replace("EVENTMON", f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))}")
-    done = subprocess.run(["unshare", "-rn", "sh", "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
-    assert "Traceback" not in done.stderr
-    return done.stdout
+    ((_, out, errors),) = together([["unshare", "-rn", "sh", "-c", script]], cwd=folder)
+    assert "Traceback" not in "".join(errors)
+    return out.decode()
 
 
 def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_that_nobody_confirms(tmp_path):
-    script = """
-    EVENTMON check; echo $?; EVENTMON run -- sh -c 'echo ran; exit 9'; echo $?; echo
+    script = f"""
+    {PROGRAM} check; echo $?; {PROGRAM} run -- sh -c 'echo ran; exit 9'; echo $?; echo
     ip link set lo up; ip link add one type veth peer name two; ip addr add 10.77.0.1/24 dev one
     ip link set one up; ip link set two up
-    EVENTMON check > first & EVENTMON check --all-interfaces > second &
-    EVENTMON check --url 'udp://239.1.2.3:7000?interface=one&ttl=1' > third; wait; cat first; echo; cat second; echo; cat third
+    {PROGRAM} check > first & {PROGRAM} check --all-interfaces > second &
+    {PROGRAM} check --url 'udp://239.1.2.3:7000?interface=one&ttl=1' > third; wait; cat first; echo; cat second; echo; cat third
     """
     down, first, second, third = namespace(script, tmp_path).split("\n\n")
     assert re.search("^wrong open +127.0.0.1 is no address .* lo is down: sudo ip link set lo up$", down, re.MULTILINE)
@@ -3931,11 +3364,15 @@ def is_alive(pid):
 
 
 @posix
-def test_the_demo_has_workers_chains_failures_retries_progress_and_logs_and_leaves_no_process_behind(tmp_path, url):
+def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves_no_process_behind(tmp_path):
+    (tmp_path / "app").mkdir()
+    shutil.copy(MODULE, tmp_path / "app")
+    zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="eventmon:main")
     shutil.copy(MODULE, tmp_path / "evm")  # whatever its file is called
-    words = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--url", url]
+    words = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--url", new_url()]
     pids, kinds, tasks = {}, set(), {}
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
+    monitor = {"command": [sys.executable, str(tmp_path / "app.pyz"), "demo"], "rows": 40, "columns": 120}
+    with terminal(**monitor) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
         for event in map(json.loads, demo.stdout):
             pids[event["hostname"]] = event["pid"]
             kinds.add(event["type"])
@@ -3943,39 +3380,33 @@ def test_the_demo_has_workers_chains_failures_retries_progress_and_logs_and_leav
             if len(pids) == 3 and kinds >= {"task-failed", "task-retried", "task-progress", "log-warning"}:
                 break
         demo.kill()
+        it.wait_for("STARTED")
+        it.type("q")
+        assert it.process.wait(20) == 0
+        assert it.is_restored()
     assert any(task.get("parent_id") in tasks for task in tasks.values())
     (failed,) = {task["traceback"].splitlines()[-2].strip() for task in tasks.values() if task["type"] == "task-failed"}
     assert failed.startswith("raise ConnectionRefusedError(")
     wait_until(lambda: not any(map(is_alive, pids.values())))
 
 
-@posix
-def test_the_demo_ends_with_its_monitor_also_from_a_zipapp(tmp_path):
-    (tmp_path / "app").mkdir()
-    shutil.copy(MODULE, tmp_path / "app" / "eventmon.py")
-    zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="eventmon:main")
-    with terminal(command=[sys.executable, str(tmp_path / "app.pyz"), "demo"], rows=40, columns=120) as it:
-        it.wait_for("STARTED")
-        it.type("q")
-        assert it.process.wait(20) == 0
-        assert it.is_restored()
-
-
 OWN = ("random", "signal", "uuid", "queue", "logging", "socket", "json", "select", "argparse", "subprocess", "resource")
-STARTS = """-O eventmon.py --help, -OO eventmon.py send --help, -OO eventmon.py watch --timeout 0, -I eventmon.py run true,
--S eventmon.py send hello, -m eventmon run true, -OO -m eventmon check"""
+STARTS = [
+    *("-O eventmon.py --help", "-OO eventmon.py send --help", "-OO eventmon.py watch --timeout 0"),
+    *("-I eventmon.py run true", "-S eventmon.py send hello", "-m eventmon run true", "-OO -m eventmon check"),
+]
 
 
 @posix
-@pytest.mark.parametrize("words", re.split(",\\s", STARTS))
-def test_the_program_starts_without_docstrings_in_a_read_only_folder_and_beside_modules_of_any_name(words, tmp_path):
+def test_the_program_starts_without_docstrings_in_a_read_only_folder_and_beside_modules_of_any_name(tmp_path):
     shutil.copy(MODULE, tmp_path)
     for name in OWN:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     tmp_path.chmod(0o555)
-    done = subprocess.run([sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    results = together([f"{shlex.quote(sys.executable)} {words}" for words in STARTS], cwd=tmp_path)
     tmp_path.chmod(0o755)
-    assert (done.returncode, re.findall("Traceback|wrong module", done.stdout + done.stderr)) == (0, []), done.stderr
+    for words, (status, out, errors) in zip(STARTS, results):
+        assert (status, re.findall("Traceback|wrong module", str((out, errors)))) == (0, []), words
 
 
 def test_an_older_python_gets_one_line():
@@ -4018,56 +3449,50 @@ def readme_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-SNIPPETS = [  # the last event's type, some of its fields
-    ("deploy-done", {"version": "1.2"}),
-    ("task-retried", {"exception": "TimeoutError('mail.example.com')"}),
-    ("log-warning", {"message": "disk almost full"}),
-    (None, {}),
+SNIPPETS = [  # the last event's type, some of its fields, what is printed
+    ("deploy-done", {"version": "1.2"}, b""),
+    ("task-retried", {"exception": "TimeoutError('mail.example.com')"}, b""),
+    ("log-warning", {"message": "disk almost full"}, b"WARNING:root:disk almost full"),
+    (None, {}, rb"\d+ tasks, \d+ workers alive"),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_every_python_snippet_in_the_readme_runs_beside_the_single_file(number, tmp_path):
-    assert len(readme_blocks("python")) == len(SNIPPETS)
+def test_every_python_snippet_in_the_readme_runs_beside_the_single_file(tmp_path):
     shutil.copy(MODULE, tmp_path)
-    code = re.sub(r"sleep\(.*\)", "sleep(0)", readme_blocks("python")[number])
-    type, fields = SNIPPETS[number]
+    snippets = [re.sub(r"sleep\(.*\)", "sleep(0)", code) for code in readme_blocks("python")]
     with watching() as (_, events):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=30, capture_output=True, check=True)
-        wait_until(lambda: type is None or [event for event in events if event.type == type and fields.items() <= event.items()])
-    assert done.stdout == (b"" if type else b"0 tasks, 0 workers alive\n")
-    assert (b"disk almost full" in done.stderr) == (type == "log-warning")
-
-
-LINES_OF_README = [line for block in readme_blocks("sh") for line in block.splitlines()]
+        results = together([[sys.executable, "-c", code] for code in snippets], cwd=tmp_path)
+        assert len(results) == len(SNIPPETS)
+        for (type, fields, printed), (status, out, errors) in zip(SNIPPETS, results):
+            assert status == 0 and re.fullmatch(printed, b"".join([out.strip(), *map(str.encode, errors)]))
+            wait_until(lambda: not type or [e for e in events if e.type == type and fields.items() <= e.items()])  # noqa: B023
 
 
 @posix
-@pytest.mark.parametrize("line", LINES_OF_README)
-def test_every_command_in_the_readme_runs(line, tmp_path, url):
-    """Run a line of the README's shell blocks as it stands, but on this test's group; who watches is ended."""
-    if "pytest" in line:
-        assert "grep" in (MODULE.parent / ".ci" / "run").read_text()  # which runs this line
-        return
-    if "nc -u" in line and not shutil.which("nc"):
-        pytest.skip("no netcat here")
-    parts = eventmon.parse_url(url)
-    line = line.replace("239.255.69.86 6986", f"{parts.host} {parts.port}")
-    shutil.copy(MODULE, tmp_path)
-    (tmp_path / "docs").mkdir()
+def test_every_command_in_the_readme_runs(tmp_path, url):
+    """Run the lines of the README's shell blocks as they stand, but on this test's group; who watches is ended."""
+    assert "/bin/pytest" in (MODULE.parent / ".ci" / "run").read_text()  # which runs the line that has it
+    parts, netcat = eventmon.parse_url(url), shutil.which("nc")
+    blocks = "".join(readme_blocks("sh")).replace("239.255.69.86 6986", f"{parts.host} {parts.port}")
+    lines = re.findall("^(?!.*pytest).+" if netcat else "^(?!.*(?:pytest|nc -u)).+", blocks, re.MULTILINE)
     (tmp_path / "python").symlink_to(sys.executable)
-    (tmp_path / "recorded.jsonl").write_text('{"type":"old"}\n')
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    program = partial(subprocess.Popen, line, shell=True, cwd=tmp_path, env=environment, start_new_session=True)
+    environment, processes = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, []
+    types = {"hello", "old", "task-succeeded", *["backup-done"] * bool(netcat)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with watching() as (_, events), Dispatcher() as dispatcher:
-        with program(stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            if re.search("demo|watch --", line):
-                wait_until(lambda: dispatcher.send("task-progress") and select.select([process.stdout], [], [], 0.1)[0])
+        for line in lines:
+            folder = tmp_path / str(len(processes))
+            (folder / "docs").mkdir(parents=True)
+            (folder / "recorded.jsonl").write_text('{"type":"old"}\n')
+            shutil.copy(MODULE, folder)
+            options = {"cwd": folder, "env": environment, "start_new_session": True}
+            processes.append(subprocess.Popen(line, shell=True, **options, **pipes))
+        for line, process in zip(lines, processes):
+            if is_endless := re.search("demo|watch --", line):
+                wait_until(lambda: dispatcher.send("task-progress") and select.select([process.stdout], [], [], 0.1)[0])  # noqa: B023
                 os.killpg(process.pid, signal.SIGTERM)
-            else:
-                out, err = process.communicate(timeout=30)
-                assert (process.returncode, b"Traceback" in err) == (0, False), err
-        if re.search(" send | run ", line):
-            wait_until(lambda: events)
-        if "nc -u" in line:  # bare JSON may be lost: then somebody sends it again
-            wait_until(lambda: events or program().wait())
+            _, err = process.communicate(timeout=30)
+            assert (is_endless or process.returncode == 0) and b"Traceback" not in err, (line, err)
+        bare = [line for line in lines if "nc -u" in line]  # may be lost: then somebody sends it again
+        wait_until(lambda: types <= {event.type for event in events} or [subprocess.call(line, shell=True) for line in bare] == 0)
+
