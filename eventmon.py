@@ -1381,7 +1381,8 @@ class Dispatcher:
                 self._listen(now)
                 live = window.live(now)
                 is_behind = any(watcher.position < window.next - 1 for watcher in live)
-                if not live and unread != (unread := unread_at(self._url)):
+                before, unread = unread, 0 if window.watchers else unread_at(self._url)
+                if unread < before:
                     read_at = now
                 if is_behind or unread or not self._link:
                     end = max(read_at, window.advanced_at) + stall
@@ -2579,7 +2580,7 @@ class State:
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
         self._large: deque[tuple[Event, int]] = deque()  # events with large values, and the bytes of these
-        self._weight, self._full = 0, MAX_STATE // 4  # bytes of these; how many it takes until they are looked through
+        self._weight, self._full = 0, MAX_STATE // 16  # bytes of these; how many it takes until they are looked through
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
         self._turn({})
@@ -3106,7 +3107,7 @@ class State:
             self.evicted += 1
             for record, key in places:
                 record[key] = FORGOTTEN
-        self._full = self._weight + MAX_STATE // 4
+        self._full = self._weight + MAX_STATE // 16
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------
