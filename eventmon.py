@@ -2512,7 +2512,7 @@ MAX_TYPES = 200  # event types counted apart in a tick; the others are counted t
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_DELIVERIES = 32  # of a task
 MAX_PROCESSES = 32  # of a worker
-TAKES_NONE: dict[str, Any] = {"began": 0.0, "pid": ""}  # stands for a task of which the next event is to be looked at with care
+TAKES_NONE: dict[str, Any] = {"began": 0.0, "pid": object()}  # stands for a task of which the next event is to be looked at with care
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
@@ -2921,24 +2921,15 @@ class State:
             uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
             newest = self._newest.get(uuid, task)
             if is_next(newest, event, kind):
-                if uuid in self._sent and not self._sent[uuid].isdisjoint(event):
-                    told = tuple([key for key in fields_of(event) if event[key] is not None])
-                    self._sent[uuid] = only_sent(self._sent[uuid], told)
-                if "began" not in task:
-                    self._begin(task, event, kind, timestamp)
-                    if event.get("clock") is None:
-                        task.pop("clock", None)
-                if newest is not task and ERROR.isdisjoint(newest):
-                    drop_error(task, event)
-                chars = take_event(task, event, kind, timestamp)
                 if newest is not task:
+                    if ERROR.isdisjoint(newest):
+                        drop_error(task, event)
                     take_event(newest, event, kind, timestamp)
+                elif uuid in self._sent:
+                    self._take_over(task, event, kind, timestamp)
+                chars = take_event(task, event, kind, timestamp)
             elif newest is task and kind.time == "sent" and "sent" not in task and attempt_of(event) == attempt_of(task):
-                sent: dict[str, Any] = {}
-                self._begin(sent, event, kind, timestamp)
-                chars = take_event(sent, event, kind, timestamp)
-                self._sent[uuid] = only_sent(tuple(sent), (*task, "clock"))
-                task.update({key: sent[key] for key in self._sent[uuid]})
+                chars = self._take_late(task, event, kind, timestamp)
             else:
                 task, chars = self._merge(task, event, kind, timestamp)
         if chars >= LARGE or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
@@ -2947,6 +2938,26 @@ class State:
         if task.get("parent_id") != parent:
             self._disown(uuid, parent)
             self._adopt(uuid, task.get("parent_id"))
+
+    def _take_over(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+        """Prepare the dict of a task with a task-sent for an event of its delivery, which may be the first."""
+        uuid = task["uuid"]
+        if not self._sent[uuid].isdisjoint(event):
+            told = tuple([key for key in fields_of(event) if event[key] is not None])
+            self._sent[uuid] = only_sent(self._sent[uuid], told)
+        if "began" not in task:
+            self._begin(task, event, kind, timestamp)
+            if event.get("clock") is None:
+                task.pop("clock", None)
+
+    def _take_late(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
+        """Let a task-sent that comes after its task's only delivery tell what that has not; return as take_event() does."""
+        sent: dict[str, Any] = {}
+        self._begin(sent, event, kind, timestamp)
+        chars = take_event(sent, event, kind, timestamp)
+        self._sent[task["uuid"]] = keys = only_sent(tuple(sent), (*task, "clock"))
+        task.update({key: sent[key] for key in keys})
+        return chars
 
     def _new_task(self, uuid: str) -> dict[str, Any]:
         """Make room for a task, and return it; _enter() enters it."""
