@@ -822,7 +822,8 @@ def unread_at(url: Url) -> int:
     """Return how many bytes this machine's listeners at the port of `url` have not read; 0 if the system does not tell."""
     try:
         with open("/proc/net/udp", "rb") as table:  # of Linux: proc(5)
-            rows = [line.split() for line in table if b":%04X 00000000:0000" % url.port in line]
+            address = struct.unpack("=I", socket.inet_aton(url.host))[0]
+            rows = [line.split() for line in table if b" %08X:%04X 00000000:0000" % (address, url.port) in line]
         return sum(int(row[4].split(b":")[1], 16) for row in rows)
     except (OSError, ValueError, IndexError):
         return 0
@@ -1131,6 +1132,9 @@ class Dispatcher:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self.hostname} to {self.url}>"
+
     def __reduce__(self) -> Any:
         return self._again, ()  # pickled or copied, it is a new one
 
@@ -1151,8 +1155,9 @@ class Dispatcher:
         """Return what is to be known of a type of events; None if they are not sent."""
         if not _fork_mark[0]:
             after_fork()
-        if isinstance(type, str) and type in self._known:
-            return self._known[type]
+        known = self._known.get(type) if isinstance(type, str) else None  # the thread may empty the table at any time
+        if known:
+            return known
         group = Event(type).group
         if self._closed:
             self._refuse()
@@ -1167,7 +1172,9 @@ class Dispatcher:
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
         room = self._room - len(template) - MAX_HEADER
         frame, buffered = self._head + b"%d\n" + template, group in self._buffered
-        self._known[type] = known = Known(ours, template, frame, buffered, room)
+        known = Known(ours, template, frame, buffered, room)
+        if len(self._known) < 200 and len(type) <= 100:
+            self._known[type] = known
         return known
 
     def _refuse(self) -> None:
@@ -1197,13 +1204,13 @@ class Dispatcher:
                     self._ask(now)
                 if window.sent > window.send_limit:
                     self._listen(now)
-                if not self._outbox:
-                    return
-                if not self._stream:
+                if self._outbox and not self._stream:
                     return self._refuse()  # and leave there what other threads are to be told of, too
                 must_wait = window.sent > window.send_limit and now < deadline
-                if not must_wait:
+                if self._outbox and not must_wait:
                     self._send_datagram()
+            if not self._outbox:  # now also nothing of a signal handler that came while we had the lock
+                return
             since = now if must_wait else inf
             if must_wait:
                 time.sleep(min(0.002, deadline - now))
@@ -1788,6 +1795,8 @@ class Receiver:
         self._space = BUFFER  # what the channel's buffer holds
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
+        self._displaced: dict[bytes, int] = {}  # streams not followed any more -> what comes next
+        self._crowded_until = -inf  # until then a stream that is not known may be one of which we have forgotten this
         self._history = True
         self._taken = 0  # datagrams
         # The windows' clock stands still while datagrams wait unread, among which what a window misses may be.
@@ -2061,20 +2070,20 @@ class Receiver:
                 self._answers.sendto(seal(format_frame(b"leave", name, (0, 0, 0, 0, 0)), self._key), source)
 
     def _follow(self, frame: Frame, source: Source, now: float) -> Stream:
-        """Begin to follow a stream: from the start of what can be had, or from now.
-
-        For that one may have to go that is silent; a live one never, so that nothing of it comes twice.
-        """
+        """Begin to follow a stream: from the start of what can be had, or from now; again, from where it was."""
         if len(self._streams) >= self.MAX_STREAMS:
-            oldest = next(iter(self._streams.values()))
-            if self._clock < oldest.heard_at + SILENCE:
-                raise Rejected(f"stream {frame.stream.decode()} is one too many: {self.MAX_STREAMS:,} are followed")
-            self._streams.popitem(last=False)
+            name, oldest = self._streams.popitem(last=False)
+            self._displaced[name] = oldest.window.end
+            if len(self._displaced) > 16 * self.MAX_STREAMS:
+                del self._displaced[next(iter(self._displaced))]
+                self._crowded_until = now + 60
             self._unconfirmed.pop(oldest, None)
             self._gapped.pop(oldest, None)
             self._counts["held"] -= oldest.window.size
             self._counts["lost"] += oldest.window.end - oldest.window.next
-        start = 1 if self._history else frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
+        has_history = self._history and now > self._crowded_until
+        start = 1 if has_history else frame.numbers[0] + (frame.kind in (b"beat", b"bye"))
+        start = self._displaced.pop(frame.stream, start)
         window = ReceiveWindow(start, self._clock, self._random, self._counts)
         stream = self._streams[frame.stream] = Stream(frame.stream, source, window, self._clock)
         self._ack_due = now
@@ -2236,6 +2245,8 @@ MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid, a hostname, or the name of a field
 NO_PID = -1
 FLAT = frozenset((int, float, bool, type(None)))
+MAX_SMALL = 200  # characters of the fields of an event that is not weighed
+LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 
 
 def number(value: Any, default: float) -> float:
@@ -2288,7 +2299,7 @@ def fields_of(event: Mapping[str, Any]) -> tuple[str, ...]:
     keys = tuple(event)
     fields = _shapes.get(keys)
     if fields is None:
-        fields = tuple(key for key in keys if key not in NOT_FIELDS and is_name(key))
+        fields = tuple(islice((key for key in keys if key not in NOT_FIELDS and is_name(key)), MAX_FIELDS))
         if len("".join(map(str, keys))) <= 2 * MAX_NAME:
             if len(_shapes) >= 1000:
                 _shapes.clear()
@@ -2344,7 +2355,7 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     chars, fields = 0, _shapes.get(tuple(event))
     if fields is None or len(told) + len(fields) > MAX_FIELDS:
         take_fields(told, {key: event[key] for key in fields_of(event)})
-        chars, fields = LARGE, ()
+        chars, fields = MAX_SMALL, ()
     for key in fields:
         value = event[key]
         if value is not None:
@@ -2352,7 +2363,7 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
             if type(value) is str:
                 chars += len(value)
             elif type(value) not in FLAT:
-                chars = LARGE
+                chars = MAX_SMALL
     if time == "sent":
         for key in told.keys() & NOT_SENT:
             del told[key]
@@ -2486,23 +2497,26 @@ def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: told.get(key) for key in keys}, "ended": ends[0] if ends else None}
 
 
-MAX_STATE = 128 << 20  # bytes of large values; all the rest takes less than the rest of 256 MiB
-LARGE = 200  # bytes of a large value
-NESTED = 4096  # bytes of a list or dict from which on it is kept as JSON, which takes less
+MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
 FORGOTTEN = "(forgotten: State was full)"
 
 
 def bytes_of(value: Any) -> int:
-    """Return about how many bytes a value takes; of one that takes more than NESTED, something more than that."""
-    if type(value) is str:
-        return sys.getsizeof(value)
+    """Return about how many bytes a value takes; of one that takes more than LARGE, something more than that."""
     size, rest = 0, [value]
-    while rest and size <= NESTED:
+    while rest and size <= LARGE:
         value = rest.pop()
-        size += sys.getsizeof(value, NESTED)
-        if size <= NESTED and isinstance(value, (dict, list, tuple)):
+        size += sys.getsizeof(value, LARGE)
+        if size <= LARGE and isinstance(value, (dict, list, tuple)):
             rest += [*value, *value.values()] if isinstance(value, dict) else value
     return size
+
+
+def weight_of(record: Mapping[str, Any]) -> int:
+    """Return about how many bytes a task, a worker or an event takes."""
+    values = record.values()
+    flat = sum(map(sys.getsizeof, (record, *record, *values), repeat(LARGE)))
+    return flat + sum([bytes_of(value) for value in values if isinstance(value, (dict, list, tuple))])
 
 
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
@@ -2579,8 +2593,7 @@ class State:
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
-        self._large: deque[tuple[Event, int]] = deque()  # events with large values, and the bytes of these
-        self._weight, self._full = 0, MAX_STATE // 16  # bytes of these; how many it takes until they are looked through
+        self._weight = 0  # bytes that all of it takes at most, but for what is small
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
         self._turn({})
@@ -2932,7 +2945,7 @@ class State:
                 chars = self._take_late(task, event, kind, timestamp)
             else:
                 task, chars = self._merge(task, event, kind, timestamp)
-        if chars >= LARGE or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
+        if chars >= MAX_SMALL or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
             self._is_large = True
         self._enter(uuid, task, before)
         if task.get("parent_id") != parent:
@@ -2996,7 +3009,7 @@ class State:
         if kind.time != "sent":
             told = delivery_for(event, kind, mine)
         if told is None:  # the times when its deliveries began are in the order of its process, too
-            told = {}
+            told, self._is_large = {}, True
             self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
             deliveries.append(told)
         chars = take_event(told, event, kind, timestamp)
@@ -3026,7 +3039,7 @@ class State:
             if task.get("root_id") == uuid:
                 task["root_id"] = uuid
             for key in ("name", "kwargs"):
-                if type(task.get(key)) is str and len(task[key]) <= LARGE:
+                if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
                     task[key] = sys.intern(task[key])
 
     def _adopt(self, uuid: str, parent: Any) -> None:
@@ -3050,9 +3063,13 @@ class State:
                     self.tasks[parent]["children"] = NO_CHILDREN
 
     def _evict(self) -> None:
-        """Forget a task to make room: the oldest successful one, else finished one, else one only sent, else any."""
+        """Forget a task to make room."""
         self.evicted += 1
-        self._forget(next(chain(self._succeeded, self._failed, self._pending, self._active)))
+        self._forget(self._oldest())
+
+    def _oldest(self) -> str:
+        """Return the task to forget: the oldest successful one, else finished one, else one only sent, else any."""
+        return next(chain(self._succeeded, self._failed, self._pending, self._active))
 
     def _forget(self, uuid: str) -> None:
         task = self.tasks.pop(uuid)
@@ -3063,62 +3080,58 @@ class State:
         self._newest.pop(uuid, None)
 
     def _weigh(self, event: Mapping[str, Any]) -> None:
-        """Note the large values of the last event, to forget them when all are too much; keep what is nested as JSON."""
-        large = {key: value for key, value in event.items() if type(value) not in FLAT and bytes_of(value) > LARGE}
-        is_usual = fields_of(event) is _shapes.get(tuple(event))  # its keys are few and short
-        if is_usual and not large:
-            return
-        kept = new_event(Event)
-        for key in event if is_usual else (*(NOT_FIELDS & event.keys()), *islice(event, MAX_FIELDS)):
-            if is_usual or is_name(key):
-                kept[key] = event[key]
-        nested = [key for key in kept.keys() & large if type(event[key]) is not str and bytes_of(event[key]) > NESTED]
-        for key in nested:
-            kept[key] = format_json(event[key]).decode()
-            for record in self._records(event):
-                if record.get(key) is event[key]:
-                    record[key] = kept[key]
-        for events in (self.recent, self.notes):
-            if events and events[-1] is event:
-                events[-1] = kept
-        hostname = process_of(event)[0]
-        if self._last.get(hostname) is event:
-            self._last[hostname] = kept
-        size = 1024 + sum(sys.getsizeof(kept[key]) for key in kept.keys() & large)
-        self._large.append((kept, size))
+        """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
+        size = weight_of(event)
         self._weight += size
-        if self._weight > self._full:
+        if size > LARGE or len(event) > 2 * MAX_FIELDS:
+            kept = NOT_FIELDS & event.keys()
+            fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in kept}}
+            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
+            texts = {key: format_json(value).decode() for key, value in large.items()}
+            self._weight += sum(map(len, texts.values()))
+            copy = new_event(Event)
+            copy.update({**fields, **texts})
+            for events in (self.recent, self.notes):
+                if events and events[-1] is event:
+                    events[-1] = copy
+            hostname = process_of(event)[0]
+            if hostname:
+                self._last[hostname] = copy
+            for record in self._records(id_of(event.get("uuid")), hostname):
+                record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
+        if self._weight > MAX_STATE:
             self._slim()
 
-    def _records(self, event: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all that is kept of the task and of the worker of an event."""
-        uuid, hostname = id_of(event.get("uuid")), id_of(event.get("hostname"))
-        records = [self.tasks[uuid], *self._deliveries.get(uuid, ())] if uuid in self.tasks else []
-        return records + [self.workers[hostname], *self._processes[hostname].values()] if hostname in self.workers else records
+    def _records(self, uuid: str, hostname: str) -> Iterator[dict[str, Any]]:
+        """Yield all that is kept of a task and of a worker."""
+        yield from (self.tasks[uuid], *self._deliveries.get(uuid, ())) if uuid in self.tasks else ()
+        if hostname in self.workers:
+            yield from (self.workers[hostname], *self._processes[hostname].values())
 
     def _slim(self) -> None:
-        """Look through the large values: drop what is kept nowhere, and forget the oldest ones if all are too much."""
-        events = set(map(id, chain(self.recent, self.notes, self._last.values())))
-        found: list[tuple[Event, int, list[tuple[dict[str, Any], str]]]] = []  # what is kept, its bytes, where it is kept
-        for event, size in reversed(self._large):
-            records = [*self._records(event), *([event] if id(event) in events else [])]
-            values = [(key, value) for key, value in event.items() if bytes_of(value) > LARGE]
-            places = [(record, key) for key, value in values for record in records if record.get(key) is value]
-            if places:
-                found.append((event, size, places))
-        enough = MAX_STATE // 2 if sum(size for _, size, _ in found) > MAX_STATE else MAX_STATE
-        self._large.clear()
-        self._weight = 0
-        for event, size, places in found:
-            self._weight += size
-            if self._weight <= enough:
-                self._large.appendleft((event, size))
-                continue
-            self._weight -= size
-            self.evicted += 1
-            for record, key in places:
-                record[key] = FORGOTTEN
-        self._full = self._weight + MAX_STATE // 16
+        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
+        records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
+        records += [record for hostname in self.workers for record in self._records("", hostname)]
+        records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
+        self._weight, enough = sum(map(weight_of, records)), MAX_STATE // 2
+        places: dict[int, list[tuple[Any, str]]] = {}  # of a large value, which several may have in common
+        for record, key, value in ((one, *item) for one in records for item in one.items()):
+            if type(value) is str and bytes_of(value) > LARGE:
+                if places.setdefault(id(value), []):
+                    self._weight -= bytes_of(value)
+                places[id(value)].append((record, key))
+        for found in places.values():
+            if self._weight > enough:
+                self._weight -= bytes_of(found[0][0][found[0][1]])
+                self.evicted += 1
+                for record, key in found:
+                    record[key] = FORGOTTEN
+        while self._weight > enough and self.tasks:
+            self._weight -= sum(map(weight_of, self._records(self._oldest(), "")))
+            self._evict()
+        if self._weight > enough:
+            for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
+                kept.clear()
 
 
 # --- the screen: pure, from State and View to lines of styled text ------------------------------------------------

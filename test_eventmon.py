@@ -2159,6 +2159,12 @@ def test_nothing_from_outside_makes_it_larger_than_it_may_be():
     assert sizes[1] < sizes[0] + 500_000
 
 
+def test_a_task_sent_of_thousands_of_fields_takes_no_more_memory_than_another():
+    state = State()
+    state.event(Event("task-sent", {f"field{n}": n for n in range(3000)}, uuid="a"))
+    assert len(pickle.dumps(state)) < 20_000
+
+
 def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory():
     state = State()
     for n in range(40):
