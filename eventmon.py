@@ -4054,8 +4054,10 @@ class Terminal:
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def forget(self) -> None:
-        """Let the next picture be painted as a whole: what the terminal shows is not known."""
+    def forget(self, used: bool = False) -> None:
+        """Let the next picture be painted as a whole: what the terminal shows is not known, or it was used by others."""
+        if used and self.is_ready():
+            self._curses.endwin()  # the next refresh() sets the terminal up again: kill -STOP left it to the shell
         self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
 
     def is_ready(self) -> bool:
@@ -4168,13 +4170,14 @@ class Monitor:
             self._waker.close()
 
     def _loop(self, window: Any) -> None:
+        from signal import SIGCONT
+
         terminal = Terminal(window)
         try:
             self._take()
             while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
                 with suppress(BlockingIOError):  # no signal came
-                    self._wake.recv(4096)
-                    terminal.forget()
+                    terminal.forget(SIGCONT in self._wake.recv(4096))
                     self._drawn = None
                 height, width = terminal.size()
                 self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
