@@ -3542,10 +3542,11 @@ def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
 
 def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
     """Yield everything about an event, and the way to its task."""
+    yield item("time", exact(event.get("timestamp")))
     task = known(stage.state.tasks, event.get("uuid"))
     if task:
         yield task_item("task", task, stage, detail_of(task, stage))
-    yield from fields(event, event, stage)
+    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback", "stderr"), stage)
 
 
 NO_TASKS = "no tasks yet: 4 shows every event"
