@@ -3844,8 +3844,9 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
     """Do what is there on the screen."""
-    actions = [span.action for span in screen(view, stage, rows)[int(line)] for _ in range(cells(span.text))]
-    return press(view._replace(typing=False), actions[int(column)], stage, rows)
+    spans = [span for spans in screen(view, stage, rows)[int(line) :][:1] for span in spans]  # none, of a smaller screen
+    actions = [span.action for span in spans for _ in range(cells(span.text))]
+    return press(view._replace(typing=False), "".join(actions[int(column) :][:1]), stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
