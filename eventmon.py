@@ -3566,10 +3566,11 @@ def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
 
 def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
     """Yield everything about an event, and the way to its task."""
+    yield item("time", exact(event.get("timestamp")))
     task = known(stage.state.tasks, event.get("uuid"))
     if task:
         yield task_item("task", task, stage, detail_of(task, stage))
-    yield from fields(event, event, stage)
+    yield from fields(event, ("type", "hostname", *TOLD_FIRST, *keys_of(event), "uuid", "traceback", "stderr"), stage)
 
 
 NO_TASKS = "no tasks yet: 4 shows every event"
@@ -3867,8 +3868,9 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
     """Do what is there on the screen."""
-    actions = [span.action for span in screen(view, stage, rows)[int(line)] for _ in range(cells(span.text))]
-    return press(view._replace(typing=False), actions[int(column)], stage, rows)
+    spans = [span for spans in screen(view, stage, rows)[int(line) :][:1] for span in spans]  # none, of a smaller screen
+    actions = [span.action for span in spans for _ in range(cells(span.text))]
+    return press(view._replace(typing=False), "".join(actions[int(column) :][:1]), stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
@@ -4078,8 +4080,10 @@ class Terminal:
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
-    def forget(self) -> None:
-        """Let the next picture be painted as a whole: what the terminal shows is not known."""
+    def forget(self, used: bool = False) -> None:
+        """Let the next picture be painted as a whole: what the terminal shows is not known, or it was used by others."""
+        if used and self.is_ready():
+            self._curses.endwin()  # the next refresh() sets the terminal up again: kill -STOP left it to the shell
         self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
 
     def is_ready(self) -> bool:
@@ -4192,13 +4196,14 @@ class Monitor:
             self._waker.close()
 
     def _loop(self, window: Any) -> None:
+        from signal import SIGCONT
+
         terminal = Terminal(window)
         try:
             self._take()
             while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
                 with suppress(BlockingIOError):  # no signal came
-                    self._wake.recv(4096)
-                    terminal.forget()
+                    terminal.forget(SIGCONT in self._wake.recv(4096))
                     self._drawn = None
                 height, width = terminal.size()
                 self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
