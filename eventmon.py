@@ -4749,7 +4749,7 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
             for retries in range(3):
                 with events.task("mail.send", f"{order.uuid}-mail", retries=retries) as mail:
                     time.sleep(random())
-                    if random() < 0.6:
+                    if retries == 2 or random() < 0.6:
                         break
                     message = f"no answer from mail.example.com, attempt {retries + 1}"
                     events.send("log-warning", logger="shop", message=message, uuid=mail.uuid)
