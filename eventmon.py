@@ -1449,7 +1449,7 @@ class Dispatcher:
     def _wait(self) -> None:
         """Wait until something is to be done, with a link that works, if one can be had."""
         now, link = time.monotonic(), self._link
-        if link and not link.broken and link.is_ours():
+        if link and link.is_intact():
             due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
             wait_for(due - now, link.socket)
         elif now >= self._reopen_at:
@@ -2845,7 +2845,8 @@ class State:
         """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
-        self._is_large = type(event.get("local_received")) not in FLAT
+        if type(event.get("local_received")) not in FLAT:
+            self._is_large = True
         self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
         self._past = self.recorded or abs(received - wall) > LIVE
         self._heard = received if self._past else self._began + time.monotonic()

@@ -2165,6 +2165,12 @@ def test_a_task_sent_of_thousands_of_fields_takes_no_more_memory_than_another():
     assert len(pickle.dumps(state)) < 20_000
 
 
+def test_a_long_type_is_weighed_also_where_the_event_is_the_first_of_its_time(monkeypatch):
+    monkeypatch.setattr(eventmon, "MAX_STATE", 1 << 20)
+    state = state_of(*(task_event("z" * 50_000 + str(n), local_received=float(n), timestamp=0.0) for n in range(50)))
+    assert (state.event_count, state.evicted > 0) == (50, True)
+
+
 def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory():
     state = State()
     for n in range(40):
