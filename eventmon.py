@@ -2229,24 +2229,22 @@ METHODS = {
 
 TIMES = frozenset(type[5:] for type in TASK_STATES)  # a task shows the latest transition of that name
 OWN = frozenset(("state", "timestamp", "clock", "began", "worker", "pid", "progress", "result", "runtime"))  # of the newest
-ERROR = frozenset(("exception", "traceback"))  # of the newest delivery that has any
-NOT_SENT = frozenset(("progress", "result", "runtime")) | ERROR  # which no task-sent tells
 NOT_FIELDS = TIMES | {  # keys of an event that do not become a task's as they are
     *("type", "timestamp", "hostname", "pid", "utcoffset", "local_received"),
     *("uuid", "state", "worker", "client", "children", "began"),
 }
+NOT_SENT = NOT_FIELDS | {"progress", "result", "runtime", "exception", "traceback"}  # and no task-sent tells these
 NOT_WORKERS = frozenset(("type", "hostname", "heard", "local_received", "status", "clock_offset", "pid"))
 TASK_FIELDS = (  # that most tasks have
     ("uuid", "children", "began", "worker", "pid", "timestamp", "state", "clock", "received", "name", "args", "kwargs")
     + ("root_id", "retries", "started", "succeeded", "result", "runtime", "parent_id", "sent", "client", "progress")
     + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
+USUAL = NOT_FIELDS.union(TASK_FIELDS, ("eta",))
+NOTHING: frozenset[str] = frozenset()
 MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid, a hostname, or the name of a field
 NO_PID = -1
-FLAT = frozenset((int, float, bool, type(None)))
-MAX_SMALL = 200  # characters of the fields of an event that is not weighed
-LARGE = 4096  # bytes of a value that is kept as JSON, which takes less, or forgotten where all takes too much
 
 
 def number(value: Any, default: float) -> float:
@@ -2257,11 +2255,6 @@ def number(value: Any, default: float) -> float:
 def id_of(value: Any) -> str:
     """Return a uuid or hostname, "" if it is none."""
     return value if type(value) is str and len(value) <= MAX_NAME else ""
-
-
-def is_name(key: Any) -> bool:
-    """Whether a key of an event may be the name of a field."""
-    return isinstance(key, str) and len(key) <= MAX_NAME
 
 
 def process_of(event: Mapping[str, Any]) -> tuple[str, float]:
@@ -2281,30 +2274,17 @@ def attempt_of(event: Mapping[str, Any]) -> float:
     return retries if isinstance(retries, (int, float)) and abs(retries) < 1e15 else 0
 
 
-Kind = namedtuple("Kind", "state rank time")
+# What events of one type, task-..., make of a task: its state, the state's rank, the name of the time that it shows
+# ("" if none), and the keys of the events that are not the task's.
+Kind = namedtuple("Kind", "state rank time skipped")
 
 
 @lru_cache(1000)
 def kind_of(type: str) -> Kind:
-    """Return what events of this type, task-..., make of a task: its state, the state's rank, the name of its time."""
+    """Return the kind of events of a type."""
     state = TASK_STATES.get(type) or type[5:].upper()
-    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "")
-
-
-_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # the keys of events, few and short -> those of them that are fields
-
-
-def fields_of(event: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys of an event that become those of its task."""
-    keys = tuple(event)
-    fields = _shapes.get(keys)
-    if fields is None:
-        fields = tuple(islice((key for key in keys if key not in NOT_FIELDS and is_name(key)), MAX_FIELDS))
-        if len("".join(map(str, keys))) <= 2 * MAX_NAME:
-            if len(_shapes) >= 1000:
-                _shapes.clear()
-            _shapes[keys] = fields
-    return fields
+    skipped = NOT_SENT if type == "task-sent" else NOT_FIELDS
+    return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", skipped)
 
 
 class Record:
@@ -2316,8 +2296,8 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
     setattr(_record, _key, None)
 
 
-# A delivery is one process getting a task, and a dict of what its events told. What a task-sent tells is such a dict too,
-# older than any delivery. The dict of a task with at most one of each is both; State._sent has what its task-sent alone told.
+# A delivery is one process getting a task, and a dict of what its events told. What a task-sent tells is such a dict
+# too, older than any delivery.
 
 
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -2333,63 +2313,38 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_fields(record: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Put fields, but for nulls, into a dict that has room for MAX_FIELDS."""
-    for key, value in fields.items():
-        if value is not None and (key in record or len(record) < MAX_FIELDS):
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], skipped: frozenset[str]) -> None:
+    """Put an event's fields into a dict that has room for MAX_FIELDS: null never overwrites."""
+    for key, value in event.items():
+        if value is None or key in skipped:
+            continue
+        if key in record or key in USUAL or len(record) < MAX_FIELDS and isinstance(key, str) and len(key) <= MAX_NAME:
             record[key] = value
 
 
-def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
-    """Let an event change what is told of its delivery: null never overwrites, and a lower rank does not undo an end.
-
-    Return how many characters its fields have, or something larger if that does not tell how many bytes they take.
-    """
-    state, rank, time = kind
+def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
+    """Let an event change what is told of its delivery: a lower rank does not undo an end."""
+    state, rank, time, skipped = kind
     before = told.get("state")
     if before not in FINISHED or rank >= RANKS[before]:
         told["state"] = state
     told["timestamp"] = timestamp
     if time and told.get(time, -inf) < timestamp:
         told[time] = timestamp
-    chars, fields = 0, _shapes.get(tuple(event))
-    if fields is None or len(told) + len(fields) > MAX_FIELDS:
-        take_fields(told, {key: event[key] for key in fields_of(event)})
-        chars, fields = MAX_SMALL, ()
-    for key in fields:
-        value = event[key]
-        if value is not None:
-            told[key] = value
-            if type(value) is str:
-                chars += len(value)
-            elif type(value) not in FLAT:
-                chars = MAX_SMALL
-    if time == "sent":
-        for key in told.keys() & NOT_SENT:
-            del told[key]
-    return chars
+    take_fields(told, event, skipped)
 
 
-def drop_error(task: dict[str, Any], told: Mapping[str, Any]) -> None:
-    """Forget the exception that an older delivery told, if a newer one, or an event of it, tells its own."""
-    if told.get("exception") is not None or told.get("traceback") is not None:
-        task.pop("exception", None)
-        task.pop("traceback", None)
-
-
-def is_next(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
-    """Whether an event begins, or belongs to, the only delivery that is known of its task."""
-    if "began" not in task:  # only its task-sent
-        return kind.time != "sent" and attempt_of(event) == attempt_of(task)
+def goes_on(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether an event belongs to the only delivery that is known of its task."""
     retries = event.get("retries")
-    if kind.time in ("sent", "received") or retries is not None and retries != task.get("retries"):
+    if "began" not in task or kind.time in ("sent", "received") or retries is not None and retries != task.get("retries"):
         return False
     return event.get("pid") == task.get("pid") and event.get("hostname") == task.get("worker")
 
 
 def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
-    if kind.time == "received" or not mine:
+    if kind.time in ("sent", "received") or not mine:
         return None
     if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
@@ -2403,23 +2358,6 @@ def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]
     return (waiting or running if kind.time == "started" else running or waiting) or (mine[-1] if mine else None)
 
 
-@lru_cache(1000)
-def only_sent(sent: Iterable[str], told: Iterable[str]) -> frozenset[str]:
-    """Return the keys that a task-sent has told and a delivery has not."""
-    return frozenset(sent).difference(told)
-
-
-def split(task: Mapping[str, Any], sent: frozenset[str] | None) -> list[dict[str, Any]]:
-    """Return what a task's dict tells of its task-sent, which alone told the keys `sent`, and of its delivery."""
-    told = {key: value for key, value in task.items() if key not in ("uuid", "children")}
-    if sent is None or "began" not in told:
-        return [told] if told else []
-    by_sent = {key: told[key] for key in ("sent", "client", "retries", *sent) if key in told}
-    for key in ("sent", "client", *sent):
-        told.pop(key, None)
-    return [{**by_sent, "state": "PENDING", "timestamp": by_sent["sent"]}, told]
-
-
 def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return deliveries oldest first, each with those that joined it, the one that got furthest last.
 
@@ -2430,10 +2368,8 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [[told] for told in ordered]
     receivers = {process_in(told) for told in ordered if "received" in told}
     hostnames = {hostname for hostname, _ in receivers if hostname}
-    joining = [told for told in ordered if told.get("worker") in hostnames]
-    joining = [told for told in joining if process_in(told) not in receivers]
-    joined = set(map(id, joining))
-    groups = [[told] for told in ordered if id(told) not in joined]
+    joining = [told for told in ordered if told.get("worker") in hostnames and process_in(told) not in receivers]
+    groups = [[told] for told in ordered if not any(told is one for one in joining)]
     for told in joining:
         there = [group for group in groups if group[0].get("worker") == told["worker"] and "received" in group[0]]
         begun = [group for group in there if group[0]["began"] <= told["timestamp"]]
@@ -2441,19 +2377,30 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [sorted(group, key=advance_of) for group in groups]
 
 
-def merged(groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+def sent_once(deliveries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether they are a task-sent and one delivery."""
+    return len(deliveries) == 2 and "began" not in deliveries[0] and "began" in deliveries[1]
+
+
+def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
+    groups = [[told] for told in deliveries] if sent_once(deliveries) else grouped(deliveries)
     shown: dict[str, Any] = {}
     for group in groups:
         if group is groups[-1]:
-            for key in OWN:
-                shown.pop(key, None)
+            for key in OWN & shown.keys():
+                del shown[key]
         for told in group:
-            drop_error(shown, told)
-            latest = {key: max(shown[key], told[key]) for key in TIMES.intersection(told) if key in shown}
+            if not shown:
+                shown.update(told)
+                continue
+            if "exception" in told or "traceback" in told:  # which belong together
+                shown.pop("exception", None)
+                shown.pop("traceback", None)
+            latest = {key: max(shown[key], told[key]) for key in TIMES & shown.keys() & told.keys()}
             shown.update(told)
             shown.update(latest)
-    return shown if len(shown) <= MAX_FIELDS else {**dict(islice(shown.items(), MAX_FIELDS)), **groups[-1][-1]}
+    return shown
 
 
 def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
@@ -2497,26 +2444,48 @@ def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: told.get(key) for key in keys}, "ended": ends[0] if ends else None}
 
 
+FLAT = frozenset((int, float, bool, type(None)))
+MAX_SMALL = 400  # characters of the values of an event that is not weighed
+LARGE = 4096  # characters of a value that may be forgotten when all takes too much
+NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
 MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
 FORGOTTEN = "(forgotten: State was full)"
 
 
+def chars_of(event: Mapping[str, Any]) -> int:
+    """Return how many characters the texts of an event have; more than LARGE if other things may take much, too."""
+    if not USUAL.issuperset(event):
+        return LARGE + 1
+    chars = 0
+    for value in event.values():
+        if type(value) is str:
+            chars += len(value)
+        elif type(value) not in FLAT:
+            return LARGE + 1
+    return chars
+
+
+def compact(event: Mapping[str, Any]) -> Event:
+    """Return what is kept of an event that may be large."""
+    copy = new_event(Event)
+    for key in (*islice(event, 2 * MAX_FIELDS), *NOT_FIELDS & event.keys()):
+        value = event[key]
+        if isinstance(value, (dict, list, tuple)):
+            text = format_json(value).decode()
+            value = text if len(text) > NESTED else value
+        copy[key] = value
+    return copy
+
+
 def bytes_of(value: Any) -> int:
-    """Return about how many bytes a value takes; of one that takes more than LARGE, something more than that."""
+    """Return about how many bytes a value takes with all that is in it."""
     size, rest = 0, [value]
-    while rest and size <= LARGE:
+    while rest:
         value = rest.pop()
         size += sys.getsizeof(value, LARGE)
-        if size <= LARGE and isinstance(value, (dict, list, tuple)):
+        if isinstance(value, (dict, list, tuple)):
             rest += [*value, *value.values()] if isinstance(value, dict) else value
     return size
-
-
-def weight_of(record: Mapping[str, Any]) -> int:
-    """Return about how many bytes a task, a worker or an event takes."""
-    values = record.values()
-    flat = sum(map(sys.getsizeof, (record, *record, *values), repeat(LARGE)))
-    return flat + sum([bytes_of(value) for value in values if isinstance(value, (dict, list, tuple))])
 
 
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
@@ -2524,9 +2493,11 @@ GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_TYPE = 100  # characters of an event type that tell it from others
 MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
+MAX_CHANGED = 1000  # tasks that events have changed until State.tasks is brought up to date
 MAX_DELIVERIES = 32  # of a task
 MAX_PROCESSES = 32  # of a worker
-TAKES_NONE: dict[str, Any] = {"began": 0.0, "pid": object()}  # stands for a task of which the next event is to be looked at with care
+LISTS = {"SUCCESS": 0, "FAILURE": 1, "REVOKED": 1, "REJECTED": 1, "PENDING": 2}  # tasks to forget first, by state
+ACTIVE = 3  # the list of all others
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
 LIVE = 10.0  # an event that was received longer ago is from a recording
 
@@ -2578,17 +2549,14 @@ class State:
         self.max_workers_in_memory = max_workers_in_memory
         self.max_tasks_in_memory = max_tasks_in_memory
         self.recorded = False
-        self.tasks: dict[str, dict[str, Any]] = {}  # the latest event's last
         self.workers: dict[str, dict[str, Any]] = {}
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
-        self.event_count = self.task_count = self.evicted = 0
-        self._succeeded, self._failed, self._pending, self._active = (OrderedDict[str, None]() for _ in range(4))
-        self._lists = dict.fromkeys(FINISHED, self._failed)  # state -> where its tasks are listed, if not in _active
-        self._lists.update(SUCCESS=self._succeeded, PENDING=self._pending)
-        self._sent: dict[str, frozenset[str]] = {}  # uuid -> the keys that only its task-sent told
-        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that may have several
-        self._newest: dict[str, dict[str, Any]] = {}  # uuid -> the newest, if it alone takes the next event of its process
+        self.event_count = self.task_count = self._evicted = 0
+        self._tasks: dict[str, dict[str, Any]] = {}  # the latest event's last; a dict may be its only delivery's, too
+        self._changed: dict[str, tuple[str, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _show()
+        self._lists: tuple[dict[str, None], ...] = ({}, {}, {}, {})  # of uuids, in the order in which they are forgotten
+        self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that had several
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._gone: set[str] = set()  # hostnames with a process that is not alive
@@ -2619,40 +2587,51 @@ class State:
         """Return the seconds since the epoch by the clock of this State, which nobody sets, or of recorded events."""
         return self._heard if self._past else self._began + time.monotonic()
 
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Return uuid -> dict of every task in memory, the one that something new was heard of last is the last."""
+        with self._lock:
+            if self._changed:
+                self._show()
+            return self._tasks
+
+    @property
+    def evicted(self) -> int:
+        """Return how many tasks, and large values of events, were forgotten for want of room."""
+        with self._lock:
+            self._show()
+            return self._evicted
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
-            self._is_large = False  # or may be
-            type_name = event.get("type")
-            if type(type_name) is not str or len(type_name) > MAX_TYPE:
-                self._is_large = True
-                type_name = type_name[:MAX_TYPE] if type(type_name) is str else ""
+            chars = chars_of(event)
+            kept = event if chars <= LARGE else compact(event)
+            if chars > MAX_SMALL:
+                self._weigh(bytes_of(kept) if chars > LARGE else 4 * chars)
+            type_name = kept.get("type")
+            type_name = type_name[:MAX_TYPE] if type(type_name) is str else ""
             self.event_count += 1
-            self.recent.append(event)
-            received = event.get("local_received")
+            self.recent.append(kept)
+            received = kept.get("local_received")
             if type(received) is not float or not self._tick <= received < self._tick + GRAPH_TICK:
-                self._turn(event)
+                self._turn(kept)
             self._counts[type_name if type_name in self._counts or len(self._counts) < MAX_TYPES else ""] += 1
             if self.callback:
                 self.callback(self, event)
-            hostname = event.get("hostname")
-            if type(hostname) is str and 0 < len(hostname) <= MAX_NAME:
-                self._last[hostname] = event
+            hostname = id_of(kept.get("hostname"))
+            if hostname:
+                self._last[hostname] = kept
                 worker = self.workers.get(hostname)
                 if worker is None or worker["heard"] != self._heard or hostname in self._gone:
-                    self._hear(hostname, event, type_name)
-            elif hostname is not None:
-                self._is_large = True
+                    self._hear(hostname, kept, type_name)
             method = METHODS.get(type_name)
             if method:
-                getattr(self, method)(event)
+                getattr(self, method)(kept)
             elif type_name.startswith("task-"):
-                self._task(event, kind_of(type_name))
+                self._task(kept, kind_of(type_name))
             else:
-                self.notes.append(event)
-                self._is_large = True
-            if self._is_large:
-                self._weigh(event)
+                self.notes.append(kept)
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
     task_started = taking("task-started", "A worker has started the task: STARTED.")
@@ -2701,8 +2680,8 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            deliveries = self._deliveries.get(uuid) or split(self.tasks.get(uuid, {}), self._sent.get(uuid))
-            return [attempt(merged([group])) for group in grouped(deliveries) if "began" in group[0]]
+            deliveries = self._deliveries.get(uuid) or [task for task in (self.tasks.get(uuid),) if task]
+            return [attempt(merged(group)) for group in grouped(deliveries) if "began" in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2750,7 +2729,8 @@ class State:
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
         with self._lock:
-            active = [(uuid, self.tasks[uuid]) for uuid in self._active]
+            tasks = self.tasks
+            active = [(uuid, tasks[uuid]) for uuid in self._lists[ACTIVE]]
         return iter(sorted(active, key=lambda item: item[1].get("started", item[1]["timestamp"])))
 
     def last_worker_event(self, hostname: str | None = None) -> Mapping[str, Any] | None:
@@ -2845,8 +2825,6 @@ class State:
         """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
-        if type(event.get("local_received")) not in FLAT:
-            self._is_large = True
         self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
         self._past = self.recorded or abs(received - wall) > LIVE
         self._heard = received if self._past else self._began + time.monotonic()
@@ -2869,8 +2847,8 @@ class State:
 
     def _set_clock(self, worker: dict[str, Any], event: Mapping[str, Any]) -> None:
         worker["heard"] = self._heard
-        sent, received = number(event.get("timestamp"), inf), number(event.get("local_received"), inf)
-        worker["clock_offset"] = sent - received if sent < inf and received < inf else 0.0
+        ahead = number(event.get("timestamp"), inf) - number(event.get("local_received"), inf)
+        worker["clock_offset"] = number(ahead, 0.0)
 
     def _set_status(self, event: Mapping[str, Any], status: str) -> None:
         """Give a process of a worker a status, and the fields of a worker's event.
@@ -2880,7 +2858,6 @@ class State:
         hostname, pid = process_of(event)
         if not hostname:
             return
-        type_name, self._is_large = str(event.get("type")), True
         worker = self.workers.pop(hostname, None) or self._new_worker(hostname, event)
         self.workers[hostname] = worker  # now the last to be forgotten
         before, processes = worker["status"], self._processes[hostname]
@@ -2889,15 +2866,16 @@ class State:
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
         for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
+        type_name = str(event.get("type"))
         if type_name.startswith("worker-"):
-            take_fields(process, {key: event[key] for key in event if key not in NOT_WORKERS and is_name(key)})
+            take_fields(process, event, NOT_WORKERS)
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         speakers = [one for one in processes.values() if one.get("sw_ident", "eventmon") != "eventmon"]
         if speakers:  # a worker of Celery's speaks for the processes of its pool, which never say goodbye
             speakers = [one for one in processes.values() if "sw_ident" in one]
         for one in sorted(speakers or processes.values(), key=last_word):
-            take_fields(worker, one)
+            take_fields(worker, one, NOTHING)
         if self.on_node_join and worker["status"] == "alive" and (before != "alive" or type_name == "worker-online"):
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
@@ -2914,80 +2892,55 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change its task."""
+        """Let an event change what is told of its task; _show() does the rest."""
         uuid = event.get("uuid")
         if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
-            self._is_large = True
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:
-            self._is_large = True
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
-        task = self.tasks.get(uuid)
+        task = self._tasks.get(uuid)
         if task is None:
-            before = parent = None
-            task = self._new_task(uuid)
+            if len(self._changed) >= MAX_CHANGED:
+                self._show()
+            self._changed[uuid] = "", ""
+            task = self._tasks[uuid] = vars(Record())
+            task["uuid"], task["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
             self._begin(task, event, kind, timestamp)
-            chars = take_event(task, event, kind, timestamp)
-            if kind.time == "sent":
-                self._sent[uuid] = only_sent(fields_of(event), ())
         else:
-            uuid, before, parent = task["uuid"], task["state"], task.get("parent_id")  # the same str everywhere
-            newest = self._newest.get(uuid, task)
-            if is_next(newest, event, kind):
-                if newest is not task:
-                    if ERROR.isdisjoint(newest):
-                        drop_error(task, event)
-                    take_event(newest, event, kind, timestamp)
-                elif uuid in self._sent:
-                    self._take_over(task, event, kind, timestamp)
-                chars = take_event(task, event, kind, timestamp)
-            elif newest is task and kind.time == "sent" and "sent" not in task and attempt_of(event) == attempt_of(task):
-                chars = self._take_late(task, event, kind, timestamp)
-            else:
-                task, chars = self._merge(task, event, kind, timestamp)
-        if chars >= MAX_SMALL or type(event.get("utcoffset")) not in FLAT or type(event.get("pid")) not in FLAT:
-            self._is_large = True
-        self._enter(uuid, task, before)
-        if task.get("parent_id") != parent:
-            self._disown(uuid, parent)
-            self._adopt(uuid, task.get("parent_id"))
+            uuid = task["uuid"]  # the same str everywhere
+            before = self._changed.pop(uuid, None)
+            self._changed[uuid] = before or (task["state"], id_of(task.get("parent_id")))
+            if uuid in self._deliveries or not goes_on(task, event, kind):
+                task = self._delivery(task, event, kind, timestamp)
+        take_event(task, event, kind, timestamp)
 
-    def _take_over(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Prepare the dict of a task with a task-sent for an event of its delivery, which may be the first."""
+    def _delivery(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
+        """Return the delivery of a task that an event belongs to."""
         uuid = task["uuid"]
-        if not self._sent[uuid].isdisjoint(event):
-            told = tuple([key for key in fields_of(event) if event[key] is not None])
-            self._sent[uuid] = only_sent(self._sent[uuid], told)
-        if "began" not in task:
-            self._begin(task, event, kind, timestamp)
-            if event.get("clock") is None:
-                task.pop("clock", None)
-
-    def _take_late(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> int:
-        """Let a task-sent that comes after its task's only delivery tell what that has not; return as take_event() does."""
-        sent: dict[str, Any] = {}
-        self._begin(sent, event, kind, timestamp)
-        chars = take_event(sent, event, kind, timestamp)
-        self._sent[task["uuid"]] = keys = only_sent(tuple(sent), (*task, "clock"))
-        task.update({key: sent[key] for key in keys})
-        return chars
-
-    def _new_task(self, uuid: str) -> dict[str, Any]:
-        """Make room for a task, and return it; _enter() enters it."""
-        while len(self.tasks) >= max(1, self.max_tasks_in_memory):
-            self._evict()
-        return self._record(uuid)
-
-    def _record(self, uuid: str) -> dict[str, Any]:
-        record = vars(Record())
-        record["uuid"], record["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
-        return record
+        deliveries = self._deliveries.setdefault(uuid, [])
+        if not deliveries:
+            deliveries.append(task)
+        elif sent_once(deliveries) and goes_on(deliveries[1], event, kind):
+            return deliveries[1]
+        process = process_of(event)
+        mine = [one for one in deliveries if "began" in one and process_in(one) == process]
+        told = delivery_for(event, kind, mine)
+        if told is None:  # the times when its deliveries began are in the order of its process, too
+            told = vars(Record())
+            self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
+            deliveries.append(told)
+            if len(deliveries) > MAX_DELIVERIES:
+                deliveries.remove(min(deliveries, key=age_of))
+        if len(deliveries) > 2:
+            self._weigh(LARGE)
+        return told
 
     def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
         """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
         hostname, pid = process_of(event)
         if kind.time == "sent":
+            told["sent"] = timestamp
             if hostname:
                 told["client"] = hostname
             return
@@ -2999,138 +2952,85 @@ class State:
         if pid != NO_PID:
             told["pid"] = pid
 
-    def _merge(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> tuple[dict[str, Any], int]:
-        """Return the dict of a task that may have several deliveries, after its event, and what take_event() returns."""
-        uuid = task["uuid"]
-        if uuid not in self._deliveries:
-            self._deliveries[uuid] = split(task, self._sent.pop(uuid, None))
-        deliveries = self._deliveries[uuid]
-        process, told = process_of(event), None
-        mine = [one for one in deliveries if "began" in one and process_in(one) == process]
-        if kind.time != "sent":
-            told = delivery_for(event, kind, mine)
-        if told is None:  # the times when its deliveries began are in the order of its process, too
-            told, self._is_large = {}, True
-            self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
-            deliveries.append(told)
-        chars = take_event(told, event, kind, timestamp)
-        if len(deliveries) > MAX_DELIVERIES:
-            deliveries.remove(min(deliveries, key=age_of))
-        groups = grouped(deliveries)
-        newest, *joined = groups[-1]
-        *others, last = [one for one in deliveries if process_in(one) == process_in(newest)]
-        takes_next = newest is last and "began" in newest and not joined and all(one["state"] in ENDED for one in others)
-        self._newest[uuid] = newest if takes_next else TAKES_NONE
-        record = self._record(uuid)
-        record.update(merged(groups))
-        return record, chars
+    def _show(self) -> None:
+        """Bring `tasks` up to date with what has been told of deliveries, and forget what is too much."""
+        changed, self._changed = self._changed, {}
+        for uuid, (before, parent) in changed.items():
+            task = self._tasks.pop(uuid)
+            if uuid in self._deliveries:
+                task = vars(Record())
+                task.update(merged(self._deliveries[uuid]))
+                task["uuid"], task["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
+            self._tasks[uuid] = task  # now the last
+            if task["state"] != before:
+                self._lists[LISTS.get(before, ACTIVE)].pop(uuid, None)
+                self._lists[LISTS.get(task["state"], ACTIVE)][uuid] = None
+            if task["state"] in FINISHED:  # have what is equal in other tasks but once
+                if task.get("root_id") == uuid:
+                    task["root_id"] = uuid
+                for key in ("name", "kwargs"):
+                    if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
+                        task[key] = sys.intern(task[key])
+            if id_of(task.get("parent_id")) != parent:
+                self._disown(uuid, parent)
+                self._adopt(uuid, id_of(task.get("parent_id")))
+        self._evict(len(self._tasks) - max(1, self.max_tasks_in_memory))
 
-    def _enter(self, uuid: str, task: dict[str, Any], before: str | None) -> None:
-        """List a task where those of its state are, and last of all; `before` is None if it is new."""
-        state = task["state"]
-        if before is not None:
-            del self.tasks[uuid]
-        self.tasks[uuid] = task  # now the last
-        if state == before:
-            return
-        if before is not None:
-            del self._lists.get(before, self._active)[uuid]
-        self._lists.get(state, self._active)[uuid] = None
-        if state in FINISHED:  # have what is equal in other tasks but once
-            if task.get("root_id") == uuid:
-                task["root_id"] = uuid
-            for key in ("name", "kwargs"):
-                if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
-                    task[key] = sys.intern(task[key])
-
-    def _adopt(self, uuid: str, parent: Any) -> None:
+    def _adopt(self, uuid: str, parent: str) -> None:
         """Enter a task among the children of its parent, whether that is known yet or not."""
-        parent = id_of(parent)
         if parent:
             children = self._children.setdefault(parent, [])
             insort(children, uuid)
-            if parent in self.tasks:
-                self.tasks[parent]["children"] = children
+            if parent in self._tasks:
+                self._tasks[parent]["children"] = children
 
-    def _disown(self, uuid: str, parent: Any) -> None:
+    def _disown(self, uuid: str, parent: str) -> None:
         """Enter a task no longer among its parent's children."""
-        parent = id_of(parent)
         if parent:
             children = self._children[parent]
             del children[bisect_left(children, uuid)]
             if not children:
                 del self._children[parent]
-                if parent in self.tasks:
-                    self.tasks[parent]["children"] = NO_CHILDREN
+                if parent in self._tasks:
+                    self._tasks[parent]["children"] = NO_CHILDREN
 
-    def _evict(self) -> None:
-        """Forget a task to make room."""
-        self.evicted += 1
-        self._forget(self._oldest())
-
-    def _oldest(self) -> str:
-        """Return the task to forget: the oldest successful one, else finished one, else one only sent, else any."""
-        return next(chain(self._succeeded, self._failed, self._pending, self._active))
+    def _evict(self, tasks: int) -> None:
+        """Forget the oldest successful tasks, else finished ones, else those only sent, else any."""
+        for uuid in list(islice(chain(*self._lists), max(0, tasks))):  # all at once: to find the first takes long
+            self._forget(uuid)
+            self._evicted += 1
 
     def _forget(self, uuid: str) -> None:
-        task = self.tasks.pop(uuid)
-        del self._lists.get(task["state"], self._active)[uuid]
-        self._disown(uuid, task.get("parent_id"))
-        self._sent.pop(uuid, None)
+        task = self._tasks.pop(uuid)
+        del self._lists[LISTS.get(task["state"], ACTIVE)][uuid]
+        self._disown(uuid, id_of(task.get("parent_id")))
         self._deliveries.pop(uuid, None)
-        self._newest.pop(uuid, None)
 
-    def _weigh(self, event: Mapping[str, Any]) -> None:
-        """Count the bytes of the last event; of a large one keep a copy of its own, with what is nested as JSON."""
-        size = weight_of(event)
+    def _weigh(self, size: int) -> None:
+        """Count the bytes of what is kept. When they are too many, forget large values, else half of the tasks, else all."""
         self._weight += size
-        if size > LARGE or len(event) > 2 * MAX_FIELDS:
-            kept = NOT_FIELDS & event.keys()
-            fields = {**dict(islice(event.items(), 2 * MAX_FIELDS)), **{key: event[key] for key in kept}}
-            large = {key: value for key, value in fields.items() if type(value) is not str and bytes_of(value) > LARGE}
-            texts = {key: format_json(value).decode() for key, value in large.items()}
-            self._weight += sum(map(len, texts.values()))
-            copy = new_event(Event)
-            copy.update({**fields, **texts})
-            for events in (self.recent, self.notes):
-                if events and events[-1] is event:
-                    events[-1] = copy
-            hostname = process_of(event)[0]
-            if hostname:
-                self._last[hostname] = copy
-            for record in self._records(id_of(event.get("uuid")), hostname):
-                record.update((key, text) for key, text in texts.items() if record.get(key) is large[key])
-        if self._weight > MAX_STATE:
-            self._slim()
-
-    def _records(self, uuid: str, hostname: str) -> Iterator[dict[str, Any]]:
-        """Yield all that is kept of a task and of a worker."""
-        yield from (self.tasks[uuid], *self._deliveries.get(uuid, ())) if uuid in self.tasks else ()
-        if hostname in self.workers:
-            yield from (self.workers[hostname], *self._processes[hostname].values())
-
-    def _slim(self) -> None:
-        """Weigh all that is kept. Until it is little, forget large values, the oldest first, then tasks, then all."""
-        records: list[Any] = [record for uuid in self.tasks for record in self._records(uuid, "")]
-        records += [record for hostname in self.workers for record in self._records("", hostname)]
-        records += {id(event): event for event in (*self._last.values(), *self.notes, *self.recent)}.values()
-        self._weight, enough = sum(map(weight_of, records)), MAX_STATE // 2
-        places: dict[int, list[tuple[Any, str]]] = {}  # of a large value, which several may have in common
-        for record, key, value in ((one, *item) for one in records for item in one.items()):
-            if type(value) is str and bytes_of(value) > LARGE:
-                if places.setdefault(id(value), []):
-                    self._weight -= bytes_of(value)
-                places[id(value)].append((record, key))
+        if self._weight <= MAX_STATE:
+            return
+        self._show()
+        records: list[Any] = [*chain(*self._deliveries.values()), *self._tasks.values(), *self.workers.values()]
+        records += chain(*map(dict.values, self._processes.values()), self._last.values(), self.notes, self.recent)
+        records = list({id(record): record for record in records}.values())
+        self._weight = sum(map(bytes_of, records))
+        places: dict[int, list[tuple[Any, str]]] = {}  # of a large text, in the order in which it came
+        for record in records:
+            for key, value in record.items():
+                if type(value) is str and len(value) > LARGE:
+                    places.setdefault(id(value), []).append((record, key))
         for found in places.values():
-            if self._weight > enough:
-                self._weight -= bytes_of(found[0][0][found[0][1]])
-                self.evicted += 1
-                for record, key in found:
-                    record[key] = FORGOTTEN
-        while self._weight > enough and self.tasks:
-            self._weight -= sum(map(weight_of, self._records(self._oldest(), "")))
-            self._evict()
-        if self._weight > enough:
+            if self._weight <= MAX_STATE // 2:
+                return
+            self._evicted += 1
+            for record, key in found:
+                self._weight -= bytes_of(record[key])
+                record[key] = FORGOTTEN
+        if self._tasks:
+            self._evict(len(self._tasks) // 2 + 1)
+        else:
             for kept in (self.workers, self._processes, self._gone, self._last, self.notes, self.recent):
                 kept.clear()
 
