@@ -2453,10 +2453,8 @@ FORGOTTEN = "(forgotten: State was full)"
 
 
 def chars_of(event: Mapping[str, Any]) -> int:
-    """Return how many characters the texts of an event have; more than LARGE if other things may take much, too."""
-    if not USUAL.issuperset(event):
-        return LARGE + 1
-    chars = 0
+    """Return how many characters the texts of an event have; more than LARGE if anything is nested."""
+    chars = 0 if USUAL.issuperset(event) else sum([100 + len(str(key)) for key in event if key not in USUAL])
     for value in event.values():
         if type(value) is str:
             chars += len(value)
