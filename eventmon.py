@@ -81,7 +81,7 @@ from weakref import WeakSet, finalize
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn, TypeVar
 
     Source = tuple[str, int]
@@ -2241,7 +2241,6 @@ TASK_FIELDS = (  # that most tasks have
     + ("queue", "exchange", "routing_key", "exception", "traceback", "failed", "retried", "expires")
 )
 USUAL = NOT_FIELDS.union(TASK_FIELDS, ("eta",))
-NOTHING: frozenset[str] = frozenset()
 MAX_FIELDS = 60  # of a task or a worker from its events
 MAX_NAME = 255  # characters of a uuid, a hostname, or the name of a field
 NO_PID = -1
@@ -2303,7 +2302,7 @@ for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep th
 def age_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sorts deliveries, the newest last."""
     if "began" not in told:
-        return False, attempt_of(told), told["sent"], told.get("client", "")
+        return False, attempt_of(told), told["sent"], told.get("client", ""), number(told.get("clock"), -inf)
     return True, attempt_of(told), told["began"], process_in(told)
 
 
@@ -2313,7 +2312,7 @@ def advance_of(told: Mapping[str, Any]) -> tuple[Any, ...]:
     return state in ENDED, RANKS.get(state, CUSTOM_RANK), told["timestamp"], process_in(told)
 
 
-def take_fields(record: dict[str, Any], event: Mapping[str, Any], skipped: frozenset[str]) -> None:
+def take_fields(record: dict[str, Any], event: Mapping[str, Any], skipped: Collection[str] = ()) -> None:
     """Put an event's fields into a dict that has room for MAX_FIELDS: null never overwrites."""
     for key, value in event.items():
         if value is None or key in skipped:
@@ -2334,18 +2333,23 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     take_fields(told, event, skipped)
 
 
-def goes_on(task: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
-    """Whether an event belongs to the only delivery that is known of its task."""
-    retries = event.get("retries")
-    if "began" not in task or kind.time in ("sent", "received") or retries is not None and retries != task.get("retries"):
+def goes_on(told: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+    """Whether an event is of the process and the attempt of a delivery."""
+    if event.get("pid") != told.get("pid") or event.get("hostname") != told.get("worker"):
         return False
-    return event.get("pid") == task.get("pid") and event.get("hostname") == task.get("worker")
+    retries = event.get("retries")
+    return (retries is None or retries == told.get("retries")) and "began" in told
 
 
-def delivery_for(event: Mapping[str, Any], kind: Kind, mine: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the one of a process's deliveries, oldest first, that an event belongs to; None if it begins one."""
-    if kind.time in ("sent", "received") or not mine:
+def delivery_for(event: Mapping[str, Any], kind: Kind, deliveries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the one of a task's deliveries, in the order of each process, that an event belongs to; None if it begins one."""
+    if kind.time in ("sent", "received"):
         return None
+    alone = len(deliveries) == 1 or len(deliveries) == 2 and "began" not in deliveries[0]
+    if alone and goes_on(deliveries[-1], event):
+        return deliveries[-1]
+    process = process_of(event)
+    mine = [told for told in deliveries if "began" in told and process_in(told) == process]
     if isinstance(event.get("retries"), (int, float)):
         unknown = [told for told in mine if "retries" not in told and told["state"] not in ENDED]
         mine = [told for told in mine if attempt_of(told) == attempt_of(event)] or unknown
@@ -2377,23 +2381,15 @@ def grouped(deliveries: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [sorted(group, key=advance_of) for group in groups]
 
 
-def sent_once(deliveries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether they are a task-sent and one delivery."""
-    return len(deliveries) == 2 and "began" not in deliveries[0] and "began" in deliveries[1]
-
-
 def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what all deliveries together tell of their task."""
-    groups = [[told] for told in deliveries] if sent_once(deliveries) else grouped(deliveries)
+    groups = grouped(deliveries)
     shown: dict[str, Any] = {}
     for group in groups:
         if group is groups[-1]:
             for key in OWN & shown.keys():
                 del shown[key]
         for told in group:
-            if not shown:
-                shown.update(told)
-                continue
             if "exception" in told or "traceback" in told:  # which belong together
                 shown.pop("exception", None)
                 shown.pop("traceback", None)
@@ -2444,23 +2440,29 @@ def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: told.get(key) for key in keys}, "ended": ends[0] if ends else None}
 
 
-FLAT = frozenset((int, float, bool, type(None)))
-MAX_SMALL = 400  # characters of the values of an event that is not weighed
-LARGE = 4096  # characters of a value that may be forgotten when all takes too much
+FLAT = frozenset((str, int, float, bool, type(None)))
+SHORT = 64  # characters of a text that is not weighed
+LONG = 1 << 64
+LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
-MAX_STATE = 128 << 20  # bytes of what is weighed; what is not, since it is small, takes less than the rest of 256 MiB
+MAX_STATE = 128 << 20  # bytes of all that is kept of events; tables of names and times take less than as much again
 FORGOTTEN = "(forgotten: State was full)"
 
 
-def chars_of(event: Mapping[str, Any]) -> int:
-    """Return how many characters the texts of an event have; more than LARGE if anything is nested."""
-    chars = 0 if USUAL.issuperset(event) else sum([100 + len(str(key)) for key in event if key not in USUAL])
+def size_of(event: Mapping[str, Any]) -> int:
+    """Return how many bytes of an event are worth counting; more than LARGE if a value is nested or a long number."""
+    size = 0 if USUAL.issuperset(event) else sum(map(sys.getsizeof, chain(event, event.values())))
     for value in event.values():
-        if type(value) is str:
-            chars += len(value)
-        elif type(value) not in FLAT:
+        kind = type(value)
+        if kind is str:
+            if len(value) > SHORT:
+                size += sys.getsizeof(value)
+        elif kind is int:
+            if not -LONG < value < LONG:
+                return LARGE + 1
+        elif kind not in FLAT:
             return LARGE + 1
-    return chars
+    return size
 
 
 def compact(event: Mapping[str, Any]) -> Event:
@@ -2468,9 +2470,9 @@ def compact(event: Mapping[str, Any]) -> Event:
     copy = new_event(Event)
     for key in (*islice(event, 2 * MAX_FIELDS), *NOT_FIELDS & event.keys()):
         value = event[key]
-        if isinstance(value, (dict, list, tuple)):
+        if type(value) not in FLAT:
             text = format_json(value).decode()
-            value = text if len(text) > NESTED else value
+            value = text if len(text) > NESTED else json.loads(text)
         copy[key] = value
     return copy
 
@@ -2489,7 +2491,7 @@ def bytes_of(value: Any) -> int:
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_TYPE = 100  # characters of an event type that tell it from others
-MAX_TYPES = 200  # event types counted apart in a tick; the others are counted together
+MAX_TYPES = 100  # event types counted apart in a tick; the others are counted together
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_CHANGED = 1000  # tasks that events have changed until State.tasks is brought up to date
 MAX_DELIVERIES = 32  # of a task
@@ -2552,7 +2554,7 @@ class State:
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self._evicted = 0
         self._tasks: dict[str, dict[str, Any]] = {}  # the latest event's last; a dict may be its only delivery's, too
-        self._changed: dict[str, tuple[str, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _show()
+        self._changed: dict[str, tuple[Any, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _show()
         self._lists: tuple[dict[str, None], ...] = ({}, {}, {}, {})  # of uuids, in the order in which they are forgotten
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that had several
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
@@ -2587,7 +2589,10 @@ class State:
 
     @property
     def tasks(self) -> dict[str, dict[str, Any]]:
-        """Return uuid -> dict of every task in memory, the one that something new was heard of last is the last."""
+        """Return uuid -> dict of every task in memory, the one that something new was heard of last is the last.
+
+        After events, read it anew: what was returned before is not brought up to date.
+        """
         with self._lock:
             if self._changed:
                 self._show()
@@ -2603,10 +2608,12 @@ class State:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event: count it, call the callback, then the method for its type. Any fields do no harm."""
         with self._lock:
-            chars = chars_of(event)
-            kept = event if chars <= LARGE else compact(event)
-            if chars > MAX_SMALL:
-                self._weigh(bytes_of(kept) if chars > LARGE else 4 * chars)
+            size, kept = size_of(event), event
+            if size:
+                if size > LARGE:
+                    kept = compact(event)
+                    size = bytes_of(kept)
+                self._weight += size
             type_name = kept.get("type")
             type_name = type_name[:MAX_TYPE] if type(type_name) is str else ""
             self.event_count += 1
@@ -2630,6 +2637,8 @@ class State:
                 self._task(kept, kind_of(type_name))
             else:
                 self.notes.append(kept)
+            if self._weight > MAX_STATE:
+                self._slim()
 
     task_sent = taking("task-sent", "A client has sent the task: PENDING, if nothing else is known.")
     task_started = taking("task-started", "A worker has started the task: STARTED.")
@@ -2678,7 +2687,8 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            deliveries = self._deliveries.get(uuid) or [task for task in (self.tasks.get(uuid),) if task]
+            task = self.tasks.get(uuid)
+            deliveries = self._deliveries.get(uuid) or [task] if task else []
             return [attempt(merged(group)) for group in grouped(deliveries) if "began" in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -2873,7 +2883,7 @@ class State:
         if speakers:  # a worker of Celery's speaks for the processes of its pool, which never say goodbye
             speakers = [one for one in processes.values() if "sw_ident" in one]
         for one in sorted(speakers or processes.values(), key=last_word):
-            take_fields(worker, one, NOTHING)
+            take_fields(worker, one)
         if self.on_node_join and worker["status"] == "alive" and (before != "alive" or type_name == "worker-online"):
             self.on_node_join(worker)
         if self.on_node_leave and worker["status"] != "alive" and before in ("alive", ""):
@@ -2897,58 +2907,45 @@ class State:
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
+        if len(self._changed) >= MAX_CHANGED:
+            self._show()
         task = self._tasks.get(uuid)
-        if task is None:
-            if len(self._changed) >= MAX_CHANGED:
-                self._show()
-            self._changed[uuid] = "", ""
-            task = self._tasks[uuid] = vars(Record())
-            task["uuid"], task["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
-            self._begin(task, event, kind, timestamp)
-        else:
-            uuid = task["uuid"]  # the same str everywhere
-            before = self._changed.pop(uuid, None)
-            self._changed[uuid] = before or (task["state"], id_of(task.get("parent_id")))
-            if uuid in self._deliveries or not goes_on(task, event, kind):
-                task = self._delivery(task, event, kind, timestamp)
-        take_event(task, event, kind, timestamp)
+        told = None if task is None else delivery_for(event, kind, self._deliveries.get(uuid) or [task])
+        if told is None:
+            told = self._begin(uuid, event, kind, timestamp)
+        task = self._tasks[uuid]
+        uuid = task["uuid"]  # the same str everywhere
+        before = self._changed.pop(uuid, None)
+        self._changed[uuid] = before or (task.get("state"), id_of(task.get("parent_id")))
+        take_event(told, event, kind, timestamp)
 
-    def _delivery(self, task: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
-        """Return the delivery of a task that an event belongs to."""
-        uuid = task["uuid"]
-        deliveries = self._deliveries.setdefault(uuid, [])
-        if not deliveries:
-            deliveries.append(task)
-        elif sent_once(deliveries) and goes_on(deliveries[1], event, kind):
-            return deliveries[1]
-        process = process_of(event)
-        mine = [one for one in deliveries if "began" in one and process_in(one) == process]
-        told = delivery_for(event, kind, mine)
-        if told is None:  # the times when its deliveries began are in the order of its process, too
-            told = vars(Record())
-            self._begin(told, event, kind, max([timestamp, *(before["began"] for before in mine)]))
-            deliveries.append(told)
-            if len(deliveries) > MAX_DELIVERIES:
-                deliveries.remove(min(deliveries, key=age_of))
-        if len(deliveries) > 2:
-            self._weigh(LARGE)
-        return told
-
-    def _begin(self, told: dict[str, Any], event: Mapping[str, Any], kind: Kind, timestamp: float) -> None:
-        """Begin a delivery with an event of it, whose process is known as a worker from now on; or a task-sent."""
-        hostname, pid = process_of(event)
+    def _begin(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
+        """Return a new delivery, whose process is known as a worker from now on; or what a task-sent tells."""
+        hostname, pid = process = process_of(event)
+        told = vars(Record())
         if kind.time == "sent":
             told["sent"] = timestamp
             if hostname:
                 told["client"] = hostname
-            return
-        told["began"] = timestamp
-        if hostname:
-            if pid not in self._processes.get(hostname, ()):
+        else:
+            if hostname and pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
-            told["worker"] = self.workers.get(hostname, event)["hostname"]  # a callback may have cleared all
-        if pid != NO_PID:
-            told["pid"] = pid
+            others = self._deliveries.get(uuid) or [self._tasks.get(uuid, {})]
+            mine = [one["began"] for one in others if "began" in one and process_in(one) == process]
+            told["began"] = max([timestamp, *mine])  # in the order of the process, too
+            if hostname:
+                told["worker"] = self.workers.get(hostname, event)["hostname"]  # a callback may have cleared all
+            if pid != NO_PID:
+                told["pid"] = pid
+        if uuid in self._tasks:
+            deliveries = self._deliveries.setdefault(uuid, [self._tasks[uuid]])
+            if len(deliveries) >= MAX_DELIVERIES:
+                deliveries.remove(min(deliveries, key=age_of))
+            deliveries.append(told)
+        else:
+            told["uuid"], told["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
+            self._tasks[uuid] = told
+        return told
 
     def _show(self) -> None:
         """Bring `tasks` up to date with what has been told of deliveries, and forget what is too much."""
@@ -2967,7 +2964,7 @@ class State:
                 if task.get("root_id") == uuid:
                     task["root_id"] = uuid
                 for key in ("name", "kwargs"):
-                    if type(task.get(key)) is str and len(task[key]) <= MAX_SMALL:
+                    if type(task.get(key)) is str and len(task[key]) <= MAX_NAME:
                         task[key] = sys.intern(task[key])
             if id_of(task.get("parent_id")) != parent:
                 self._disown(uuid, parent)
@@ -2992,9 +2989,9 @@ class State:
                 if parent in self._tasks:
                     self._tasks[parent]["children"] = NO_CHILDREN
 
-    def _evict(self, tasks: int) -> None:
+    def _evict(self, many: int) -> None:
         """Forget the oldest successful tasks, else finished ones, else those only sent, else any."""
-        for uuid in list(islice(chain(*self._lists), max(0, tasks))):  # all at once: to find the first takes long
+        for uuid in list(islice(chain(*self._lists), max(0, many))):  # all at once: to find the first takes long
             self._forget(uuid)
             self._evicted += 1
 
@@ -3004,28 +3001,28 @@ class State:
         self._disown(uuid, id_of(task.get("parent_id")))
         self._deliveries.pop(uuid, None)
 
-    def _weigh(self, size: int) -> None:
-        """Count the bytes of what is kept. When they are too many, forget large values, else half of the tasks, else all."""
-        self._weight += size
-        if self._weight <= MAX_STATE:
-            return
+    def _slim(self) -> None:
+        """Count the bytes of all that is kept. If they are too many, forget large texts, else half of the tasks, else all."""
         self._show()
         records: list[Any] = [*chain(*self._deliveries.values()), *self._tasks.values(), *self.workers.values()]
         records += chain(*map(dict.values, self._processes.values()), self._last.values(), self.notes, self.recent)
         records = list({id(record): record for record in records}.values())
-        self._weight = sum(map(bytes_of, records))
+        values = {id(value): value for record in records for value in record.values()}
+        self._weight = sum(map(sys.getsizeof, records)) + sum(map(bytes_of, values.values()))
+        if self._weight <= MAX_STATE * 3 // 4:
+            return
         places: dict[int, list[tuple[Any, str]]] = {}  # of a large text, in the order in which it came
         for record in records:
             for key, value in record.items():
                 if type(value) is str and len(value) > LARGE:
                     places.setdefault(id(value), []).append((record, key))
-        for found in places.values():
-            if self._weight <= MAX_STATE // 2:
-                return
+        for text, found in places.items():
+            self._weight -= bytes_of(values[text])
             self._evicted += 1
             for record, key in found:
-                self._weight -= bytes_of(record[key])
                 record[key] = FORGOTTEN
+            if self._weight <= MAX_STATE // 2:
+                return
         if self._tasks:
             self._evict(len(self._tasks) // 2 + 1)
         else:

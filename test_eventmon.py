@@ -2169,6 +2169,25 @@ def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory(
     assert state.tasks["u38"]["large"] == ["38"]
 
 
+def test_what_is_no_longer_kept_pushes_out_no_task(monkeypatch):
+    monkeypatch.setattr(eventmon, "MAX_STATE", 4 << 20)
+    state = state_of(*(task_event("started", uuid=str(n)) for n in range(200)))
+    for n in range(20_000):
+        state.event({"type": "order-new", "hostname": "w1", "timestamp": 2.0, "customer": "x", "numbers": [n]})
+    assert (len(state.tasks), state.evicted) == (200, 0)
+
+
+@pytest.mark.parametrize("call", [lambda state: state.tasks, lambda state: state.clear(ready=False)], ids=["read", "clear"])
+def test_a_callback_may_read_and_clear_at_any_moment(call):
+    state = State(on_node_join=lambda worker: call(state))
+    for subject, host in [("sent", "c"), ("received", "a"), ("received", "b"), ("", "b"), ("started", "d")]:
+        state.event(task_event(subject, host))
+        assert {state.tasks["t"]["state"]} == {state.attempts("t")[-1]["state"]} if subject != "sent" else True
+    assert [uuid for uuid, _ in state.iteractive()] == ["t"]
+    state.clear(ready=False)
+    assert state.tasks == {}
+
+
 JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started", "y" * 9999]
 
 
