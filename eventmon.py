@@ -574,7 +574,8 @@ class ReceiveWindow:
     def announce(self, lead: int, trail: int, now: float) -> list[Any]:
         """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
         self._expect(lead, now)
-        self._nak_at = min(self._nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
+        if self.next < self.end:
+            self._nak_at = min(self._nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         items = self._deliver(min(trail, self.end), is_loss=self._is_announced)
         self._is_announced = True
         return items
