@@ -3525,8 +3525,8 @@ def test_every_command_in_the_readme_runs(tmp_path, url):
             if is_endless := re.search("demo|watch --", line):
                 wait_until(lambda: dispatcher.send("task-progress") and select.select([process.stdout], [], [], 0.1)[0])  # noqa: B023
                 os.killpg(process.pid, signal.SIGTERM)
-            _, err = process.communicate(timeout=30)
-            assert (is_endless or process.returncode == 0) and b"Traceback" not in err, (line, err)
+            out, err = process.communicate(timeout=30)
+            assert (is_endless or process.returncode == 0) and b"Traceback" not in err, (line, out, err)
         bare = [line for line in lines if "nc -u" in line]  # may be lost: then somebody sends it again
         wait_until(lambda: types <= {event.type for event in events} or [subprocess.call(line, shell=True) for line in bare] == 0)
 
