@@ -396,9 +396,10 @@ def virtual(monkeypatch):
     return it
 
 
-COMPILED = os.path.join(tempfile.mkdtemp(), "eventmon.pyc")  # once: each start of the source would do it anew
+FOLDER = tempfile.mkdtemp()
+COMPILED = os.path.join(FOLDER, "eventmon.pyc")  # once: each start of the source would do it anew
 py_compile.compile(str(MODULE), COMPILED, doraise=True)
-atexit.register(shutil.rmtree, os.path.dirname(COMPILED), ignore_errors=True)
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 PROGRAM = shlex.join([sys.executable, COMPILED])
 
 
@@ -417,7 +418,7 @@ def together(commands, input=b"", **options):
 
 def python(code, *options):
     """Run a program beside the module, which says nothing on standard error; return its standard output."""
-    ((status, out, errors),) = together([[sys.executable, *options, "-c", code]], cwd=MODULE.parent)
+    ((status, out, errors),) = together([[sys.executable, *options, "-c", code]], cwd=FOLDER)
     assert (status, errors) == (0, [])
     return out
 
@@ -1804,7 +1805,7 @@ def test_many_senders_that_start_and_end_together_lose_nothing():
     code = "import sys\nfrom eventmon import Dispatcher\nwith Dispatcher(hostname=sys.argv[1]) as d:\n"
     code += "    for n in range(300): d.send('step', n=n)"
     with watching() as (receiver, events):
-        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=MODULE.parent) for n in range(8)]
+        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=FOLDER) for n in range(8)]
         assert [sender.wait(60) for sender in senders] == [0] * 8
         wait_until(lambda: len(events) == 8 * 300)
         assert receiver.stats["lost"] == 0
@@ -1936,7 +1937,7 @@ def test_an_interface_that_goes_and_comes_again_is_used_again(tmp_path):
     if not shutil.which("ip"):
         pytest.skip("ip is not here")
     (tmp_path / "comes_back.py").write_text(COMES_BACK)
-    python_path = f"ip link set lo up; PYTHONPATH={shlex.quote(str(MODULE.parent))} {shlex.quote(sys.executable)}"
+    python_path = f"ip link set lo up; PYTHONPATH={shlex.quote(FOLDER)} {shlex.quote(sys.executable)}"
     out = namespace(f"{python_path} comes_back.py 2>&1 || true", tmp_path)
     if "Unknown device type" in out or "Operation not" in out:
         pytest.skip("no interface can be made here")
@@ -2175,9 +2176,9 @@ def test_the_oldest_large_values_are_forgotten_before_they_take_too_much_memory(
 
 
 def test_what_is_no_longer_kept_pushes_out_no_task(monkeypatch):
-    monkeypatch.setattr(eventmon, "MAX_STATE", 4 << 20)
+    monkeypatch.setattr(eventmon, "MAX_STATE", 3 << 20)
     state = state_of(*(task_event("started", uuid=str(n)) for n in range(200)))
-    for n in range(20_000):
+    for n in range(5_000):
         state.event({"type": "order-new", "hostname": "w1", "timestamp": 2.0, "customer": "x", "numbers": [n]})
     assert (len(state.tasks), state.evicted) == (200, 0)
 
@@ -2825,7 +2826,7 @@ def terminal(*words, command=(), rows=24, columns=80, **environment):
     """eventmon.py, or another command, on a pseudo-terminal."""
     if pty is None:
         pytest.skip("no pseudo-terminal here")
-    it = Terminal([*command] or [sys.executable, str(MODULE), *words], rows, columns, environment)
+    it = Terminal([*command] or [sys.executable, COMPILED, *words], rows, columns, environment)
     try:
         yield it
     finally:
@@ -2843,7 +2844,7 @@ def recording(tmp_path):
 
 
 def in_python(program):
-    return {"command": [sys.executable, "-c", program], "PYTHONPATH": str(MODULE.parent)}
+    return {"command": [sys.executable, "-c", program], "PYTHONPATH": FOLDER}
 
 
 def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed_and_quits():
@@ -2977,7 +2978,7 @@ def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
 def test_capture_events_prints_lines_where_there_is_no_terminal():
     program = "import eventmon; s = eventmon.State(lambda s, e: s.event_count == 3 and exit(7)); eventmon.capture_events(state=s)"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=MODULE.parent, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         wait_until(somebody_watches)
         with Dispatcher(hostname="w1") as dispatcher:
             for n in range(3):
@@ -3000,7 +3001,7 @@ def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout_and_leaves
         eventmon.capture_events(receiver)
         print("the same" if before == look() else (before, look()))
     """
-    ((status, *_),) = together([[sys.executable, "-c", program.format("receiver.close()")]], cwd=MODULE.parent)
+    ((status, *_),) = together([[sys.executable, "-c", program.format("receiver.close()")]], cwd=FOLDER)
     assert status == 0  # in lines
     stopping = in_python(program.format("receiver.should_stop = True"))
     with terminal(**stopping, EVENTMON_URL=new_url()) as one, terminal("watch", "--timeout", "0.2") as two:
