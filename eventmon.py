@@ -1413,9 +1413,10 @@ class Dispatcher:
                         self._beat(b"beat", now)
                 if self._outbox and self._stream:
                     self._send_outbox()
-                if self._freq and self.enabled and now >= self._work_at:
+                if self._freq and now >= self._work_at:
                     self._work_at = now + self._freq
-                    self._send_worker("worker-heartbeat")
+                    if self.enabled:
+                        self._send_worker("worker-heartbeat")
             except Exception as problem:  # noqa: BLE001 - whatever it is, the Dispatcher is not to fall silent
                 self._count_error(problem)
                 time.sleep(BEAT)

@@ -647,7 +647,7 @@ class VirtualThread:
     """A Dispatcher's thread; in its turn it runs from one wait to the next."""
 
     def __init__(self, network, target):
-        self.network, self.target = network, target
+        self.network, self.target, self.owner = network, target, target.__self__
         self.due, self.files = -math.inf, ()
 
     def start(self):
@@ -671,7 +671,7 @@ class VirtualWatcher:
     def __init__(self, network, key):
         self.network, self.batch = network, network.dice.choice((None, None, 3))
         self.receiver = Receiver(network.url(), key=key)
-        self.due, self.files, self.heard = -math.inf, (self.receiver.channel,), {}
+        self.due, self.files, self.heard, self.owner = -math.inf, (self.receiver.channel,), {}, self.receiver
         network.everybody.append(self)
 
     def turn(self):
@@ -752,14 +752,19 @@ class VirtualSender:
 
     def kill(self):
         """Its process is gone, without a word."""
-        self.is_over = self.is_killed = True
+        self.is_killed = True
         self.network.dead.add(int(self.url.partition("=")[2]))
-        self.events.close()
+        self.close()
 
     def end(self, watchers, timeout=5.0):
         self.confirmed, self.known = self.events.flush(timeout), self.events.stats["watchers"]
-        self.is_over, self.watchers = True, watchers
+        self.watchers = watchers
+        self.close()
+
+    def close(self):
+        self.is_over = True
         self.events.close()
+        self.network.everybody = [each for each in self.network.everybody if each.owner is not self.events]
 
 
 def simulate(seed, monkeypatch):
@@ -839,6 +844,16 @@ def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(seed, m
     for number in range(seed, seed + 60):
         with monkeypatch.context() as patch:
             simulate(number, patch)
+
+
+def test_a_worker_that_is_disabled_sleeps(monkeypatch):
+    network = Network(monkeypatch, random.Random(1), 0.0, 0.0, 0.001, 1 << 20, 8 << 20)
+    with Dispatcher(network.url(), freq=1.0) as dispatcher:
+        (thread,), turns = network.everybody, []
+        dispatcher.disable()
+        monkeypatch.setattr(thread, "target", lambda target=thread.target: turns.append(network.now) or target())
+        network.run(5.0)
+    assert 5 < len(turns) < 50
 
 
 # --- URL and sockets ---
