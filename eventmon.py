@@ -2418,7 +2418,7 @@ SHORT = 64  # characters of a text that is not weighed
 LONG = 1 << 64
 LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
-MAX_STATE = 128 << 20  # bytes of all that is kept of events; tables of names and times take less than as much again
+MAX_STATE = 128 << 20  # bytes of what is weighed; the rest, which is short, takes less than as much again
 FORGOTTEN = "(forgotten: State was full)"
 
 
@@ -2526,7 +2526,7 @@ class State:
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self._evicted = 0
-        self._tasks: dict[str, dict[str, Any]] = {}  # the latest event's last; a dict may be its only delivery's, too
+        self._tasks: dict[str, dict[str, Any]] = {}  # the latest event's last; a task of one delivery is the dict of that
         self._changed: dict[str, tuple[Any, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _show()
         self._lists: tuple[dict[str, None], ...] = ({}, {}, {}, {})  # of uuids, in the order in which they are forgotten
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that had several
@@ -2534,7 +2534,7 @@ class State:
         self._processes: dict[str, dict[float, dict[str, Any]]] = {}  # hostname -> pid -> status and fields, of workers
         self._gone: set[str] = set()  # hostnames with a process that is not alive
         self._last: dict[str, Mapping[str, Any]] = {}  # hostname -> its last event
-        self._weight = 0  # bytes that all of it takes at most, but for what is small
+        self._weight = 0  # bytes that came since _slim() counted what is kept, and those
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
         self._turn({})
