@@ -1761,7 +1761,7 @@ class Receiver:
     `handlers` maps event types to callables that take an Event; "*" gets what has no handler of its own. `key` is as
     in Dispatcher. ValueError for a bad url; OSError when the socket cannot be opened, at first use. Set
     `should_stop` to end a capture, from a handler or another thread. One thread at a time may receive. `problem` says
-    why something was rejected last; None if nothing was.
+    why something was rejected last; None if nothing was. `closed` counts how often close() was called.
     """
 
     MAX_STREAMS = 4096
@@ -1783,6 +1783,7 @@ class Receiver:
         self.url = url_from(url)
         self.handlers = dict(handlers or {})
         self.should_stop = False
+        self.closed = 0
         self.problem: WireError | None = None
         self.name = int.from_bytes(os.urandom(7), "big")
         self._url = parse_url(self.url)
@@ -1841,6 +1842,7 @@ class Receiver:
 
     def close(self) -> None:
         """Confirm what has come and close the channel, which ends a capture; the next one opens it again."""
+        self.closed += 1
         channel, self._channel = self._channel, None
         if channel:
             for stream in list(self._streams.values()):
@@ -3073,9 +3075,9 @@ HELP = """\
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
 Enter, i        everything about it; of a name, its tasks
 t r e           traceback or result of the task; its events, or the worker's
-/               filter as you type; Enter keeps the filter, Escape drops it:
-                resize alpha finds rows with both, state:failure,retry either in
-                that column; so name: worker: type: uuid:
+/               filter as you type; Enter keeps it, Escape drops it:
+                resize alpha finds rows with both words, state:failure,retry
+                either in that column; so name: worker: type: uuid:
 s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
@@ -3881,14 +3883,14 @@ def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
 
 def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeup: bool = True) -> Feed:
     """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
-    heard, patience = time.monotonic(), inf if timeout is None else timeout
+    heard, patience, closed = time.monotonic(), inf if timeout is None else timeout, receiver.closed
     while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
-        begun, left = time.monotonic(), min(longest, left)
-        for event in receiver.itercapture(DRAIN, left, wakeup):
+        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
             heard = time.monotonic()
             yield event
-        if heard < begun and time.monotonic() < begun + left:
-            return  # another thread has closed it
+        if receiver.closed > closed:
+            receiver.close()  # who waits for it may have opened it again
+            return
         yield None
 
 
@@ -4172,7 +4174,7 @@ class Monitor:
             left = self._receiver.pause(left) if self._receiver else left * self._ended
             try:
                 ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
-            except ValueError:  # it takes only the first 1,024 files
+            except (OSError, ValueError):  # one has just been closed; it takes only the first 1,024 files
                 wait_for(left, *files)
             if self._take() or time.monotonic() >= until:
                 break

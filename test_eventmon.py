@@ -2702,7 +2702,8 @@ def test_the_header_says_what_was_lost_rejected_or_evicted():
 
 
 def test_help_tells_of_every_key():
-    text = shown(State(), typed(State(), "?"), 40)
+    text = shown(State(), typed(State(), "?"))
+    assert eventmon.HELP in text  # no line of it is broken
     for key in [key for key in eventmon.KEYS if not re.match(r"KEY_|\^", key)]:
         name = {"esc": "Escape", "tab": "Tab", "enter": "Enter"}.get(key, key)
         assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), key
@@ -2993,20 +2994,24 @@ def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout_and_leaves
         before = look()
         threading.Thread(target=end).start()
         eventmon.capture_events(receiver)
+        receiver.fileno()
         print("the same" if before == look() else (before, look()))
     """
-    ((status, *_),) = together([[sys.executable, "-c", program.format("receiver.close()")]], cwd=MODULE.parent)
+    closing, stopping = (in_python(program.format(end)) for end in ("receiver.close()", "receiver.should_stop = True"))
+    ((status, *_),) = together([closing["command"]], cwd=MODULE.parent)
     assert status == 0  # in lines
-    stopping = in_python(program.format("receiver.should_stop = True"))
-    with terminal(**stopping, EVENTMON_URL=new_url()) as one, terminal("watch", "--timeout", "0.2") as two:
-        with terminal("watch", "--limit", "2") as three, Dispatcher() as dispatcher:
-            three.wait_for("no events yet")
-            dispatcher.send("hello")
-            dispatcher.send("hello")
-            for it in (one, two, three):
-                assert it.process.wait(20) == 0
-                assert it.is_restored()
-        one.wait_for("the same")
+    with ExitStack() as stack:
+        own = [stack.enter_context(terminal(**program, EVENTMON_URL=new_url())) for program in (closing, stopping)]
+        more = [stack.enter_context(terminal("watch", *words)) for words in (("--timeout", "0.2"), ("--limit", "2"))]
+        dispatcher = stack.enter_context(Dispatcher())
+        more[1].wait_for("no events yet")
+        dispatcher.send("hello")
+        dispatcher.send("hello")
+        for it in own + more:
+            assert it.process.wait(20) == 0
+            assert it.is_restored()
+        for it in own:
+            it.wait_for("the same")
 
 
 @pytest.mark.parametrize("seconds, least, most", [(0.0, 36, 40), (0.1, 3, 5)])
