@@ -3965,6 +3965,8 @@ class Terminal:
         curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
         curses.mouseinterval(0)
         window.nodelay(True)
+        curses.raw()
+        curses.cbreak()  # raw but for signals: ctrl-S does not stop what is painted, and with it the monitor
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
         with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
@@ -3973,29 +3975,16 @@ class Terminal:
         """Return rows and columns; curses learns here that they have changed."""
         with suppress(OSError):
             columns, rows = os.get_terminal_size()
-            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
+            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns):
                 self._curses.resizeterm(rows, columns)
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
     def forget(self, used: bool = False) -> None:
         """Let the next picture be painted as a whole: what the terminal shows is not known, or it was used by others."""
-        if used and self.is_ready():
+        if used:
             self._curses.endwin()  # the next refresh() sets the terminal up again: kill -STOP left it to the shell
         self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
-
-    def is_ready(self) -> bool:
-        """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
-        return bool(select.select([], [sys.stdout], [], 0)[1])
-
-    def release(self) -> None:
-        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
-        import termios
-
-        with suppress(OSError, termios.error):  # of a terminal that has gone
-            if not self.is_ready():
-                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
-                termios.tcflow(sys.stdout, termios.TCOON)
 
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
@@ -4097,16 +4086,13 @@ class Monitor:
         from signal import SIGCONT
 
         terminal = Terminal(window)
-        try:
-            self._take()
-            while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
-                with suppress(BlockingIOError):  # no signal came
-                    terminal.forget(SIGCONT in self._wake.recv(4096))
-                    self._drawn = None
-                height, width = terminal.size()
-                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
-        finally:
-            terminal.release()
+        self._take()
+        while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+            with suppress(BlockingIOError):  # no signal came
+                terminal.forget(SIGCONT in self._wake.recv(4096))
+                self._drawn = None
+            height, width = terminal.size()
+            self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
 
     def _take(self) -> bool:
         """Take some events; return whether there were others than heartbeats, or the feed has ended."""
@@ -4157,12 +4143,12 @@ class Monitor:
         due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once
         rows = self._find(stage, now)
         picture = self._rows_of, self._view, self._changes(stage)
-        if picture != self._drawn and now >= due and terminal.is_ready():
+        if picture != self._drawn:
+            if now < due:
+                return due - now
             terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
             self._drawn, self._painted = picture, time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
-        if picture != self._drawn:
-            return due - now if now < due else MAX_SLEEP  # the latter while the terminal takes nothing
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
