@@ -4043,8 +4043,7 @@ class Monitor:
         self._wake, self._waker = socket.socketpair()  # where Python writes the numbers of signals
         self._wake.setblocking(False)
         self._waker.setblocking(False)
-        self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
-        self._beats = 0  # heartbeats of workers
+        self._painted = self._due = time.monotonic()  # the last picture; when one may be next
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
@@ -4055,32 +4054,27 @@ class Monitor:
         import curses
         import signal
 
+        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
         def end(number: int, frame: object) -> NoReturn:
             for name in ending:
                 signal.signal(name, signal.SIG_IGN)  # the next one must not stop what puts the terminal back
             raise SystemExit(128 + number)
 
         os.environ.setdefault("ESCDELAY", "50")  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
-        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-        handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
-        before: dict[Any, Any] = {}
-        mine = threading.current_thread() is threading.main_thread()
-        wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False) if mine else -1
-        try:
-            for name, handler in handlers.items() if mine else ():
-                if signal.getsignal(name) != signal.SIG_IGN:
-                    before[name] = signal.signal(name, handler)
-            curses.wrapper(self._loop)
-        except curses.error:
-            if sys.stdin.isatty():
-                raise  # else the terminal has gone
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, signal.SIG_DFL if handler is None else handler)
-            if mine:
-                signal.set_wakeup_fd(wakeup)
-            self._wake.close()
-            self._waker.close()
+        with self._wake, self._waker, ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+                stack.callback(signal.set_wakeup_fd, wakeup)
+                for name in (*ending, signal.SIGCONT, signal.SIGWINCH):
+                    if signal.getsignal(name) != signal.SIG_IGN:
+                        before = signal.signal(name, end if name in ending else lambda *_: None)
+                        stack.callback(signal.signal, name, signal.SIG_DFL if before is None else before)
+            try:
+                curses.wrapper(self._loop)
+            except curses.error:
+                if sys.stdin.isatty():
+                    raise  # else the terminal has gone
 
     def _loop(self, window: Any) -> None:
         from signal import SIGCONT
@@ -4095,17 +4089,14 @@ class Monitor:
             self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
 
     def _take(self) -> bool:
-        """Take some events; return whether there were others than heartbeats, or the feed has ended."""
+        """Take some events; return whether there were any, or the feed has ended."""
         news, self._ended = False, True
         for event in islice(self._feed, DRAIN):
             self._ended = False
             if event is None:
                 break
             self._state.event(event)
-            is_beat = event.type == "worker-heartbeat"  # these alone make no new picture
-            self._beats += is_beat
-            news = news or not is_beat
-            self._heard = time.monotonic()
+            news = True
         return self._ended or news
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
@@ -4133,9 +4124,9 @@ class Monitor:
 
     def _changes(self, stage: Stage) -> Any:
         """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
-        counts = self._state.workers or time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
-        news = self._state.event_count - self._beats
-        return stage._replace(now=int(stage.now) if counts else 0), news, len(self._state.tasks)
+        state, now = self._state, stage.now
+        counts = state.workers or any(state.counts(1, 60.0, now)) or any(True for _ in state.iteractive())
+        return stage._replace(now=int(now) if counts else 0), state.event_count, len(state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
@@ -4152,7 +4143,7 @@ class Monitor:
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for keys, signals, and events that are news, which are taken."""
+        """Wait for keys, signals, and events, which are taken."""
         files, until = [sys.stdin, self._wake, *filter(None, [self._receiver])], time.monotonic() + longest
         ready: list[Any] = []
         while not ready or ready == [self._receiver]:
