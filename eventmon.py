@@ -3062,7 +3062,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
     "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
-    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
+    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
 HINTS = {
@@ -3233,12 +3233,6 @@ def known(table: Facts, key: Any) -> Facts:
     return table.get(key, {}) if isinstance(key, str) else {}
 
 
-def clock_error(worker: Facts) -> float:
-    """Return how many seconds a worker's clock is ahead of ours; 0 if it is near enough."""
-    ahead: float = worker.get("clock_offset", 0.0)
-    return ahead if abs(ahead) > 15 else 0.0
-
-
 def status_of(worker: Facts, stage: Stage) -> str:
     """Return whether a worker is alive, silent, LOST or ended."""
     status = worker.get("status", "unknown")
@@ -3260,10 +3254,11 @@ def state_of(task: Facts, stage: Stage) -> str:
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
     worker, until = worker_of(task, stage), stage.now
+    ahead: float = worker.get("clock_offset", 0.0)
     if stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
         heard: float = worker["heard"]
         until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
-    seconds = seconds_taken(task, until + clock_error(worker))
+    seconds = seconds_taken(task, until + (ahead if abs(ahead) > 15 else 0.0))  # below that it may be a late event
     return -1.0 if seconds is None else seconds
 
 
@@ -3310,13 +3305,6 @@ def task_name(event: Facts, stage: Stage) -> str:
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
 
 
-def load_of(worker: Facts, stage: Stage) -> str:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes; before it, if its clock is wrong."""
-    error = clock_error(worker)
-    wrong = f"clock {duration(abs(error))} {'ahead' if error > 0 else 'behind'}" if error else ""
-    return together(wrong, printable(worker.get("loadavg")).strip("[]"))
-
-
 def failed_of(kind: Facts, stage: Stage) -> str:
     """Return how many tasks of a kind have failed, and how many of a hundred that have ended."""
     failed = kind["failed"]
@@ -3335,12 +3323,6 @@ PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text"))
 Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, ""))
 
 
-def name_rows(subject: Any, stage: Stage) -> Rows:
-    """Return the kinds of tasks."""
-    kinds = stage.state.type_stats(stage.now).items()
-    return [Row({"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
-
-
 def task_rows(name: Any, stage: Stage) -> Rows:
     """Return the tasks of that name, or all."""
     tasks = stage.state.tasks.items()
@@ -3349,22 +3331,19 @@ def task_rows(name: Any, stage: Stage) -> Rows:
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    tasks, workers = stage.state.tasks, stage.state.workers
     running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
-    failed = Counter([task.get("worker") for task in tasks.values() if task["state"] == "FAILURE"])
-    more = {name: {"now": now.get(name), "failed": failed[name]} for name in workers}
-    return [Row({**workers[name], **more[name]}, ("worker", name)) for name in workers]
+    failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
+    workers = stage.state.workers.items()
+    return [Row({**worker, "now": now.get(name), "failed": failed[name]}, ("worker", name)) for name, worker in workers]
 
 
 def event_rows(subject: Any, stage: Stage) -> Rows:
     """Return the events of that task or worker, or all, the newest first; of older ones, those that State notes."""
-    recent = list(stage.state.recent)
-    there = set(map(id, recent))
-    events = [event for event in stage.state.notes if id(event) not in there] + recent
+    events = {id(event): event for event in chain(reversed(stage.state.recent), reversed(stage.state.notes))}
     return [
         Row(event, ("event", event))
-        for event in reversed(events)
+        for event in events.values()
         if subject is None or subject in [text_of(event.get(key), 1000) for key in ("uuid", "hostname")]
     ]
 
@@ -3455,7 +3434,7 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
 def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
     """Yield everything about a worker, its running tasks first."""
     worker = known(stage.state.workers, name)
-    yield item("status", together(status_of(worker, stage), load_of(worker, stage)))
+    yield item("status", status_of(worker, stage))
     tasks = [task for _, task in stage.state.tasks_by_worker(name)]
     for task in sorted(tasks, key=lambda task: urgency(task, stage))[:100]:
         yield task_item("task", task, stage, detail_of(task, stage))
@@ -3482,7 +3461,9 @@ SHEETS = {
         Column("   RUN", 6, run_of, order=urgency),
         Column("DETAIL", 0, detail_of),
     )),
-    "names": Sheet(name_rows, order=0, empty=NO_TASKS, columns=(
+    "names": Sheet(lambda subject, stage: [
+        Row({"name": name, **stats}, ("tasks", name)) for name, stats in stage.state.type_stats(stage.now).items()
+    ], order=0, empty=NO_TASKS, columns=(
         Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
         Column(" RUNNING", 8, "running"),
         Column("  DONE", 6, "succeeded"),
@@ -3502,7 +3483,7 @@ SHEETS = {
         Column("  DONE", 6, "processed", least=70),
         Column(" FAILED", 7, "failed", least=90),
         Column(" HEARD", 6, "heard"),
-        Column("LOAD", 0, load_of),
+        Column("LOAD", 0, lambda worker, stage: printable(worker.get("loadavg")).strip("[]")),
     )),
     "events": Sheet(event_rows, order=0, empty="no events yet", columns=(
         Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
