@@ -3979,30 +3979,28 @@ class Terminal:
                 column += cells(text)
         self._window.refresh()
 
-    def pressed(self) -> Iterator[str]:
-        """Yield the keys that were pressed, as press() takes them."""
-        for key in iter(self._read, ""):
-            if key == "^[":
-                ahead = self._read()
-                if ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
-                    self._window.timeout(50)  # for what comes in pieces
-                    any("@" <= end <= "~" for end in iter(self._read, ""))
-                    self._window.nodelay(True)
-                    continue
-                self._ahead = ahead
-            if key != "KEY_MOUSE":
-                yield key
-                continue
+    def pressed(self) -> str:
+        """Return the next key that was pressed, as press() takes it; "" if there is none."""
+        key, self._ahead = self._ahead or self._read(), ""
+        if key == "^[":
+            self._ahead = self._read()
+            if self._ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
+                self._window.timeout(50)  # for what comes in pieces
+                any("@" <= end <= "~" for end in iter(self._read, ""))
+                self._window.nodelay(True)
+                key, self._ahead = "unknown", ""
+        if key == "KEY_MOUSE":
             with suppress(self._curses.error):
                 _, column, line, _, button = self._curses.getmouse()
                 clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-                yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+                return f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+        return key
 
     def _read(self) -> str:
         """Return a character, or the name of a key that is none, or "" if none is pressed."""
-        key, self._ahead = self._ahead, ""
+        key = ""
         with suppress(self._curses.error):
-            key = key or self._window.get_wch()
+            key = self._window.get_wch()
         if isinstance(key, str) and (key.isprintable() or key >= "\x80"):
             return key
         return str(self._curses.keyname(key if isinstance(key, int) else ord(key)), "ascii", "replace")
@@ -4081,19 +4079,16 @@ class Monitor:
         return self._ended or news
 
     def _turn(self, terminal: Any, stage: Stage) -> None:
-        """Heed the keys, draw, and wait for more."""
-        more = False
-        for key in terminal.pressed():
-            if key == "^L":
-                terminal.forget()
+        """Heed a key, draw, and wait for more."""
+        key = terminal.pressed()
+        if key:
             self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
             self._drawn = None
-            more = time.monotonic() > self._painted + FRAME_TIME
-            if more or self._view.done:
-                break  # what is typed further must wait for the events, or is for whoever reads next
-        if not self._view.done:
+        if key == "^L":
+            terminal.forget()
+        if not self._view.done:  # else what is typed further is for whoever reads next
             patience = self._draw(terminal, stage)
-            self._wait(0.0 if more else patience)
+            self._wait(0.0 if key else patience)
 
     def _find(self, stage: Stage, now: float = -inf) -> Rows:
         """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
