@@ -3393,25 +3393,22 @@ def timeline(task: Facts, stage: Stage) -> Iterator[Row]:
         yield item(f"+{duration(when - moments[0][0])}", f"{printable(what):<13} {text}")
 
 
-def began(task: Facts) -> float:
-    """Return when a task was received, or what is known instead."""
-    return float(task.get("received", task["timestamp"]))
-
-
-def descendants(uuid: str, tasks: Facts, depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
-    yield uuid, depth
-    for child in sorted(filter(tasks.__contains__, tasks[uuid]["children"]), key=lambda child: began(tasks[child])):
-        yield from descendants(child, tasks, depth + 1)
-
-
 def family(task: Facts, stage: Stage) -> Iterator[Row]:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
     tasks, members = stage.state.tasks, {}
+
+    def began(uuid: str) -> float:
+        return float(tasks[uuid].get("received", tasks[uuid]["timestamp"]))
+
+    def descend(uuid: str, depth: int = 0) -> Iterator[tuple[str, int]]:
+        yield uuid, depth
+        for child in sorted(filter(tasks.__contains__, tasks[uuid]["children"]), key=began):
+            yield from descend(child, depth + 1)
+
     for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
         if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
-            members = dict(islice(descendants(root, tasks), 100))
-    spans = {uuid: (began(tasks[uuid]), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
+            members = dict(islice(descend(root), 100))
+    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
     first = min([start for start, _ in spans.values()])
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
     for uuid, (start, run) in spans.items() if len(members) > 1 else ():
@@ -3427,8 +3424,7 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
         yield item("state", together(state_of(task, stage), run_of(task, stage)))
         yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
         yield item("latest", exact(task["timestamp"]))
-        for part in (timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task)):
-            yield from part
+        yield from chain(timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task))
 
 
 def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
@@ -3640,17 +3636,17 @@ def now_lines(stage: Stage) -> list[Line]:
     return [*now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
 
 
-def heading_line(layer: Layer, stage: Stage) -> Line:
+def heading_line(layer: Layer, columns: Iterable[tuple[Column, int]]) -> Line:
     """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
     if layer.order is None:
         about = layer.subject if isinstance(layer.subject, str) else ""
         return [Span(f" {layer.kind} {printable(about)}", "heading")]
-    columns, line = SHEETS[layer.kind].columns, []
-    for column, width in sizes_of(columns, stage.width):
-        text, index = column.heading, columns.index(column)
-        if index == layer.order:
+    line = []
+    for column, width in columns:
+        text, step = column.heading, SHEETS[layer.kind].columns.index(column) - layer.order
+        if not step:
             text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
-        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - layer.order}"))
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {step}"))
     return line
 
 
@@ -3685,7 +3681,7 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     rows = rows_of(view, stage) if rows is None else rows
     chosen = locate(view, rows)
     head = [title_line(view, stage), *(now_lines(stage) if layer.order is not None else [])][: stage.height // 4]
-    head += [heading_line(layer, stage)] * (stage.height > 5)
+    head += [heading_line(layer, columns)] * (stage.height > 5)
     foot = [footer_line(view, chosen, len(rows))] * (stage.height > 2)
     room = stage.height - len(head) - len(foot)
     top = max(0, min(chosen - room // 2, len(rows) - room))
@@ -4064,8 +4060,16 @@ class Monitor:
             with suppress(BlockingIOError):  # no signal came
                 terminal.forget(SIGCONT in self._wake.recv(4096))
                 self._drawn = None
-            height, width = terminal.size()
-            self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
+            stage = Stage(self._state, *terminal.size(), self._state.now(), self._status())
+            key = terminal.pressed()
+            if key:
+                self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
+                self._drawn = None
+            if key == "^L":
+                terminal.forget()
+            if not self._view.done:  # else what is typed further is for whoever reads next
+                patience = self._draw(terminal, stage)
+                self._wait(0.0 if key else patience)
 
     def _take(self) -> bool:
         """Take some events; return whether there were any, or the feed has ended."""
@@ -4077,18 +4081,6 @@ class Monitor:
             self._state.event(event)
             news = True
         return self._ended or news
-
-    def _turn(self, terminal: Any, stage: Stage) -> None:
-        """Heed a key, draw, and wait for more."""
-        key = terminal.pressed()
-        if key:
-            self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
-            self._drawn = None
-        if key == "^L":
-            terminal.forget()
-        if not self._view.done:  # else what is typed further is for whoever reads next
-            patience = self._draw(terminal, stage)
-            self._wait(0.0 if key else patience)
 
     def _find(self, stage: Stage, now: float = -inf) -> Rows:
         """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
