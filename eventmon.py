@@ -3194,19 +3194,10 @@ def clock(seconds: Any, now: float) -> str:
     return exact(seconds)[5:10] if now - number(seconds, now) > 86400 else exact(seconds)[11:19]
 
 
-def size(many: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if many < 1024:
-            return f"{many:.3g} {unit}"
-        many /= 1024
-    return f"{many:,.1f} GiB"
-
-
 UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
     **dict.fromkeys(("timestamp", "last"), clock),
     **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
-    "peak_memory": lambda value, now: size(value),
+    "peak_memory": lambda value, now: f"{value / 2**20:,.1f} MiB",
     "heard": lambda value, now: duration(now - value),
     "progress": lambda value, now: f"{value:.0%}",
 }
@@ -3218,11 +3209,6 @@ def field(record: Facts, key: Any, stage: Stage) -> str:
         return str(key(record, stage))
     value = record.get(key)
     return UNITS[key](number(value, 0), stage.now) if key in UNITS and number(value, inf) < inf else printable(value)
-
-
-def style_of(text: str) -> str:
-    """Return the style of what begins with a state, a status or an event's type."""
-    return STYLES.get(text.partition(" ")[0], "")
 
 
 # What is known of a task, a worker or an event: functions (record, stage) -> text.
@@ -3288,8 +3274,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
 
 def keys_of(record: Facts) -> list[str]:
     """Return the keys of the fields that are not shown elsewhere."""
-    keys = islice(record, 200)
-    return [key for key in keys if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
+    return [key for key in islice(record, 200) if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
 
 
 def reason_of(event: Facts, stage: Stage) -> str:
@@ -3321,12 +3306,6 @@ Column = namedtuple("Column", "heading width text style share least order tail",
 PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text"))
 # `rows` is a function (subject, stage) -> rows of a table, items of a panel; `order` as in Layer, `empty` what to say.
 Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, ""))
-
-
-def task_rows(name: Any, stage: Stage) -> Rows:
-    """Return the tasks of that name, or all."""
-    tasks = stage.state.tasks.items()
-    return [Row(task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
 
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
@@ -3448,7 +3427,10 @@ def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
 
 NO_TASKS = "no tasks yet: 4 shows every event"
 SHEETS = {
-    "tasks": Sheet(task_rows, order=5, empty=NO_TASKS, columns=(
+    "tasks": Sheet(lambda name, stage: [
+        Row(task, ("task", uuid))
+        for uuid, task in stage.state.tasks.items() if name is None or task.get("name") == name
+    ], order=5, empty=NO_TASKS, columns=(
         Column("STATE", 8, state_of),
         Column("NAME", 14, "name", share=0.1, tail=True),
         Column("TIME", 8, "timestamp", style="dim", least=88),
@@ -3536,7 +3518,7 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
-def words_of(record: Facts) -> str:
+def words_of(record: Facts, stage: Stage) -> str:
     """Return all text of a record."""
     return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
 
@@ -3548,7 +3530,7 @@ def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
         name, _, wanted = word.partition(":")
         column = columns.get(name)
         some = [text for text in wanted.split(",") if text] or [""] if column else [word]
-        texts = [field(row.record, column.text, stage) if column else words_of(row.record) for row in rows]
+        texts = [field(row.record, column.text if column else words_of, stage) for row in rows]
         rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
@@ -3633,7 +3615,7 @@ def now_lines(stage: Stage) -> list[Line]:
     others = [task["state"] for task in stage.state.tasks.values() if task["state"] in {*State.FINISHED, "PENDING"}]
     tally, order = Counter([name for name, _, _ in active] + others), list(STYLES)
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
-    return [*now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
+    return [*now, [Span(f" {printable(name)} {tally[name]:,} ", STYLES.get(name, "")) for name in states]]
 
 
 def heading_line(layer: Layer, columns: Iterable[tuple[Column, int]]) -> Line:
@@ -3655,7 +3637,7 @@ def row_line(row: Row, columns: Iterable[tuple[Column, int]], stage: Stage, step
     line = []
     for column, width in columns:
         text = field(row.record, column.text, stage)
-        style = column.style or row.style or style_of(text)
+        style = column.style or row.style or STYLES.get(text.partition(" ")[0], "")
         text = fit(text.rjust(width) if column.heading[:1] == " " else text, width, column.tail)
         line.append(Span(text + " ", style if step else "selected", f"move {step}" if step else "show"))
     return line
@@ -3742,10 +3724,10 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
 
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen."""
-    spans = [span for spans in screen(view, stage, rows)[int(line) :][:1] for span in spans]  # none, of a smaller screen
+    """Do what is there on the screen, which may have become smaller."""
+    spans = screen(view, stage, rows)[min(int(line), stage.height - 1)]
     actions = [span.action for span in spans for _ in range(cells(span.text))]
-    return press(view._replace(typing=False), "".join(actions[int(column) :][:1]), stage, rows)
+    return press(view._replace(typing=False), actions[min(int(column), stage.width - 1)], stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
@@ -3833,11 +3815,9 @@ LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on bla
 
 def complain(message: str) -> None:
     """Print a line on standard error, if there is one."""
-    try:
+    with suppress(OSError):  # it is full, or nobody reads it
         if sys.stderr is not None:
             print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # it is full, or nobody reads it
 
 
 # A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
