@@ -4002,7 +4002,7 @@ class Monitor:
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
-        self._rows_of: Any = None, None  # what the rows are of
+        self._rows_of: Any = None  # what the rows are of, None if they are to be found anew
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
@@ -4062,31 +4062,28 @@ class Monitor:
             news = True
         return self._ended or news
 
-    def _find(self, stage: Stage, now: float = -inf) -> Rows:
-        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
-        view, changes = settled(self._view, self._state), self._changes(stage)
+    def _find(self, stage: Stage) -> Rows:
+        """Return the rows of the uppermost layer: those found last, unless others are wanted."""
+        view = settled(self._view, self._state)
         wanted = view.layers[-1]._replace(cursor=None, index=0), view.frozen
-        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._due:
-            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), (wanted, changes)
+        if self._rows_of != wanted:
+            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), wanted
         return self._rows
-
-    def _changes(self, stage: Stage) -> Any:
-        """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
-        state, now = self._state, stage.now
-        counts = state.workers or any(state.counts(1, 60.0, now)) or any(True for _ in state.iteractive())
-        return stage._replace(now=int(now) if counts else 0), state.event_count, len(state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now = time.monotonic()
-        due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once
-        rows = self._find(stage, now)
-        picture = self._rows_of, self._view, self._changes(stage)
-        if picture != self._drawn:
+        state, now = self._state, time.monotonic()
+        counts = state.workers or any(state.counts(1, 60.0, stage.now)) or any(True for _ in state.iteractive())
+        news = stage._replace(now=int(stage.now) if counts else 0), state.event_count, len(state.tasks)
+        if self._drawn != (self._view, news):
+            due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once,
             if now < due:
                 return due - now
-            terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
-            self._drawn, self._painted = picture, time.monotonic()
+            if now >= self._due:  # if need be with the rows of the last picture
+                self._rows_of = None
+            self._drawn = self._view, None if self._rows_of else news
+            terminal.paint(state.freeze_while(screen, self._view, stage, self._find(stage)))
+            self._painted = time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
