@@ -4035,8 +4035,7 @@ class Monitor:
         from signal import SIGCONT
 
         terminal = Terminal(window)
-        self._take()
-        while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
+        while not self._view.done and sys.stdin.isatty() and self._take():
             with suppress(BlockingIOError):  # no signal came
                 terminal.forget(SIGCONT in self._wake.recv(4096))
                 self._drawn = None
@@ -4052,15 +4051,14 @@ class Monitor:
                 self._wait(0.0 if key else patience)
 
     def _take(self) -> bool:
-        """Take some events; return whether there were any, or the feed has ended."""
-        news, self._ended = False, True
+        """Take some events; return whether there is more to see."""
+        self._ended = True
         for event in islice(self._feed, DRAIN):
             self._ended = False
             if event is None:
                 break
             self._state.event(event)
-            news = True
-        return self._ended or news
+        return not self._ended or self._receiver is None
 
     def _find(self, stage: Stage) -> Rows:
         """Return the rows of the uppermost layer: those found last, unless others are wanted."""
@@ -4088,18 +4086,13 @@ class Monitor:
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for keys, signals, and events, which are taken."""
-        files, until = [sys.stdin, self._wake, *filter(None, [self._receiver])], time.monotonic() + longest
-        ready: list[Any] = []
-        while not ready or ready == [self._receiver]:
-            left = max(0.0, until - time.monotonic())
-            left = self._receiver.pause(left) if self._receiver else left * self._ended
-            try:
-                ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
-            except (OSError, ValueError):  # one has just been closed; it takes only the first 1,024 files
-                wait_for(left, *files)
-            if self._take() or time.monotonic() >= until:
-                break
+        """Wait for keys, signals and events."""
+        files = [sys.stdin, self._wake, *filter(None, [self._receiver])]
+        longest = self._receiver.pause(longest) if self._receiver else longest * self._ended
+        try:
+            select.select(files, [], [], longest)  # which takes terminals also where poll() does not
+        except (OSError, ValueError):  # one has just been closed; it takes only the first 1,024 files
+            wait_for(longest, *files)
 
 
 def has_terminal() -> bool:
