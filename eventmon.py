@@ -3501,14 +3501,6 @@ def settled(view: View, state: State) -> View:
     return view if view.layers else opened(view, "tasks" if state.tasks or not state.event_count else "events")
 
 
-def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
-    """Return what a column sorts a record by: the highest number first, or the text in any case."""
-    if column.order:
-        return column.order(record, stage)
-    value = column.text(record, stage) if callable(column.text) else record.get(column.text)
-    return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
-
-
 def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     """Return the columns that are shown, each with its width: together, with a space behind each, at least `width`."""
     kept = [column for column in columns if column.least <= width]
@@ -3553,8 +3545,14 @@ def rows_of(view: View, stage: Stage) -> Rows:
         width = sizes_of(columns, stage.width)[-1][1]
         return filtered(list(islice(wrapped(rows, width), 2000)), layer, stage)
     column = columns[layer.order]
-    rows = filtered(rows, layer, stage)
-    return sorted(rows, key=lambda row: sort_key(column, row.record, stage), reverse=layer.reverse)
+
+    def place(row: Row) -> Any:
+        if column.order:
+            return column.order(row.record, stage)
+        value = column.text(row.record, stage) if callable(column.text) else row.record.get(column.text)
+        return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()  # the highest number first
+
+    return sorted(filtered(rows, layer, stage), key=place, reverse=layer.reverse)
 
 
 def locate(view: View, rows: Rows) -> int:
