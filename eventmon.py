@@ -3510,19 +3510,18 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
-def words_of(record: Facts, stage: Stage) -> str:
-    """Return all text of a record."""
-    return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
-
-
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
     """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
+
+    def words_of(record: Facts) -> str:
+        return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
+
     columns = {column.heading.strip().lower(): column for column in SHEETS[layer.kind].columns}
     for word in layer.filter.lower().split():
         name, _, wanted = word.partition(":")
         column = columns.get(name)
         some = [text for text in wanted.split(",") if text] or [""] if column else [word]
-        texts = [field(row.record, column.text if column else words_of, stage) for row in rows]
+        texts = [field(row.record, column.text, stage) if column else words_of(row.record) for row in rows]
         rows = [row for row, text in zip(rows, texts) if any(map(text.lower().__contains__, some))]
     return rows
 
@@ -3772,11 +3771,10 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     `rows` is as in screen(). One key changes the State: c clears it.
     """
     view, action = settled(view, stage.state), KEYS.get("space" if key == " " else key, key)
-    text = view.layers[-1].filter
-    edits = {"back": "", "show": text, "erase": text[:-1]}
-    if view.typing and (len(key) == 1 or action in edits):
-        text = (text + key)[:100] if len(key) == 1 else edits[action]
-        return change(view._replace(typing=len(key) == 1 or action == "erase"), filter=text, index=0)
+    text, edit = view.layers[-1].filter, "add" if len(key) == 1 else action
+    edits = {"add": (text + key)[:100], "erase": text[:-1], "show": text, "back": ""}
+    if view.typing and edit in edits:
+        return change(view._replace(typing=edit in ("add", "erase")), filter=edits[edit], index=0)
     name, *arguments = action.split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[name](view, stage, rows, *arguments) if name in ACTIONS else view
@@ -4140,17 +4138,13 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     terminal, or none that curses knows, it prints lines. Raises OSError when the socket cannot be opened. In the main
     thread SIGTERM, SIGHUP and SIGQUIT, unless ignored, raise SystemExit once the terminal is as it was.
     """
-    heard = Receiver() if receiver is None else receiver
     state = State() if state is None else state
-    try:
+    with Receiver() if receiver is None else nullcontext(receiver) as heard:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
             show_live(heard, state, live(heard, 0.0))
         else:
             print_lines(chosen(live(heard, 1.0), state=state), state)
-    finally:
-        if receiver is None:
-            heard.close()
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
