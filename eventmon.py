@@ -1736,7 +1736,7 @@ class Receiver:
     `handlers` maps event types to callables that take an Event; "*" gets what has no handler of its own. `key` is as
     in Dispatcher. ValueError for a bad url; OSError when the socket cannot be opened, at first use. Set
     `should_stop` to end a capture, from a handler or another thread. One thread at a time may receive. `problem` says
-    why something was rejected last; None if nothing was.
+    why something was rejected last; None if nothing was. `closed` counts how often close() was called.
     """
 
     MAX_STREAMS = 4096
@@ -1758,6 +1758,7 @@ class Receiver:
         self.url = url_from(url)
         self.handlers = dict(handlers or {})
         self.should_stop = False
+        self.closed = 0
         self.problem: WireError | None = None
         self.name = int.from_bytes(os.urandom(7), "big")
         self._url = parse_url(self.url)
@@ -1816,6 +1817,7 @@ class Receiver:
 
     def close(self) -> None:
         """Confirm what has come and close the channel, which ends a capture; the next one opens it again."""
+        self.closed += 1
         channel, self._channel = self._channel, None
         if channel:
             for stream in list(self._streams.values()):
@@ -3033,7 +3035,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
 SHOWN_APART = re.compile(  # fields of a task, a worker or an event
     "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
-    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|loadavg|"
+    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|"
     "sent|received|started|succeeded|failed|rejected|revoked|retried"
 )
 HINTS = {
@@ -3046,9 +3048,9 @@ HELP = """\
 j k, arrows     move; also PgUp PgDn, g G for the ends, the mouse wheel
 Enter, i        everything about it; of a name, its tasks
 t r e           traceback or result of the task; its events, or the worker's
-/               filter as you type; Enter keeps the filter, Escape drops it:
-                resize alpha finds rows with both, state:failure,retry either in
-                that column; so name: worker: type: uuid:
+/               filter as you type; Enter keeps it, Escape drops it:
+                resize alpha finds rows with both words, state:failure,retry
+                either in that column; so name: worker: type: uuid:
 s S             sort by the next column; the other way round
 space           freeze the picture; events go on being counted
 c               clear what has finished
@@ -3165,19 +3167,10 @@ def clock(seconds: Any, now: float) -> str:
     return exact(seconds)[5:10] if now - number(seconds, now) > 86400 else exact(seconds)[11:19]
 
 
-def size(many: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if many < 1024:
-            return f"{many:.3g} {unit}"
-        many /= 1024
-    return f"{many:,.1f} GiB"
-
-
 UNITS: dict[str, Callable[[float, float], str]] = {  # field -> its text, a function (value, now)
     **dict.fromkeys(("timestamp", "last"), clock),
     **dict.fromkeys(("runtime", "freq", "mean", "p95", "max"), lambda value, now: duration(value)),
-    "peak_memory": lambda value, now: size(value),
+    "peak_memory": lambda value, now: f"{value / 2**20:,.1f} MiB",
     "heard": lambda value, now: duration(now - value),
     "progress": lambda value, now: f"{value:.0%}",
 }
@@ -3191,23 +3184,12 @@ def field(record: Facts, key: Any, stage: Stage) -> str:
     return UNITS[key](number(value, 0), stage.now) if key in UNITS and number(value, inf) < inf else printable(value)
 
 
-def style_of(text: str) -> str:
-    """Return the style of what begins with a state, a status or an event's type."""
-    return STYLES.get(text.partition(" ")[0], "")
-
-
 # What is known of a task, a worker or an event: functions (record, stage) -> text.
 
 
 def known(table: Facts, key: Any) -> Facts:
     """Return what a table of State has under a key that an event gave; an empty dict if nothing."""
     return table.get(key, {}) if isinstance(key, str) else {}
-
-
-def clock_error(worker: Facts) -> float:
-    """Return how many seconds a worker's clock is ahead of ours; 0 if it is near enough."""
-    ahead: float = worker.get("clock_offset", 0.0)
-    return ahead if abs(ahead) > 15 else 0.0
 
 
 def status_of(worker: Facts, stage: Stage) -> str:
@@ -3231,10 +3213,11 @@ def state_of(task: Facts, stage: Stage) -> str:
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
     worker, until = worker_of(task, stage), stage.now
+    ahead: float = worker.get("clock_offset", 0.0)
     if stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
         heard: float = worker["heard"]
         until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
-    seconds = seconds_taken(task, until + clock_error(worker))
+    seconds = seconds_taken(task, until + (ahead if abs(ahead) > 15 else 0.0))  # below that it may be a late event
     return -1.0 if seconds is None else seconds
 
 
@@ -3264,8 +3247,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
 
 def keys_of(record: Facts) -> list[str]:
     """Return the keys of the fields that are not shown elsewhere."""
-    keys = islice(record, 200)
-    return [key for key in keys if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
+    return [key for key in islice(record, 200) if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
 
 
 def reason_of(event: Facts, stage: Stage) -> str:
@@ -3279,13 +3261,6 @@ def task_name(event: Facts, stage: Stage) -> str:
     """Return the name of an event's task, if it has one, and the start of its uuid."""
     name = event.get("name") or known(stage.state.tasks, event.get("uuid")).get("name")
     return f"{printable(name)} {printable(event.get('uuid'), 8)}".strip()
-
-
-def load_of(worker: Facts, stage: Stage) -> str:
-    """Return the load of a worker's machine, over 1, 5 and 15 minutes; before it, if its clock is wrong."""
-    error = clock_error(worker)
-    wrong = f"clock {duration(abs(error))} {'ahead' if error > 0 else 'behind'}" if error else ""
-    return together(wrong, printable(worker.get("loadavg")).strip("[]"))
 
 
 def failed_of(kind: Facts, stage: Stage) -> str:
@@ -3306,36 +3281,21 @@ PANEL = (Column("", 11, "label", style="dim"), Column("", 0, "text"))
 Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, ""))
 
 
-def name_rows(subject: Any, stage: Stage) -> Rows:
-    """Return the kinds of tasks."""
-    kinds = stage.state.type_stats(stage.now).items()
-    return [Row({"name": name, **stats}, ("tasks", name)) for name, stats in kinds]
-
-
-def task_rows(name: Any, stage: Stage) -> Rows:
-    """Return the tasks of that name, or all."""
-    tasks = stage.state.tasks.items()
-    return [Row(task, ("task", uuid)) for uuid, task in tasks if name is None or task.get("name") == name]
-
-
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    tasks, workers = stage.state.tasks, stage.state.workers
     running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
-    failed = Counter([task.get("worker") for task in tasks.values() if task["state"] == "FAILURE"])
-    more = {name: {"now": now.get(name), "failed": failed[name]} for name in workers}
-    return [Row({**workers[name], **more[name]}, ("worker", name)) for name in workers]
+    failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
+    workers = stage.state.workers.items()
+    return [Row({**worker, "now": now.get(name), "failed": failed[name]}, ("worker", name)) for name, worker in workers]
 
 
 def event_rows(subject: Any, stage: Stage) -> Rows:
     """Return the events of that task or worker, or all, the newest first; of older ones, those that State notes."""
-    recent = list(stage.state.recent)
-    there = set(map(id, recent))
-    events = [event for event in stage.state.notes if id(event) not in there] + recent
+    events = {id(event): event for event in chain(reversed(stage.state.recent), reversed(stage.state.notes))}
     return [
         Row(event, ("event", event))
-        for event in reversed(events)
+        for event in events.values()
         if subject is None or subject in [text_of(event.get(key), 1000) for key in ("uuid", "hostname")]
     ]
 
@@ -3385,25 +3345,22 @@ def timeline(task: Facts, stage: Stage) -> Iterator[Row]:
         yield item(f"+{duration(when - moments[0][0])}", f"{printable(what):<13} {text}")
 
 
-def began(task: Facts) -> float:
-    """Return when a task was received, or what is known instead."""
-    return float(task.get("received", task["timestamp"]))
-
-
-def descendants(uuid: str, tasks: Facts, depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield a task and those below it that are in memory, in the order in which they began, each with its depth."""
-    yield uuid, depth
-    for child in sorted(filter(tasks.__contains__, tasks[uuid]["children"]), key=lambda child: began(tasks[child])):
-        yield from descendants(child, tasks, depth + 1)
-
-
 def family(task: Facts, stage: Stage) -> Iterator[Row]:
     """Yield a task's family from its root on, each with a bar on one axis of time; nothing if it is alone."""
     tasks, members = stage.state.tasks, {}
+
+    def began(uuid: str) -> float:
+        return float(tasks[uuid].get("received", tasks[uuid]["timestamp"]))
+
+    def descend(uuid: str, depth: int = 0) -> Iterator[tuple[str, int]]:
+        yield uuid, depth
+        for child in sorted(filter(tasks.__contains__, tasks[uuid]["children"]), key=began):
+            yield from descend(child, depth + 1)
+
     for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
         if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
-            members = dict(islice(descendants(root, tasks), 100))
-    spans = {uuid: (began(tasks[uuid]), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
+            members = dict(islice(descend(root), 100))
+    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
     first = min([start for start, _ in spans.values()])
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
     for uuid, (start, run) in spans.items() if len(members) > 1 else ():
@@ -3419,14 +3376,13 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
         yield item("state", together(state_of(task, stage), run_of(task, stage)))
         yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
         yield item("latest", exact(task["timestamp"]))
-        for part in (timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task)):
-            yield from part
+        yield from chain(timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task))
 
 
 def worker_panel(name: str, stage: Stage) -> Iterator[Row]:
     """Yield everything about a worker, its running tasks first."""
     worker = known(stage.state.workers, name)
-    yield item("status", together(status_of(worker, stage), load_of(worker, stage)))
+    yield item("status", status_of(worker, stage))
     tasks = [task for _, task in stage.state.tasks_by_worker(name)]
     for task in sorted(tasks, key=lambda task: urgency(task, stage))[:100]:
         yield task_item("task", task, stage, detail_of(task, stage))
@@ -3444,7 +3400,10 @@ def event_panel(event: Facts, stage: Stage) -> Iterator[Row]:
 
 NO_TASKS = "no tasks yet: 4 shows every event"
 SHEETS = {
-    "tasks": Sheet(task_rows, order=5, empty=NO_TASKS, columns=(
+    "tasks": Sheet(lambda name, stage: [
+        Row(task, ("task", uuid))
+        for uuid, task in stage.state.tasks.items() if name is None or task.get("name") == name
+    ], order=5, empty=NO_TASKS, columns=(
         Column("STATE", 8, state_of),
         Column("NAME", 14, "name", share=0.1, tail=True),
         Column("TIME", 8, "timestamp", style="dim", least=88),
@@ -3453,7 +3412,9 @@ SHEETS = {
         Column("   RUN", 6, run_of, order=urgency),
         Column("DETAIL", 0, detail_of),
     )),
-    "names": Sheet(name_rows, order=0, empty=NO_TASKS, columns=(
+    "names": Sheet(lambda subject, stage: [
+        Row({"name": name, **stats}, ("tasks", name)) for name, stats in stage.state.type_stats(stage.now).items()
+    ], order=0, empty=NO_TASKS, columns=(
         Column("NAME", 16, "name", style="bold", share=0.2, tail=True),
         Column(" RUNNING", 8, "running"),
         Column("  DONE", 6, "succeeded"),
@@ -3473,7 +3434,7 @@ SHEETS = {
         Column("  DONE", 6, "processed", least=70),
         Column(" FAILED", 7, "failed", least=90),
         Column(" HEARD", 6, "heard"),
-        Column("LOAD", 0, load_of),
+        Column("LOAD", 0, lambda worker, stage: printable(worker.get("loadavg")).strip("[]")),
     )),
     "events": Sheet(event_rows, order=0, empty="no events yet", columns=(
         Column("TIME", 8, "timestamp", style="dim", order=lambda event, stage: 0),
@@ -3513,14 +3474,6 @@ def settled(view: View, state: State) -> View:
     return view if view.layers else opened(view, "tasks" if state.tasks or not state.event_count else "events")
 
 
-def sort_key(column: Column, record: Facts, stage: Stage) -> Any:
-    """Return what a column sorts a record by: the highest number first, or the text in any case."""
-    if column.order:
-        return column.order(record, stage)
-    value = column.text(record, stage) if callable(column.text) else record.get(column.text)
-    return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()
-
-
 def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     """Return the columns that are shown, each with its width: together, with a space behind each, at least `width`."""
     kept = [column for column in columns if column.least <= width]
@@ -3530,13 +3483,12 @@ def sizes_of(columns: Iterable[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, sizes))
 
 
-def words_of(record: Facts) -> str:
-    """Return all text of a record."""
-    return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
-
-
 def filtered(rows: Rows, layer: Layer, stage: Stage) -> Rows:
     """Return the rows in which each word of the filter is found: anywhere, or in the column that it names."""
+
+    def words_of(record: Facts) -> str:
+        return "\n".join([text_of(value, 1000) for value in record.values() if isinstance(value, (str, list, dict))])
+
     columns = {column.heading.strip().lower(): column for column in SHEETS[layer.kind].columns}
     for word in layer.filter.lower().split():
         name, _, wanted = word.partition(":")
@@ -3565,8 +3517,14 @@ def rows_of(view: View, stage: Stage) -> Rows:
         width = sizes_of(columns, stage.width)[-1][1]
         return filtered(list(islice(wrapped(rows, width), 2000)), layer, stage)
     column = columns[layer.order]
-    rows = filtered(rows, layer, stage)
-    return sorted(rows, key=lambda row: sort_key(column, row.record, stage), reverse=layer.reverse)
+
+    def place(row: Row) -> Any:
+        if column.order:
+            return column.order(row.record, stage)
+        value = column.text(row.record, stage) if callable(column.text) else row.record.get(column.text)
+        return number(value, -inf) == -inf, -number(value, 0), printable(value).lower()  # the highest number first
+
+    return sorted(filtered(rows, layer, stage), key=place, reverse=layer.reverse)
 
 
 def locate(view: View, rows: Rows) -> int:
@@ -3627,20 +3585,20 @@ def now_lines(stage: Stage) -> list[Line]:
     others = [task["state"] for task in stage.state.tasks.values() if task["state"] in {*State.FINISHED, "PENDING"}]
     tally, order = Counter([name for name, _, _ in active] + others), list(STYLES)
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
-    return [*now, [Span(f" {printable(name)} {tally[name]:,} ", style_of(name)) for name in states]]
+    return [*now, [Span(f" {printable(name)} {tally[name]:,} ", STYLES.get(name, "")) for name in states]]
 
 
-def heading_line(layer: Layer, stage: Stage) -> Line:
+def heading_line(layer: Layer, columns: Iterable[tuple[Column, int]]) -> Line:
     """Return the headings of a table, with a mark where it is sorted; or what the panel is about."""
     if layer.order is None:
         about = layer.subject if isinstance(layer.subject, str) else ""
         return [Span(f" {layer.kind} {printable(about)}", "heading")]
-    columns, line = SHEETS[layer.kind].columns, []
-    for column, width in sizes_of(columns, stage.width):
-        text, index = column.heading, columns.index(column)
-        if index == layer.order:
+    line = []
+    for column, width in columns:
+        text, step = column.heading, SHEETS[layer.kind].columns.index(column) - layer.order
+        if not step:
             text = text.replace(" ", "", 1) + "▾▴"[layer.reverse]
-        line.append(Span(fit(text, width) + " ", "heading", f"sort {index - layer.order}"))
+        line.append(Span(fit(text, width) + " ", "heading", f"sort {step}"))
     return line
 
 
@@ -3649,7 +3607,7 @@ def row_line(row: Row, columns: Iterable[tuple[Column, int]], stage: Stage, step
     line = []
     for column, width in columns:
         text = field(row.record, column.text, stage)
-        style = column.style or row.style or style_of(text)
+        style = column.style or row.style or STYLES.get(text.partition(" ")[0], "")
         text = fit(text.rjust(width) if column.heading[:1] == " " else text, width, column.tail)
         line.append(Span(text + " ", style if step else "selected", f"move {step}" if step else "show"))
     return line
@@ -3675,7 +3633,7 @@ def screen(view: View, stage: Stage, rows: Rows | None = None) -> list[Line]:
     rows = rows_of(view, stage) if rows is None else rows
     chosen = locate(view, rows)
     head = [title_line(view, stage), *(now_lines(stage) if layer.order is not None else [])][: stage.height // 4]
-    head += [heading_line(layer, stage)] * (stage.height > 5)
+    head += [heading_line(layer, columns)] * (stage.height > 5)
     foot = [footer_line(view, chosen, len(rows))] * (stage.height > 2)
     room = stage.height - len(head) - len(foot)
     top = max(0, min(chosen - room // 2, len(rows) - room))
@@ -3736,10 +3694,10 @@ def back(view: View, stage: Stage, rows: Rows) -> View:
 
 
 def click(view: View, stage: Stage, rows: Rows, line: str, column: str) -> View:
-    """Do what is there on the screen."""
-    spans = [span for spans in screen(view, stage, rows)[int(line) :][:1] for span in spans]  # none, of a smaller screen
+    """Do what is there on the screen, which may have become smaller."""
+    spans = screen(view, stage, rows)[min(int(line), stage.height - 1)]
     actions = [span.action for span in spans for _ in range(cells(span.text))]
-    return press(view._replace(typing=False), "".join(actions[int(column) :][:1]), stage, rows)
+    return press(view._replace(typing=False), actions[min(int(column), stage.width - 1)], stage, rows)
 
 
 ACTIONS: dict[str, Callable[..., View]] = {
@@ -3786,11 +3744,10 @@ def press(view: View, key: str, stage: Stage, rows: Rows | None = None) -> View:
     `rows` is as in screen(). One key changes the State: c clears it.
     """
     view, action = settled(view, stage.state), KEYS.get("space" if key == " " else key, key)
-    text = view.layers[-1].filter
-    edits = {"back": "", "show": text, "erase": text[:-1]}
-    if view.typing and (len(key) == 1 or action in edits):
-        text = (text + key)[:100] if len(key) == 1 else edits[action]
-        return change(view._replace(typing=len(key) == 1 or action == "erase"), filter=text, index=0)
+    text, edit = view.layers[-1].filter, "add" if len(key) == 1 else action
+    edits = {"add": (text + key)[:100], "erase": text[:-1], "show": text, "back": ""}
+    if view.typing and edit in edits:
+        return change(view._replace(typing=edit in ("add", "erase")), filter=edits[edit], index=0)
     name, *arguments = action.split() or [""]
     rows = rows_of(view, stage) if rows is None else rows
     return ACTIONS[name](view, stage, rows, *arguments) if name in ACTIONS else view
@@ -3827,11 +3784,9 @@ LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on bla
 
 def complain(message: str) -> None:
     """Print a line on standard error, if there is one."""
-    try:
+    with suppress(OSError):  # it is full, or nobody reads it
         if sys.stderr is not None:
             print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # it is full, or nobody reads it
 
 
 # A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
@@ -3854,14 +3809,14 @@ def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
 
 def live(receiver: Receiver, longest: float, timeout: float | None = None, wakeup: bool = True) -> Feed:
     """Yield what a receiver hears, None after at most `longest` seconds without; end after `timeout` seconds without."""
-    heard, patience = time.monotonic(), inf if timeout is None else timeout
+    heard, patience, closed = time.monotonic(), inf if timeout is None else timeout, receiver.closed
     while not receiver.should_stop and (left := heard + patience - time.monotonic()) >= 0:
-        begun, left = time.monotonic(), min(longest, left)
-        for event in receiver.itercapture(DRAIN, left, wakeup):
+        for event in receiver.itercapture(DRAIN, min(longest, left), wakeup):
             heard = time.monotonic()
             yield event
-        if heard < begun and time.monotonic() < begun + left:
-            return  # another thread has closed it
+        if receiver.closed > closed:
+            receiver.close()  # who waits for it may have opened it again
+            return
         yield None
 
 
@@ -3936,6 +3891,8 @@ class Terminal:
         curses.mousemask(curses.BUTTON1_PRESSED | curses.BUTTON4_PRESSED | button5)
         curses.mouseinterval(0)
         window.nodelay(True)
+        curses.raw()
+        curses.cbreak()  # raw but for signals: ctrl-S does not stop what is painted, and with it the monitor
         curses.noqiflush()  # ctrl-C would drop what select() has seen, and curses wait for it
         with suppress(curses.error):  # of a terminal whose cursor is always there
             curses.curs_set(0)
@@ -3944,29 +3901,16 @@ class Terminal:
         """Return rows and columns; curses learns here that they have changed."""
         with suppress(OSError):
             columns, rows = os.get_terminal_size()
-            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns) and self.is_ready():
+            if rows > 0 < columns and self._window.getmaxyx() != (rows, columns):
                 self._curses.resizeterm(rows, columns)
                 self.forget()
         return self._window.getmaxyx()  # type: ignore[no-any-return]
 
     def forget(self, used: bool = False) -> None:
         """Let the next picture be painted as a whole: what the terminal shows is not known, or it was used by others."""
-        if used and self.is_ready():
+        if used:
             self._curses.endwin()  # the next refresh() sets the terminal up again: kill -STOP left it to the shell
         self._window.clearok(True)  # unlike clear(), after which get_wch() would paint at once
-
-    def is_ready(self) -> bool:
-        """Whether the terminal takes output: it does not after ctrl-S, and who writes then stands still."""
-        return bool(select.select([], [sys.stdout], [], 0)[1])
-
-    def release(self) -> None:
-        """End a ctrl-S, for which curses would wait when it puts the terminal back."""
-        import termios
-
-        with suppress(OSError, termios.error):  # of a terminal that has gone
-            if not self.is_ready():
-                termios.tcflow(sys.stdout, termios.TCOOFF)  # Linux starts again only what was stopped like this
-                termios.tcflow(sys.stdout, termios.TCOON)
 
     def paint(self, lines: list[Line]) -> None:
         """Show the lines. Each span stands at its own column, however wide the terminal takes those before it to be."""
@@ -3980,30 +3924,28 @@ class Terminal:
                 column += cells(text)
         self._window.refresh()
 
-    def pressed(self) -> Iterator[str]:
-        """Yield the keys that were pressed, as press() takes them."""
-        for key in iter(self._read, ""):
-            if key == "^[":
-                ahead = self._read()
-                if ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
-                    self._window.timeout(50)  # for what comes in pieces
-                    any("@" <= end <= "~" for end in iter(self._read, ""))
-                    self._window.nodelay(True)
-                    continue
-                self._ahead = ahead
-            if key != "KEY_MOUSE":
-                yield key
-                continue
+    def pressed(self) -> str:
+        """Return the next key that was pressed, as press() takes it; "" if there is none."""
+        key, self._ahead = self._ahead or self._read(), ""
+        if key == "^[":
+            self._ahead = self._read()
+            if self._ahead in ("[", "O"):  # a sequence that curses does not know: it ends with a letter
+                self._window.timeout(50)  # for what comes in pieces
+                any("@" <= end <= "~" for end in iter(self._read, ""))
+                self._window.nodelay(True)
+                key, self._ahead = "unknown", ""
+        if key == "KEY_MOUSE":
             with suppress(self._curses.error):
                 _, column, line, _, button = self._curses.getmouse()
                 clicked, up = button & self._curses.BUTTON1_PRESSED, button & self._curses.BUTTON4_PRESSED
-                yield f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+                return f"click {line} {column}" if clicked else "move -3" if up else "move 3"
+        return key
 
     def _read(self) -> str:
         """Return a character, or the name of a key that is none, or "" if none is pressed."""
-        key, self._ahead = self._ahead, ""
+        key = ""
         with suppress(self._curses.error):
-            key = key or self._window.get_wch()
+            key = self._window.get_wch()
         if isinstance(key, str) and (key.isprintable() or key >= "\x80"):
             return key
         return str(self._curses.keyname(key if isinstance(key, int) else ord(key)), "ascii", "replace")
@@ -4025,17 +3967,18 @@ class Monitor:
         self._wake, self._waker = socket.socketpair()  # where Python writes the numbers of signals
         self._wake.setblocking(False)
         self._waker.setblocking(False)
-        self._painted = self._due = self._heard = time.monotonic()  # the last picture, when one may be next; an event
-        self._beats = 0  # heartbeats of workers
+        self._painted = self._due = time.monotonic()  # the last picture; when one may be next
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
-        self._rows_of: Any = None, None  # what the rows are of
+        self._rows_of: Any = None  # what the rows are of, None if they are to be found anew
 
     def run(self) -> None:
         """Show the screen until the user quits. A signal to end raises SystemExit once the terminal is as it was."""
         import curses
         import signal
+
+        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
         def end(number: int, frame: object) -> NoReturn:
             for name in ending:
@@ -4043,112 +3986,82 @@ class Monitor:
             raise SystemExit(128 + number)
 
         os.environ.setdefault("ESCDELAY", "50")  # milliseconds: nobody notices, and an arrow's sequence may come in pieces
-        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-        handlers: dict[Any, Any] = {**dict.fromkeys((signal.SIGCONT, signal.SIGWINCH), lambda *_: None), **dict.fromkeys(ending, end)}
-        before: dict[Any, Any] = {}
-        mine = threading.current_thread() is threading.main_thread()
-        wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False) if mine else -1
-        try:
-            for name, handler in handlers.items() if mine else ():
-                if signal.getsignal(name) != signal.SIG_IGN:
-                    before[name] = signal.signal(name, handler)
-            curses.wrapper(self._loop)
-        except curses.error:
-            if sys.stdin.isatty():
-                raise  # else the terminal has gone
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, signal.SIG_DFL if handler is None else handler)
-            if mine:
-                signal.set_wakeup_fd(wakeup)
-            self._wake.close()
-            self._waker.close()
+        with self._wake, self._waker, ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+                stack.callback(signal.set_wakeup_fd, wakeup)
+                for name in (*ending, signal.SIGCONT, signal.SIGWINCH):
+                    if signal.getsignal(name) != signal.SIG_IGN:
+                        before = signal.signal(name, end if name in ending else lambda *_: None)
+                        stack.callback(signal.signal, name, signal.SIG_DFL if before is None else before)
+            try:
+                curses.wrapper(self._loop)
+            except curses.error:
+                if sys.stdin.isatty():
+                    raise  # else the terminal has gone
 
     def _loop(self, window: Any) -> None:
         from signal import SIGCONT
 
         terminal = Terminal(window)
-        try:
-            self._take()
-            while not (self._ended and self._receiver or self._view.done) and sys.stdin.isatty():
-                with suppress(BlockingIOError):  # no signal came
-                    terminal.forget(SIGCONT in self._wake.recv(4096))
-                    self._drawn = None
-                height, width = terminal.size()
-                self._turn(terminal, Stage(self._state, height, width, self._state.now(), self._status()))
-        finally:
-            terminal.release()
+        while not self._view.done and sys.stdin.isatty() and self._take():
+            with suppress(BlockingIOError):  # no signal came
+                terminal.forget(SIGCONT in self._wake.recv(4096))
+                self._drawn = None
+            stage = Stage(self._state, *terminal.size(), self._state.now(), self._status())
+            key = terminal.pressed()
+            if key:
+                self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
+                self._drawn = None
+            if key == "^L":
+                terminal.forget()
+            if not self._view.done:  # else what is typed further is for whoever reads next
+                patience = self._draw(terminal, stage)
+                self._wait(0.0 if key else patience)
 
     def _take(self) -> bool:
-        """Take some events; return whether there were others than heartbeats, or the feed has ended."""
-        news, self._ended = False, True
+        """Take some events; return whether there is more to see."""
+        self._ended = True
         for event in islice(self._feed, DRAIN):
             self._ended = False
             if event is None:
                 break
             self._state.event(event)
-            is_beat = event.type == "worker-heartbeat"  # these alone make no new picture
-            self._beats += is_beat
-            news = news or not is_beat
-            self._heard = time.monotonic()
-        return self._ended or news
+        return not self._ended or self._receiver is None
 
-    def _turn(self, terminal: Any, stage: Stage) -> None:
-        """Heed the keys, draw, and wait for more."""
-        more = False
-        for key in terminal.pressed():
-            if key == "^L":
-                terminal.forget()
-            self._view = self._state.freeze_while(press, self._view, key, stage, self._find(stage))
-            self._drawn = None
-            more = time.monotonic() > self._painted + FRAME_TIME
-            if more or self._view.done:
-                break  # what is typed further must wait for the events, or is for whoever reads next
-        if not self._view.done:
-            patience = self._draw(terminal, stage)
-            self._wait(0.0 if more else patience)
-
-    def _find(self, stage: Stage, now: float = -inf) -> Rows:
-        """Return the rows of the uppermost layer, made anew if others are wanted, or have changed and there is time now."""
-        view, changes = settled(self._view, self._state), self._changes(stage)
+    def _find(self, stage: Stage) -> Rows:
+        """Return the rows of the uppermost layer: those found last, unless others are wanted."""
+        view = settled(self._view, self._state)
         wanted = view.layers[-1]._replace(cursor=None, index=0), view.frozen
-        if self._rows_of[0] != wanted or self._rows_of[1] != changes and now >= self._due:
-            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), (wanted, changes)
+        if self._rows_of != wanted:
+            self._rows, self._rows_of = self._state.freeze_while(rows_of, view, stage), wanted
         return self._rows
-
-    def _changes(self, stage: Stage) -> Any:
-        """Return what differs if there is something new to show: of time, seconds while something is there that counts them."""
-        counts = self._state.workers or time.monotonic() < self._heard + 60 or any(True for _ in self._state.iteractive())
-        news = self._state.event_count - self._beats
-        return stage._replace(now=int(stage.now) if counts else 0), news, len(self._state.tasks)
 
     def _draw(self, terminal: Any, stage: Stage) -> float:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
-        now = time.monotonic()
-        due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once
-        rows = self._find(stage, now)
-        picture = self._rows_of, self._view, self._changes(stage)
-        if picture != self._drawn and now >= due and terminal.is_ready():
-            terminal.paint(self._state.freeze_while(screen, self._view, stage, rows))
-            self._drawn, self._painted = picture, time.monotonic()
+        state, now = self._state, time.monotonic()
+        counts = state.workers or any(state.counts(1, 60.0, stage.now)) or any(True for _ in state.iteractive())
+        news = stage._replace(now=int(stage.now) if counts else 0), state.event_count, len(state.tasks)
+        if self._drawn != (self._view, news):
+            due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once,
+            if now < due:
+                return due - now
+            if now >= self._due:  # if need be with the rows of the last picture
+                self._rows_of = None
+            self._drawn = self._view, None if self._rows_of else news
+            terminal.paint(state.freeze_while(screen, self._view, stage, self._find(stage)))
+            self._painted = time.monotonic()
             self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
-        if picture != self._drawn:
-            return due - now if now < due else MAX_SLEEP  # the latter while the terminal takes nothing
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
-        """Wait for keys, signals, and events that are news, which are taken."""
-        files, until = [sys.stdin, self._wake, *filter(None, [self._receiver])], time.monotonic() + longest
-        ready: list[Any] = []
-        while not ready or ready == [self._receiver]:
-            left = max(0.0, until - time.monotonic())
-            left = self._receiver.pause(left) if self._receiver else left * self._ended
-            try:
-                ready, _, _ = select.select(files, [], [], left)  # which takes terminals also where poll() does not
-            except ValueError:  # it takes only the first 1,024 files
-                wait_for(left, *files)
-            if self._take() or time.monotonic() >= until:
-                break
+        """Wait for keys, signals and events."""
+        files = [sys.stdin, self._wake, *filter(None, [self._receiver])]
+        longest = self._receiver.pause(longest) if self._receiver else longest * self._ended
+        try:
+            select.select(files, [], [], longest)  # which takes terminals also where poll() does not
+        except (OSError, ValueError):  # one has just been closed; it takes only the first 1,024 files
+            wait_for(longest, *files)
 
 
 def has_terminal() -> bool:
@@ -4198,17 +4111,13 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
     terminal, or none that curses knows, it prints lines. Raises OSError when the socket cannot be opened. In the main
     thread SIGTERM, SIGHUP and SIGQUIT, unless ignored, raise SystemExit once the terminal is as it was.
     """
-    heard = Receiver() if receiver is None else receiver
     state = State() if state is None else state
-    try:
+    with Receiver() if receiver is None else nullcontext(receiver) as heard:
         heard.fileno()  # opened while an error can still be read
         if has_terminal():
             show_live(heard, state, live(heard, 0.0))
         else:
             print_lines(chosen(live(heard, 1.0), state=state), state)
-    finally:
-        if receiver is None:
-            heard.close()
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
