@@ -3968,6 +3968,7 @@ class Monitor:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._painted = self._due = time.monotonic()  # the last picture; when one may be next
+        self._beats = 0  # heartbeats of workers, of which the picture of the next second tells
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
         self._rows: Rows = []
@@ -4026,6 +4027,7 @@ class Monitor:
             self._ended = False
             if event is None:
                 break
+            self._beats += event.get("type") == "worker-heartbeat"
             self._state.event(event)
         return not self._ended or self._receiver is None
 
@@ -4041,7 +4043,7 @@ class Monitor:
         """Paint a picture if there is something new, and it is time to; return for how long there is nothing to do."""
         state, now = self._state, time.monotonic()
         counts = state.workers or any(state.counts(1, 60.0, stage.now)) or any(True for _ in state.iteractive())
-        news = stage._replace(now=int(stage.now) if counts else 0), state.event_count, len(state.tasks)
+        news = stage._replace(now=int(stage.now) if counts else 0), state.event_count - self._beats, len(state.tasks)
         if self._drawn != (self._view, news):
             due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once,
             if now < due:
