@@ -4420,12 +4420,8 @@ def in_words(problem: BaseException | None, url: Url) -> str:
 def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
     """Yield what comes of it if an event is sent, if a watcher is to confirm it, and if it is large."""
 
-    def confirmed(fill: str) -> int:
-        """Send an event with this field; return how many watchers confirm it: we are one, if we can listen."""
-        dispatcher.send("eventmon-check", fill=fill)
-        return max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up
-
-    watchers = confirmed("")
+    dispatcher.send("eventmon-check")
+    watchers = max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up: we, if we can listen
     if not dispatcher.stats["datagrams"]:
         raise Failure(in_words(dispatcher.problem, url))
     yield "the system took a datagram"
@@ -4433,7 +4429,8 @@ def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str
         raise Failure("nothing" if listens else "nobody")
     yield "it has come back on this machine" if listens else "a watcher has confirmed it"
     size = MAX_LOOPBACK if on_loopback(url) else MAX_DATAGRAM
-    confirmed("x" * (size - 4 * MAX_HEADER))
+    dispatcher.send("eventmon-check", fill="x" * (size - 4 * MAX_HEADER))
+    dispatcher.flush(SILENCE + BEAT)  # a watcher that has just been killed is waited for until it is taken for dead
     if dispatcher.stats["behind"]:
         raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
     yield f"up to {size:,} bytes in a datagram"
