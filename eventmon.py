@@ -519,9 +519,10 @@ class ReceiveWindow:
     """One stream as it arrives: puts it in order, once each, and knows what is missing (RFC 3208, section 2.1).
 
     Pure: `now` is seconds of any clock that only goes forward, `jitter` returns a number from 0 to 1, an item may
-    be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. Datagrams lost (given
-    up), repaired and duplicate are added to `counts`, and bytes held back to "held", which several windows may share.
-    What the sender could not repair any more when it was first heard is not lost.
+    be anything. The first one wanted is `start`: 1 for all of the stream that can still be had. At most `reach`
+    missing datagrams are asked for at a time. Datagrams lost (given up), repaired and duplicate are added to `counts`,
+    and bytes held back to "held", which several windows may share. What the sender could not repair any more when it
+    was first heard is not lost.
     """
 
     MAX_HELD = 8 << 20  # bytes that all windows hold back while something before them is missing
@@ -535,14 +536,15 @@ class ReceiveWindow:
         self.end = start  # nothing is known to be sent from here on
         self.lost = 0
         self.size = 0  # bytes held back
+        self.reach = 16
+        self.nak_at = inf  # when to ask for what is missing
         self._held: dict[int, tuple[Any, int]] = {}
-        self._known: dict[float, int] = {}  # time, in tenths -> what `end` was then, while that is not delivered
-        self._delivered_at = now
-        self._nak_at = inf  # when to ask for what is missing
+        self._known: deque[tuple[float, int]] = deque()  # (time, end): at that time all before end was known to be sent
+        self._delivered_at = self._repaired_at = now
         self._asked = start - 1  # everything missing up to here has been asked for
         self._tries = 0
         self._credit = 0
-        self._is_announced = False  # a beat has told what can still be had
+        self._trail = 0  # of the sender: nothing before it can be had; 0 until it is heard
         self._jitter = jitter
         self._counts = counts
 
@@ -559,81 +561,105 @@ class ReceiveWindow:
             self._counts["duplicates"] += 1
             return []
         if seq < self.end:
+            self._repaired_at = now
             self._counts["repaired"] += seq <= self._asked
             self._tries = 0
-            self._nak_at = now if seq == self._asked else max(self._nak_at, now + self.NAK_RETRY[0])
+            self.nak_at = now if seq == self._asked else max(self.nak_at, now + self.NAK_RETRY[0])
         self._expect(seq, now)
         if seq == self.next or self._counts["held"] + size <= self.MAX_HELD:
             self._held[seq] = item, size
             self.size += size
             self._counts["held"] += size
-        if seq == self.next:
-            self._delivered_at = now
-        return self._deliver()  # what there is no room for will be asked for again
+        return self._deliver(now)  # what there is no room for will be asked for again
 
     def announce(self, lead: int, trail: int, now: float) -> list[Any]:
         """Take a beat: there is data up to `lead`, and none can be had from before `trail`."""
+        if not self._trail and self.next < trail <= lead + 1:  # it was gone before we came
+            self.next = min([trail, *self._held])
+            self.end = max(self.end, trail)
+        self._trail = max(self._trail, trail)
         self._expect(lead, now)
+        items = self._deliver(now)
         if self.next < self.end:
-            self._nak_at = min(self._nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
-        items = self._deliver(min(trail, self.end), is_loss=self._is_announced)
-        self._is_announced = True
+            self.nak_at = min(self.nak_at, now + self.NAK_RETRY[0])  # the sender listens; after a goodbye not for long
         return items
 
-    def missing(self, now: float, reach: int) -> Ranges:
-        """Return what to send a NAK for now: at most `reach` datagrams."""
-        if now < self._nak_at or self.next == self.end:
+    def missing(self, now: float) -> Ranges:
+        """Return what to send a NAK for now."""
+        if now < self.nak_at:
             return []
-        ranges: Ranges = []
-        held = sorted(self._held)
-        for before, after in zip([self.next - 1, *held], [*held, self.end]):
-            last = min(after - 1, before + reach)
-            if before < last and len(ranges) < MAX_RANGES:
-                ranges.append((before + 1, last))
-                reach -= last - before
-        self._asked = max(self._asked, ranges[-1][1])
+        ranges, reach = [], self.reach
+        for first, last in islice(self._gaps(), MAX_RANGES):
+            last = min(last, first + reach - 1)
+            ranges.append((first, last))
+            self._asked = max(self._asked, last)
+            reach -= last - first + 1
+            if not reach:
+                break
         soonest, latest = self.NAK_RETRY if self._credit else (BEAT, BEAT)
-        self._nak_at = now + min(soonest * 2**self._tries, latest) * (0.75 + self._jitter() / 2)
+        pause = min(soonest * 2**self._tries, latest) * (0.75 + self._jitter() / 2)
         self._credit = max(0, self._credit - 1)
         self._tries = min(self._tries + 1, 10)
+        self.nak_at = now + pause if ranges else inf
         return ranges
 
     def overdue(self, now: float) -> list[Any]:
-        """Give up what is missing for too long; return the items that may now be delivered.
-
-        That is what was known a while ago, if nothing before it has been repaired since.
-        """
+        """Give up what cannot be had, or is missing for too long; return the items that may now be delivered."""
         items = []
-        while self._known and now >= max(self._delivered_at, next(iter(self._known))) + self.GIVE_UP:
-            items += self._deliver(next(iter(self._known.values())))
+        for first, last in list(self._gaps()) if now >= self.give_up_at() else ():
+            while first <= last and now >= self.give_up_at():
+                gone = min(last, self._trail - 1) if first < self._trail else last
+                self.lost += gone - first + 1
+                self._counts["lost"] += gone - first + 1
+                first = self.next = gone + 1
+                items += self._deliver(self._delivered_at)
         return items
+
+    def give_up_at(self) -> float:
+        """Return when the first gap is beyond repair, inf if there is none.
+
+        That is a second after it was known, and after it became the first or anything else was repaired.
+        """
+        if self.next == self.end:
+            return inf
+        if self.next < self._trail:
+            return -inf
+        return max(self._known[0][0], min(self._delivered_at, self._repaired_at)) + self.GIVE_UP
+
+    def _gaps(self) -> Iterator[tuple[int, int]]:
+        first = self.next
+        for seq in [*sorted(self._held), self.end]:
+            if seq > first:
+                yield first, seq - 1
+            first = seq + 1
 
     def _expect(self, lead: int, now: float) -> None:
         """Know that everything up to `lead` has been sent."""
         self._credit = min(self._credit + self.NAK_CREDIT, 16 * self.NAK_CREDIT)
-        if lead >= self.end:
-            self.end = lead + 1
-            self._known[round(now, 1)] = self.end
-            soonest, latest = self.NAK_DELAY
-            self._nak_at = min(self._nak_at, now + soonest + self._jitter() * (latest - soonest))
+        if lead < self.end:
+            return
+        self.end = lead + 1
+        if self._known and now < self._known[-1][0] + 0.05:  # some 20 times a second will do
+            self._known[-1] = self._known[-1][0], self.end
+        else:
+            self._known.append((now, self.end))
+        soonest, latest = self.NAK_DELAY
+        self.nak_at = min(self.nak_at, now + soonest + self._jitter() * (latest - soonest))
 
-    def _deliver(self, to: int = 0, is_loss: bool = True) -> list[Any]:
-        """Return what is in order, once what is missing before `to` is given up."""
-        start, items = self.next, []
-        given_up = sorted(seq for seq in self._held if seq < to) if to > start else ()
-        for self.next in chain(given_up, count(max(start, to))):
-            if self.next not in self._held:
-                break
+    def _deliver(self, now: float) -> list[Any]:
+        items = []
+        while self.next in self._held:
             item, size = self._held.pop(self.next)
             self.size -= size
             self._counts["held"] -= size
+            self.next += 1
             items.append(item)
-        gone = self.next - start - len(items) if is_loss else 0
-        self.lost += gone
-        self._counts["lost"] += gone
-        self._known = {at: end for at, end in self._known.items() if end > self.next}
-        if not self._known:
-            self._nak_at = inf
+        if items:
+            self._delivered_at = now
+        while self._known and self._known[0][1] <= self.next:
+            self._known.popleft()
+        if self.next == self.end:
+            self.nak_at = inf
         return items
 
 
@@ -2080,9 +2106,11 @@ class Receiver:
         """Ask for what is missing, and give up what is beyond repair; 64 streams at a time, in turns."""
         reach = max(16, self._space // (4 * DATAGRAM_COST) // len(self._gapped))
         for stream in list(islice(self._gapped, 64)):
+            window = stream.window
+            window.reach = reach
             del self._gapped[stream]
-            self._deliver(stream, stream.window.overdue(self._clock))  # which puts it behind the others
-            ranges = stream.window.missing(self._clock, reach)
+            self._deliver(stream, window.overdue(self._clock))  # which puts it behind the others
+            ranges = window.missing(self._clock)
             if ranges:
                 self._answer(stream, b"nak", format_ranges(ranges))
 

@@ -592,12 +592,13 @@ def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often_u
         return [item for number in numbers for item in window.receive(number, number, 10, now)]
 
     assert arrive(1, 4, 5, 8, now=0.0) == [1]
-    asked = [step / 2000 for step in range(1, 2600) if window.missing(step / 2000, 100)]
+    asked = [step / 2000 for step in range(1, 2600) if window.missing(step / 2000)]
     pauses = [later - sooner for sooner, later in zip(asked, asked[1:])]
     assert 0.001 <= asked[0] <= 0.004 and 1.5 * pauses[0] < pauses[2] and max(pauses[:8]) <= 0.04
     assert min(pauses[-2:]) > 0.2  # a forger's stream, in which nothing more comes, gets no flood of questions
+    window.reach = 100
     assert arrive(2, 3, 1000, now=1.3) == [2, 3, 4, 5]
-    assert window.missing(1.35, 100) == [(6, 7), (9, 106)]  # no more than a buffer takes
+    assert window.missing(1.35) == [(6, 7), (9, 106)]  # no more than a buffer takes
     assert window.overdue(1.35) == [] and counts["lost"] == 0
     assert window.overdue(2.8) == [8, 1000] and counts["lost"] == 2 + 991
 
