@@ -2350,7 +2350,7 @@ def delivery_for(event: Mapping[str, Any], kind: Kind, deliveries: Sequence[dict
         return None
     alone = len(deliveries) == 1 or len(deliveries) == 2 and "began" not in deliveries[0]
     if alone and goes_on(deliveries[-1], event):
-        return deliveries[-1]
+        return deliveries[-1]  # what is below finds the same, later
     process = process_of(event)
     mine = [told for told in deliveries if "began" in told and process_in(told) == process]
     if isinstance(event.get("retries"), (int, float)):
@@ -2690,9 +2690,8 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            task = self.tasks.get(uuid)
-            deliveries = self._deliveries.get(uuid) or [task] if task else []
-            return [attempt(merged(group)) for group in grouped(deliveries) if "began" in group[0]]
+            self._show()
+            return [attempt(merged(group)) for group in grouped(self._told(uuid)) if "began" in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2904,23 +2903,24 @@ class State:
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
         """Let an event change what is told of its task; _show() does the rest."""
-        uuid = event.get("uuid")
-        if type(uuid) is not str or not 0 < len(uuid) <= MAX_NAME:
+        uuid = id_of(event.get("uuid"))
+        if not uuid:
             return
         timestamp = event.get("timestamp")
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
         if len(self._changed) >= MAX_CHANGED:
             self._show()
-        task = self._tasks.get(uuid)
-        told = None if task is None else delivery_for(event, kind, self._deliveries.get(uuid) or [task])
-        if told is None:
-            told = self._begin(uuid, event, kind, timestamp)
+        told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
         before = self._changed.pop(uuid, None)
         self._changed[uuid] = before or (task.get("state"), id_of(task.get("parent_id")))
         take_event(told, event, kind, timestamp)
+
+    def _told(self, uuid: str) -> list[dict[str, Any]]:
+        """Return what was told of a task's deliveries, and by its task-sent; of one not in memory nothing."""
+        return self._deliveries.get(uuid) or ([self._tasks[uuid]] if uuid in self._tasks else [])
 
     def _begin(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
         """Return a new delivery, whose process is known as a worker from now on; or what a task-sent tells."""
@@ -2933,15 +2933,14 @@ class State:
         else:
             if hostname and pid not in self._processes.get(hostname, ()):
                 self._set_status(event, "alive")
-            others = self._deliveries.get(uuid) or [self._tasks.get(uuid, {})]
-            mine = [one["began"] for one in others if "began" in one and process_in(one) == process]
+            mine = [one["began"] for one in self._told(uuid) if "began" in one and process_in(one) == process]
             told["began"] = max([timestamp, *mine])  # in the order of the process, too
             if hostname:
                 told["worker"] = self.workers.get(hostname, event)["hostname"]  # a callback may have cleared all
             if pid != NO_PID:
                 told["pid"] = pid
         if uuid in self._tasks:
-            deliveries = self._deliveries.setdefault(uuid, [self._tasks[uuid]])
+            deliveries = self._deliveries[uuid] = self._told(uuid)
             if len(deliveries) >= MAX_DELIVERIES:
                 deliveries.remove(min(deliveries, key=age_of))
             deliveries.append(told)
@@ -2969,9 +2968,10 @@ class State:
                 for key in ("name", "kwargs"):
                     if type(task.get(key)) is str and len(task[key]) <= MAX_NAME:
                         task[key] = sys.intern(task[key])
-            if id_of(task.get("parent_id")) != parent:
+            told_parent = id_of(task.get("parent_id"))
+            if told_parent != parent:
                 self._disown(uuid, parent)
-                self._adopt(uuid, id_of(task.get("parent_id")))
+                self._adopt(uuid, told_parent)
         self._evict(len(self._tasks) - max(1, self.max_tasks_in_memory))
 
     def _adopt(self, uuid: str, parent: str) -> None:
