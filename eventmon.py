@@ -67,7 +67,6 @@ import os
 import re
 import select
 import socket
-import struct
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -746,7 +745,7 @@ def membership(url: Url) -> bytes:
     """Return the group and the interface of `url` as the kernel takes them (struct ip_mreq, or ip_mreqn for a name)."""
     if is_address(url.interface):
         return socket.inet_aton(url.host) + socket.inet_aton(url.interface)
-    return struct.pack("@4s4si", socket.inet_aton(url.host), bytes(4), socket.if_nametoindex(url.interface))
+    return socket.inet_aton(url.host) + bytes(4) + socket.if_nametoindex(url.interface).to_bytes(4, sys.byteorder)
 
 
 def udp_socket(url: Url, listens: bool = False) -> socket.socket:
@@ -822,7 +821,7 @@ def unread_at(url: Url) -> int:
     """Return how many bytes this machine's listeners at the port of `url` have not read; 0 if the system does not tell."""
     try:
         with open("/proc/net/udp", "rb") as table:  # of Linux: proc(5)
-            address = struct.unpack("=I", socket.inet_aton(url.host))[0]
+            address = int.from_bytes(socket.inet_aton(url.host), sys.byteorder)
             rows = [line.split() for line in table if b" %08X:%04X 00000000:0000" % (address, url.port) in line]
         return sum(int(row[4].split(b":")[1], 16) for row in rows)
     except (OSError, ValueError, IndexError):
@@ -3061,11 +3060,10 @@ STYLES = {
 MAX_DETAIL = 65536  # characters of any value that is shown whole
 BARS = " ▁▂▃▄▅▆▇█"
 TOLD_FIRST = ("message", "exception", "result", "args", "kwargs")
-SHOWN_APART = re.compile(  # fields of a task, a worker or an event
-    "type|timestamp|hostname|local_received|local|utcoffset|clock|uuid|name|state|worker|client|parent_id|root_id|children|began|"
-    "message|exception|result|args|kwargs|traceback|stderr|heard|status|clock_offset|"
-    "sent|received|started|succeeded|failed|rejected|revoked|retried"
-)
+SHOWN_APART = NOT_FIELDS - {"pid"} | {  # keys of a task, a worker or an event
+    *(*TOLD_FIRST, "name", "parent_id", "root_id", "traceback", "stderr"),
+    *("heard", "status", "clock", "clock_offset", "local"),
+}
 HINTS = {
     "table": "q quit  ? keys  enter details  / filter  s sort  space freeze  c clear finished",
     "panel": "esc back  ? keys  enter go there  / find  e events  t traceback",
@@ -3275,7 +3273,7 @@ def detail_of(task: Facts, stage: Stage) -> str:
 
 def keys_of(record: Facts) -> list[str]:
     """Return the keys of the fields that are not shown elsewhere."""
-    return [key for key in islice(record, 200) if record[key] is not None and not SHOWN_APART.fullmatch(printable(key))]
+    return [key for key in islice(record, 200) if record[key] is not None and printable(key) not in SHOWN_APART]
 
 
 def reason_of(event: Facts, stage: Stage) -> str:
