@@ -76,7 +76,7 @@ from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
 from math import ceil, inf, isfinite
-from weakref import WeakSet, finalize
+from weakref import WeakSet
 
 TYPE_CHECKING = False  # as in typing, which costs a third of our import time
 if TYPE_CHECKING:
@@ -748,47 +748,61 @@ def membership(url: Url) -> bytes:
     return socket.inet_aton(url.host) + bytes(4) + socket.if_nametoindex(url.interface).to_bytes(4, sys.byteorder)
 
 
-def udp_socket(url: Url, listens: bool = False) -> socket.socket:
-    """Return a new socket that never blocks: it sends as `url` says, or receives what is sent there."""
-    sock, level = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.IPPROTO_IP
-    try:
-        sock.setblocking(False)
+class Socket(socket.socket):
+    """A UDP socket that never blocks: it sends as `url` says or, if it `listens`, receives what is sent there.
+
+    A program may close descriptors that are not its own, and get a file with the number of one: that is left alone.
+    """
+
+    _inode = -2  # of no file: what could not be opened is not to be closed
+
+    def __init__(self, url: Url, listens: bool = False) -> None:
+        super().__init__(socket.AF_INET, socket.SOCK_DGRAM)
+        self._inode = self._look_up_inode()
+        try:
+            self._set_up(url, listens)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, url: Url, listens: bool) -> None:
+        level = socket.IPPROTO_IP
+        self.setblocking(False)
         if is_group(url.host):
             group = membership(url)
-            sock.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
-            sock.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
+            self.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
+            self.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
         elif url.ttl:
-            sock.setsockopt(level, socket.IP_TTL, url.ttl)
+            self.setsockopt(level, socket.IP_TTL, url.ttl)
         if not listens:
-            sock.bind((url.interface if is_address(url.interface) else "", 0))
-            return sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            return self.bind((url.interface if is_address(url.interface) else "", 0))
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         if not is_group(url.host):
-            sock.bind((url.host, url.port))
-            return sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
+            return self.bind((url.host, url.port))
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
         if sys.platform == "linux":
-            sock.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
+            self.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
         elif hasattr(socket, "SO_REUSEPORT"):  # BSD wants it; Linux would share out
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(("" if sys.platform == "win32" else url.host, url.port))
-        sock.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.bind(("" if sys.platform == "win32" else url.host, url.port))
+        self.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
 
+    def _look_up_inode(self) -> int:
+        """Return what tells the socket from another file with its descriptor; -1 if the descriptor is closed."""
+        try:
+            return os.fstat(self.fileno()).st_ino if sys.platform != "win32" else 0
+        except OSError:
+            return -1
 
-listen = partial(udp_socket, listens=True)
+    def is_ours(self) -> bool:
+        """Whether the socket is open, and no file of the program has got its descriptor."""
+        return self._look_up_inode() == self._inode
 
+    def close(self) -> None:
+        """Close the socket, but never a file of the program."""
+        super().close() if self.is_ours() else self.detach()
 
-def inode(sock: socket.socket) -> int:
-    """Return what tells a socket from another file with its descriptor: its inode; -1 if the descriptor is closed."""
-    try:
-        return os.fstat(sock.fileno()).st_ino if sys.platform != "win32" else 0
-    except OSError:
-        return -1
-
+    __del__ = close
 
 def wait_for(seconds: float, *files: Any) -> None:
     """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
@@ -807,16 +821,6 @@ def wait_for(seconds: float, *files: Any) -> None:
     time.sleep(min(seconds, 0.05))  # somebody has closed it, and whoever waits is to look why
 
 
-def shut(sockets: dict[socket.socket, int]) -> None:
-    """Close sockets (socket -> its inode), but never a file of the program that has got the descriptor of one."""
-    while sockets:
-        sock, number = sockets.popitem()
-        if inode(sock) == number:
-            sock.close()
-        else:
-            sock.detach()
-
-
 def unread_at(url: Url) -> int:
     """Return how many bytes this machine's listeners at the port of `url` have not read; 0 if the system does not tell."""
     try:
@@ -828,29 +832,16 @@ def unread_at(url: Url) -> int:
         return 0
 
 
-class Link:
+class Link(Socket):
     """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
 
     def __init__(self, url: Url) -> None:
+        super().__init__(url)
         host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
         found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
         self.target: Source = str(found[0][4][0]), url.port
-        self.socket = udp_socket(url)
         self.broken = False  # an error says that another socket may do better
-        self._inode = inode(self.socket)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
-
-    def is_ours(self) -> bool:
-        """Whether the socket is open, and no file of the program has got its descriptor."""
-        return inode(self.socket) == self._inode
-
-    def is_intact(self) -> bool:
-        """Whether the socket is ours, and takes datagrams."""
-        return not self.broken and self.is_ours()
-
-    def close(self) -> None:
-        """Close the socket."""
-        shut({self.socket: self._inode})
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
 
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
@@ -1267,7 +1258,7 @@ class Dispatcher:
                 if not link.is_ours():
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
                 self._checked_at = now
-            link.socket.sendto(seal(frame, self._key) if self._key else frame, to or link.target)
+            link.sendto(seal(frame, self._key) if self._key else frame, to or link.target)
         except OSError as problem:
             if problem.errno is None:  # a TimeoutError, say, of a signal handler
                 raise
@@ -1337,7 +1328,7 @@ class Dispatcher:
         """Take the answers that have arrived."""
         for _ in range(16 if self._link and self._link.is_ours() else 0):
             try:
-                data, source = self._link.socket.recvfrom(65536)  # type: ignore[union-attr]
+                data, source = self._link.recvfrom(65536)  # type: ignore[union-attr]
             except OSError:  # none; or a watcher is gone (ICMP; 10054 on Windows)
                 break
             self._on_answer(data, source, now)
@@ -1449,9 +1440,9 @@ class Dispatcher:
     def _wait(self) -> None:
         """Wait until something is to be done, with a link that works, if one can be had."""
         now, link = time.monotonic(), self._link
-        if link and link.is_intact():
+        if link and link.is_ours() and not link.broken:
             due = min(self._beaten_at + BEAT, self._work_at, now + (0.05 if self._buffered else BEAT))
-            wait_for(due - now, link.socket)
+            wait_for(due - now, link)
         elif now >= self._reopen_at:
             self._connect()
         else:
@@ -1789,10 +1780,8 @@ class Receiver:
         self._url = parse_url(self.url)
         self._key = key_from(key)
         self._random = random.random
-        self._channel: socket.socket | None = None
-        self._answers: socket.socket | None = None  # sends acks and NAKs, hears beats for us alone
-        self._sockets: dict[socket.socket, int] = {}  # both, and their inodes
-        finalize(self, shut, self._sockets)
+        self._channel: Socket | None = None
+        self._answers: Socket | None = None  # sends acks and NAKs, hears beats for us alone
         self._space = BUFFER  # what the channel's buffer holds
         self._counts = Counter(events=0, lost=0, repaired=0, duplicates=0, malformed=0, rejected=0, held=0)
         self._streams: OrderedDict[bytes, Stream] = OrderedDict()  # silent longest first
@@ -1826,12 +1815,12 @@ class Receiver:
         """The socket that listens, not blocking; opened, and the group joined, when first asked for."""
         return self._channel or self._open()
 
-    def _open(self) -> socket.socket:
-        shut(self._sockets)
-        channel = answers = listen(self._url)
+    def _open(self) -> Socket:
+        for old in filter(None, (self._channel, self._answers)):
+            old.close()
+        channel = answers = Socket(self._url, listens=True)
         if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
-            answers = udp_socket(self._url)
-        self._sockets.update({sock: inode(sock) for sock in (channel, answers)})
+            answers = Socket(self._url)
         self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self._channel, self._answers = channel, answers
         return channel
@@ -1847,7 +1836,8 @@ class Receiver:
         if channel:
             for stream in list(self._streams.values()):
                 self._answer(stream, b"leave")
-            shut(self._sockets)
+            for sock in filter(None, (channel, self._answers)):
+                sock.close()
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1947,7 +1937,7 @@ class Receiver:
     def _read(self) -> bool:
         """Take at most MAX_READ datagrams, and do what is due; return whether no more has arrived."""
         channel, now, taken = self._channel, time.monotonic(), self._taken
-        is_empty = channel is None or not self._is_ours()
+        is_empty = channel is None or not self._is_intact()
         try:
             for _ in range(0 if is_empty else self.MAX_READ):
                 data, source = channel.recvfrom(65536)  # type: ignore[union-attr]
@@ -1993,17 +1983,16 @@ class Receiver:
                 self._enqueue("worker-lost" if is_silent else "worker-online", stream)
         channel = self._channel
         with suppress(OSError):  # no network now; or all is as it should be
-            if channel and self._is_ours():
+            if channel and self._is_intact():
                 if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
                     return
                 channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
             if self._channel:  # somebody else has closed it, or its interface has gone and come again
                 self._open()
 
-    def _is_ours(self) -> bool:
+    def _is_intact(self) -> bool:
         """Whether the sockets are open, and no file of the program has got the descriptor of one."""
-        sockets = list(self._sockets.items())
-        return bool(sockets) and all(inode(sock) == number for sock, number in sockets)
+        return all(sock is not None and sock.is_ours() for sock in (self._channel, self._answers))
 
     def _accept(self, data: bytes, source: Source, now: float) -> None:
         """Queue what a datagram makes deliverable; count it if it is bad."""

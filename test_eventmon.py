@@ -122,7 +122,7 @@ def by_hand():
             event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "progress": i}
             sock.sendto(json.dumps(event).encode(), where[:2])
 
-    with eventmon.udp_socket(where) as sock:
+    with eventmon.Socket(where) as sock:
         sock.setblocking(True)
         yield send, url
 
@@ -142,7 +142,7 @@ def receive_row(n, burst=50):
     """Events a second that wait in a socket, where so many together find room in the smallest usual buffer."""
     with Receiver(new_url()) as receiver, Dispatcher(receiver.url) as events, by_hand() as (send, other):
         receiver.fileno()
-        with eventmon.listen(eventmon.parse_url(other)) as sock:
+        with eventmon.Socket(eventmon.parse_url(other), listens=True) as sock:
             while True:
                 ours = naive = 0.0
                 for _ in range(n // burst):
@@ -360,14 +360,13 @@ def delivered(receiver, *datagrams):
 @pytest.fixture
 def sockets(monkeypatch):
     """The sockets opened from now on."""
-    opened = []
+    opened, begin = [], eventmon.Socket.__init__
 
-    class Socket(socket.socket):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            opened.append(self)
+    def begin_and_note(sock, *args, **options):
+        begin(sock, *args, **options)
+        opened.append(sock)
 
-    monkeypatch.setattr(eventmon.socket, "socket", Socket)
+    monkeypatch.setattr(eventmon.Socket, "__init__", begin_and_note)
     return opened
 
 
@@ -606,9 +605,11 @@ def test_what_is_missing_is_asked_for_after_a_moment_and_again_ever_less_often_u
 class VirtualSocket:
     """A UDP socket on a virtual network. Its name is (number of its host, port); the ttl of a URL is the number."""
 
+    broken = False
+
     def __init__(self, network, url, space, listens=False):
         self.network, self.space, self.listens = network, space, listens
-        self.name = url.ttl, next(network.ports)
+        self.name, self.target = (url.ttl, next(network.ports)), url[:2]
         self.inbox = deque()
         network.sockets[self.name] = self
 
@@ -632,7 +633,8 @@ class VirtualSocket:
     def close(self):
         self.network.sockets.pop(self.name, None)
 
-    detach = close
+    def is_ours(self):
+        return True
 
     def getsockopt(self, *_):
         return self.space
@@ -702,9 +704,8 @@ class Network:
             "time": SimpleNamespace(sleep=self.run, localtime=time.localtime, **clock),
             "threading": SimpleNamespace(RLock=threading.RLock, Thread=lambda target, **_: VirtualThread(self, target)),
             "wait_for": lambda *args: self.running[-1].wait_for(*args),
-            "listen": lambda url: VirtualSocket(self, url, space, listens=True),
-            "udp_socket": lambda url: VirtualSocket(self, url, 1 << 20),
-            "inode": lambda sock: 1,
+            "Socket": lambda url, listens=False: VirtualSocket(self, url, space if listens else 1 << 20, listens),
+            "Link": lambda url: VirtualSocket(self, url, 1 << 20),
             "TransmitWindow": limited,
         }.items():
             monkeypatch.setattr(eventmon, name, stand_in)
@@ -3304,14 +3305,13 @@ WRONGS = [  # URL, datagrams of so many bytes are lost or are an error, the step
 
 @pytest.mark.parametrize("where, lost, error, step, words", WRONGS)
 def test_check_says_what_is_wrong_and_what_to_do(where, lost, error, step, words, url, command, monkeypatch):
-    class Socket(socket.socket):
-        def sendto(self, data, target):
-            if len(data) < lost:
-                return super().sendto(data, target)
-            return refuse(getattr(errno, error))() if error else len(data)
+    def sendto(sock, data, target):
+        if len(data) < lost:
+            return socket.socket.sendto(sock, data, target)
+        return refuse(getattr(errno, error))() if error else len(data)
 
     with Ear() as mute:
-        monkeypatch.setattr(eventmon.socket, "socket", Socket)
+        monkeypatch.setattr(eventmon.Socket, "sendto", sendto)
         monkeypatch.setattr(eventmon, "HEAR_TIME", 0.1)
         status, steps, _ = check(command, "--url", (where or url).replace("MUTE", str(mute.getsockname()[1])))
     assert (status, list(steps)[-1], steps[step][0]) == (1, step, "wrong")
