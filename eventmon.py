@@ -1691,7 +1691,7 @@ def __getattr__(name: str) -> Any:
     import logging
 
     class LogHandler(logging.NullHandler):  # which has no lock: a send() could wait for it, and it cannot be pickled
-        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
+        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, exception, traceback.
 
         Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
         """
@@ -1720,7 +1720,7 @@ def __getattr__(name: str) -> Any:
                 if task:
                     fields["uuid"] = task.uuid
                 if problem:
-                    fields["exception"] = traceback_of(problem, "uuid" in fields)
+                    fields.update(exception=shortened(problem), traceback=traceback_of(problem, "uuid" in fields))
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers

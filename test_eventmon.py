@@ -1650,7 +1650,8 @@ def test_a_log_record_becomes_an_event_and_a_handler_never_raises_never_loops_an
     first, second, *others = told(work)
     assert {"type": "log-warning", "logger": "shop", "message": "3 left"}.items() <= first.items()
     assert abs(first.timestamp - time.time()) < 60
-    assert second.type == "log-error" and "KeyError: 'gone'" in second["exception"]
+    assert (second.type, second["exception"]) == ("log-error", "KeyError('gone')")
+    assert second["traceback"].endswith("KeyError: 'gone'\n")
     assert [event["message"] for event in others] == ["loud", "other", "False"]
     logger.warning("nobody hears this: the dispatcher is closed")
     assert capsys.readouterr().err == ""
