@@ -2402,24 +2402,32 @@ def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return shown
 
 
-def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
-    """Return how long a task took, or has been running; None if that is not known."""
-    state, end = task["state"], now
-    if state in FINISHED:
-        runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
+def seconds_taken(task: Mapping[str, Any], state: Any, now: float) -> float | None:
+    """Return how long a task took, or has been running, by our clock; None if that is not known."""
+    if task["state"] in FINISHED:
+        runtime, until = number(task.get("runtime"), -1.0), task["timestamp"]
         if runtime >= 0:
             return runtime
-    known = "started" in task and (state in FINISHED or state not in NOT_RUNNING)
-    return max(0.0, end - task["started"]) if known else None
+    elif task["state"] in NOT_RUNNING:
+        return None
+    else:
+        worker, until = state.workers.get(task.get("worker"), {}), now
+        if state.is_lost(task, now):  # it has run until its worker was last there
+            heard: float = worker["heard"]
+            until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
+        ahead: float = worker.get("clock_offset", 0.0)
+        until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
+    return max(0.0, until - task["started"]) if "started" in task else None
 
 
-def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+def figures(tasks: Sequence[Mapping[str, Any]], state: Any, now: float) -> dict[str, Any]:
     """Return what State.type_stats() tells of the tasks of one name."""
     states = Counter(task["state"] for task in tasks)
-    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    running = [task for task in tasks if task["state"] not in NOT_RUNNING]
+    times = sorted(taken for taken in (seconds_taken(task, state, now) for task in tasks) if taken is not None)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(n for state, n in states.items() if state not in NOT_RUNNING),
+        "running": sum(not state.is_lost(task, now) for task in running),
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2724,8 +2732,9 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have been running;
-        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        running, without the lost, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
+        been running, the lost until their worker was last heard; last: the latest timestamp; error: the exception of
+        the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -2734,7 +2743,7 @@ class State:
                 name = task.get("name")
                 if isinstance(name, str):
                     by_name.setdefault(name, []).append(task)
-            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+            return {name: figures(tasks, self, now) for name, tasks in by_name.items()}
 
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
@@ -3240,12 +3249,7 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 def seconds_run(task: Facts, stage: Stage) -> float:
     """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker, until = worker_of(task, stage), stage.now
-    ahead: float = worker.get("clock_offset", 0.0)
-    if stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
-        heard: float = worker["heard"]
-        until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
-    seconds = seconds_taken(task, until + (ahead if abs(ahead) > 15 else 0.0))  # below that it may be a late event
+    seconds = seconds_taken(task, stage.state, stage.now)
     return -1.0 if seconds is None else seconds
 
 

@@ -2434,7 +2434,7 @@ NAME▾                  RUNNING   DONE    FAILED  RETRIED   MEAN    P95    MAX 
 shop.charge                  0      0    1 100%        0   1.0s   1.0s   1.0s ValueError('refused')
 shop.import                  1      0         0        0   8.0s   8.0s   8.0s
 shop.resize                  0      1         0        0    2ms    2ms    2ms
-users                        1      0         0        0  18.0s  18.0s  18.0s
+users                        0      0         0        0   6.0s   6.0s   6.0s
 报表.生成                    0      0         0        1
 
  1 of 5  q quit  ? keys  enter details  / filter  s sort  space freeze  c clear finished""",
