@@ -2391,14 +2391,14 @@ def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return shown
 
 
-def seconds_taken(task: Mapping[str, Any], state: Any, now: float) -> float | None:
-    """Return how long a task took, or has been running, by our clock; None if that is not known."""
+def seconds_run(task: Mapping[str, Any], state: Any, now: float) -> float:
+    """Return how long a task took, or has been running, by our clock; -1 if it does not run, or that is not known."""
     if task["state"] in FINISHED:
         runtime, until = number(task.get("runtime"), -1.0), task["timestamp"]
         if runtime >= 0:
             return runtime
     elif task["state"] in NOT_RUNNING:
-        return None
+        return -1.0
     else:
         worker, until = state.workers.get(task.get("worker"), {}), now
         if state.is_lost(task, now):  # it has run until its worker was last there
@@ -2406,14 +2406,14 @@ def seconds_taken(task: Mapping[str, Any], state: Any, now: float) -> float | No
             until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
         ahead: float = worker.get("clock_offset", 0.0)
         until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
-    return max(0.0, until - task["started"]) if "started" in task else None
+    return max(0.0, until - task["started"]) if "started" in task else -1.0
 
 
 def figures(tasks: Sequence[Mapping[str, Any]], state: Any, now: float) -> dict[str, Any]:
     """Return what State.type_stats() tells of the tasks of one name."""
     states = Counter(task["state"] for task in tasks)
     running = [task for task in tasks if task["state"] not in NOT_RUNNING]
-    times = sorted(taken for taken in (seconds_taken(task, state, now) for task in tasks) if taken is not None)
+    times = sorted(seconds for task in tasks if (seconds := seconds_run(task, state, now)) >= 0)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
         "running": sum(not state.is_lost(task, now) for task in running),
@@ -2564,7 +2564,7 @@ class State:
         self._weight = 0  # bytes that came since _slim() counted what is kept, and those
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
-        self._turn({})
+        self._read_clock({})
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -2620,7 +2620,7 @@ class State:
             self.recent.append(kept)
             received = kept.get("local_received")
             if type(received) is not float or not self._tick <= received < self._tick + GRAPH_TICK:
-                self._turn(kept)
+                self._read_clock(kept)
             self._counts[type_name if type_name in self._counts or len(self._counts) < MAX_TYPES else ""] += 1
             if self.callback:
                 self.callback(self, event)
@@ -2829,7 +2829,7 @@ class State:
 
     # From here on: what an event changes.
 
-    def _turn(self, event: Mapping[str, Any]) -> None:
+    def _read_clock(self, event: Mapping[str, Any]) -> None:
         """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
@@ -3236,15 +3236,9 @@ def state_of(task: Facts, stage: Stage) -> str:
     return "LOST" if stage.state.is_lost(task, stage.now) else printable(task["state"])
 
 
-def seconds_run(task: Facts, stage: Stage) -> float:
-    """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    seconds = seconds_taken(task, stage.state, stage.now)
-    return -1.0 if seconds is None else seconds
-
-
 def run_of(task: Facts, stage: Stage) -> str:
     """Return the same as text, "" for -1."""
-    seconds = seconds_run(task, stage)
+    seconds = seconds_run(task, stage.state, stage.now)
     return duration(seconds) if seconds >= 0 else ""
 
 
@@ -3252,7 +3246,7 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     """Return an order: lost tasks, then unfinished ones, the longest running first; then finished ones, the newest first."""
     if task["state"] in State.FINISHED:
         return 2, -task["timestamp"]
-    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
+    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage.state, stage.now)
 
 
 def detail_of(task: Facts, stage: Stage) -> str:
@@ -3304,7 +3298,8 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, "
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
+    state, now = stage.state, stage.now
+    running = sorted((task for _, task in state.iteractive()), key=lambda task: seconds_run(task, state, now))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
     failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
     workers = stage.state.workers.items()
@@ -3381,7 +3376,7 @@ def family(task: Facts, stage: Stage) -> Iterator[Row]:
     for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
         if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
             members = dict(islice(descend(root), 100))
-    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
+    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage.state, stage.now))) for uuid in members}
     first = min([start for start, _ in spans.values()])
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
     for uuid, (start, run) in spans.items() if len(members) > 1 else ():
@@ -3595,7 +3590,8 @@ def failed_line(stage: Stage) -> Line:
 def now_lines(stage: Stage) -> list[Line]:
     """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
     graph = graph_lines(stage)
-    active = [(state_of(task, stage), seconds_run(task, stage), task) for _, task in stage.state.iteractive()]
+    tasks = [task for _, task in stage.state.iteractive()]
+    active = [(state_of(task, stage), seconds_run(task, stage.state, stage.now), task) for task in tasks]
     running = [(seconds, task) for name, seconds, task in active if name != "LOST" and seconds >= 0]
     text = f" {len(running):,} running"
     if running:
