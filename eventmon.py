@@ -3298,8 +3298,8 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, "
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    state, now = stage.state, stage.now
-    running = sorted((task for _, task in state.iteractive()), key=lambda task: seconds_run(task, state, now))
+    running = [task for _, task in stage.state.iteractive()]
+    running.sort(key=lambda task: seconds_run(task, stage.state, stage.now))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
     failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
     workers = stage.state.workers.items()
