@@ -1681,7 +1681,7 @@ def __getattr__(name: str) -> Any:
     import logging
 
     class LogHandler(logging.NullHandler):  # which has no lock: a send() could wait for it, and it cannot be pickled
-        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, and exception.
+        """Sends log records as events: "log-warning" with logger, message, the running task's uuid, exception, traceback.
 
         Takes the Dispatcher. Never raises, and never loops: what is logged while it makes an event is not sent.
         """
@@ -1710,7 +1710,7 @@ def __getattr__(name: str) -> Any:
                 if task:
                     fields["uuid"] = task.uuid
                 if problem:
-                    fields["exception"] = traceback_of(problem, "uuid" in fields)
+                    fields.update(exception=shortened(problem), traceback=traceback_of(problem, "uuid" in fields))
                 with suppress(ValueError):  # closed, or too large
                     self.dispatcher.send(f"log-{record.levelname.lower()}", **fields)
             except Exception:  # noqa: BLE001 - as in logging's own handlers
@@ -2324,21 +2324,10 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     take_fields(told, event, skipped)
 
 
-def goes_on(told: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
-    """Whether an event is of the process and the attempt of a delivery."""
-    if event.get("pid") != told.get("pid") or event.get("hostname") != told.get("worker"):
-        return False
-    retries = event.get("retries")
-    return (retries is None or retries == told.get("retries")) and "began" in told
-
-
 def delivery_for(event: Mapping[str, Any], kind: Kind, deliveries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a task's deliveries, in the order of each process, that an event belongs to; None if it begins one."""
     if kind.time in ("sent", "received"):
         return None
-    alone = len(deliveries) == 1 or len(deliveries) == 2 and "began" not in deliveries[0]
-    if alone and goes_on(deliveries[-1], event):
-        return deliveries[-1]  # what is below finds the same, later
     process = process_of(event)
     mine = [told for told in deliveries if "began" in told and process_in(told) == process]
     if isinstance(event.get("retries"), (int, float)):
@@ -2390,24 +2379,32 @@ def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return shown
 
 
-def seconds_taken(task: Mapping[str, Any], now: float) -> float | None:
-    """Return how long a task took, or has been running; None if that is not known."""
-    state, end = task["state"], now
-    if state in FINISHED:
-        runtime, end = number(task.get("runtime"), -1.0), task["timestamp"]
+def seconds_run(task: Mapping[str, Any], state: Any, now: float) -> float:
+    """Return how long a task took, or has been running, by our clock; -1 if it does not run, or that is not known."""
+    if task["state"] in FINISHED:
+        runtime, until = number(task.get("runtime"), -1.0), task["timestamp"]
         if runtime >= 0:
             return runtime
-    known = "started" in task and (state in FINISHED or state not in NOT_RUNNING)
-    return max(0.0, end - task["started"]) if known else None
+    elif task["state"] in NOT_RUNNING:
+        return -1.0
+    else:
+        worker, until = state.workers.get(task.get("worker"), {}), now
+        if state.is_lost(task, now):  # it has run until its worker was last there
+            heard: float = worker["heard"]
+            until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
+        ahead: float = worker.get("clock_offset", 0.0)
+        until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
+    return max(0.0, until - task["started"]) if "started" in task else -1.0
 
 
-def figures(tasks: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+def figures(tasks: Sequence[Mapping[str, Any]], state: Any, now: float) -> dict[str, Any]:
     """Return what State.type_stats() tells of the tasks of one name."""
     states = Counter(task["state"] for task in tasks)
-    times = sorted(taken for taken in (seconds_taken(task, now) for task in tasks) if taken is not None)
+    running = [task for task in tasks if task["state"] not in NOT_RUNNING]
+    times = sorted(seconds for task in tasks if (seconds := seconds_run(task, state, now)) >= 0)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(n for state, n in states.items() if state not in NOT_RUNNING),
+        "running": sum(not state.is_lost(task, now) for task in running),
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2555,7 +2552,7 @@ class State:
         self._weight = 0  # bytes that came since _slim() counted what is kept, and those
         self._graph: dict[int, Counter[str]] = {}  # tick -> type -> events
         self._began = time.time() - time.monotonic()
-        self._turn({})
+        self._read_clock({})
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -2611,7 +2608,7 @@ class State:
             self.recent.append(kept)
             received = kept.get("local_received")
             if type(received) is not float or not self._tick <= received < self._tick + GRAPH_TICK:
-                self._turn(kept)
+                self._read_clock(kept)
             self._counts[type_name if type_name in self._counts or len(self._counts) < MAX_TYPES else ""] += 1
             if self.callback:
                 self.callback(self, event)
@@ -2712,8 +2709,9 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have been running;
-        last: the latest timestamp; error: the exception of the latest failure. None stands for what is not known.
+        running, without the lost, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
+        been running, the lost until their worker was last heard; last: the latest timestamp; error: the exception of
+        the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -2722,7 +2720,7 @@ class State:
                 name = task.get("name")
                 if isinstance(name, str):
                     by_name.setdefault(name, []).append(task)
-            return {name: figures(tasks, now) for name, tasks in by_name.items()}
+            return {name: figures(tasks, self, now) for name, tasks in by_name.items()}
 
     def iteractive(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task) of the tasks neither finished nor only sent, oldest start first."""
@@ -2819,7 +2817,7 @@ class State:
 
     # From here on: what an event changes.
 
-    def _turn(self, event: Mapping[str, Any]) -> None:
+    def _read_clock(self, event: Mapping[str, Any]) -> None:
         """Read the clock, and let events be counted in the tick of that time, until one was received in another."""
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
@@ -3225,20 +3223,9 @@ def state_of(task: Facts, stage: Stage) -> str:
     return "LOST" if stage.state.is_lost(task, stage.now) else printable(task["state"])
 
 
-def seconds_run(task: Facts, stage: Stage) -> float:
-    """Return how long a task took, or has taken so far, by our clock; -1 if it does not run."""
-    worker, until = worker_of(task, stage), stage.now
-    ahead: float = worker.get("clock_offset", 0.0)
-    if stage.state.is_lost(task, stage.now):  # it has run until its worker was last there
-        heard: float = worker["heard"]
-        until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
-    seconds = seconds_taken(task, until + (ahead if abs(ahead) > 15 else 0.0))  # below that it may be a late event
-    return -1.0 if seconds is None else seconds
-
-
 def run_of(task: Facts, stage: Stage) -> str:
     """Return the same as text, "" for -1."""
-    seconds = seconds_run(task, stage)
+    seconds = seconds_run(task, stage.state, stage.now)
     return duration(seconds) if seconds >= 0 else ""
 
 
@@ -3246,7 +3233,7 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     """Return an order: lost tasks, then unfinished ones, the longest running first; then finished ones, the newest first."""
     if task["state"] in State.FINISHED:
         return 2, -task["timestamp"]
-    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage)
+    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage.state, stage.now)
 
 
 def detail_of(task: Facts, stage: Stage) -> str:
@@ -3298,7 +3285,8 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, "
 
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
-    running = sorted((task for _, task in stage.state.iteractive()), key=lambda task: seconds_run(task, stage))
+    running = [task for _, task in stage.state.iteractive()]
+    running.sort(key=lambda task: seconds_run(task, stage.state, stage.now))
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
     failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
     workers = stage.state.workers.items()
@@ -3375,7 +3363,7 @@ def family(task: Facts, stage: Stage) -> Iterator[Row]:
     for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
         if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
             members = dict(islice(descend(root), 100))
-    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage))) for uuid in members}
+    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage.state, stage.now))) for uuid in members}
     first = min([start for start, _ in spans.values()])
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
     for uuid, (start, run) in spans.items() if len(members) > 1 else ():
@@ -3589,7 +3577,8 @@ def failed_line(stage: Stage) -> Line:
 def now_lines(stage: Stage) -> list[Line]:
     """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
     graph = graph_lines(stage)
-    active = [(state_of(task, stage), seconds_run(task, stage), task) for _, task in stage.state.iteractive()]
+    tasks = [task for _, task in stage.state.iteractive()]
+    active = [(state_of(task, stage), seconds_run(task, stage.state, stage.now), task) for task in tasks]
     running = [(seconds, task) for name, seconds, task in active if name != "LOST" and seconds >= 0]
     text = f" {len(running):,} running"
     if running:
