@@ -2324,10 +2324,21 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     take_fields(told, event, skipped)
 
 
+def goes_on(told: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+    """Whether an event is of the process and the attempt of a delivery."""
+    if event.get("pid") != told.get("pid") or event.get("hostname") != told.get("worker"):
+        return False
+    retries = event.get("retries")
+    return (retries is None or retries == told.get("retries")) and "began" in told
+
+
 def delivery_for(event: Mapping[str, Any], kind: Kind, deliveries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the one of a task's deliveries, in the order of each process, that an event belongs to; None if it begins one."""
     if kind.time in ("sent", "received"):
         return None
+    alone = len(deliveries) == 1 or len(deliveries) == 2 and "began" not in deliveries[0]
+    if alone and goes_on(deliveries[-1], event):
+        return deliveries[-1]  # what is below finds the same, later
     process = process_of(event)
     mine = [told for told in deliveries if "began" in told and process_in(told) == process]
     if isinstance(event.get("retries"), (int, float)):
