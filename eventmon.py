@@ -3682,11 +3682,12 @@ def move(view: View, stage: Stage, rows: Rows, step: Any) -> View:
 
 def show(view: View, stage: Stage, rows: Rows, kind: str = "") -> View:
     """Open what the cursor's row leads to; or a layer of that kind about its task or worker, or the one that is open."""
-    about, subject = rows and rows[locate(view, rows)].link or view.layers[-1][:2]
+    link = rows[locate(view, rows)].link if rows else None
+    about, subject = link or view.layers[-1][:2]
     if kind and about == "event":
         subject = subject.get("uuid") or subject.get("hostname")
     possible = not kind or about != "tasks" and isinstance(subject, str)
-    return opened(view, kind or about, subject) if possible else view
+    return opened(change(view, cursor=link), kind or about, subject) if possible else view
 
 
 def sort(view: View, stage: Stage, rows: Rows, step: str) -> View:
