@@ -3861,7 +3861,7 @@ def open_record(path: str) -> Any:
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
     with suppress(OSError), open(path, "rb") as before:  # it is empty, or no file that can be read
         before.seek(-1, os.SEEK_END)
-        file.write(b"" if before.read() == b"\n" else b"\n")
+        file.write(b"" if before.read(1) == b"\n" else b"\n")
     return file
 
 

@@ -3069,6 +3069,7 @@ def test_what_watch_records_can_be_watched_and_sent_again_also_after_a_crash(tmp
     assert [re.sub(".*jsonl: ", "", error)[:16] for error in errors] == ["line 2: not JSON", "line 6: not JSON"]
     assert command("send", "-", input=file.read_bytes())[2][-1] == "sent 5 events, confirmed by 0 watchers"
     assert command("watch", str(file), "--json", "--record", str(file))[0] == 2  # not into itself
+    assert command("watch", str(file), "--json", "--record", "/dev/full")[0] == 1  # which reads as zeros without end
     assert command("watch", str(MODULE.with_name("README.md")))[0] == 1
 
 
