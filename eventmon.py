@@ -1058,14 +1058,14 @@ class Dispatcher:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
 
         Returns how many watchers have every event; one that gave an event up does not count. A Dispatcher that is new,
-        or knows of no watcher, gives them a fifth of a second to speak up.
+        or knows of no watcher, gives them a fifth of a second to speak up, or 3 s on this machine while they have not read.
         """
         if not _fork_mark[0]:
             after_fork()
         self._send_outbox()
         with self._lock:
             self._start()
-        self._settle(timeout, patience=0.2, stall=inf)
+        self._settle(timeout, patience=0.2, stall=max(SILENCE, self._max_wait))
         return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:

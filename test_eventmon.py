@@ -1261,6 +1261,8 @@ def test_a_stopped_watcher_costs_a_quarter_second_once_until_it_advances_and_so_
     with Ear() as nobody, Dispatcher(nobody.url) as dispatcher:
         assert napped(dispatcher, 50) == 0
         assert 0.2 < napped(dispatcher) < 0.26 and napped(dispatcher) == 0
+        before = virtual.napped
+        assert dispatcher.flush(60.0) == 0 and virtual.napped - before < 4, "it is not alive"
 
 
 def test_sending_imports_nothing_needs_no_file_and_leaves_nothing_open():
