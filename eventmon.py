@@ -4153,8 +4153,7 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-class Failure(Exception):
-    """What a command cannot do: one line on standard error, and status 1. Wrong usage is a ValueError, and status 2."""
+# What a command cannot do is an OSError, one line on standard error, and status 1; wrong usage is a ValueError, and status 2.
 
 
 def how_many(number: int, noun: str) -> str:
@@ -4236,7 +4235,7 @@ def watch(options: Any) -> int:
             try:
                 receiver.fileno()
             except OSError as problem:
-                raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
+                raise OSError(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
         feed = chosen(feed, types, record, options.limit, state if in_lines else None)
@@ -4289,7 +4288,7 @@ def send(options: Any) -> int:
         watchers = dispatcher.flush(60.0)  # seconds for those that are alive but behind
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
-        raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
+        raise OSError(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
@@ -4423,7 +4422,8 @@ REASONS = {  # the name of an error of the system, or one of ours -> what it mea
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
-    "EADDRNOTAVAIL": "{where} is no address of this machine, as 127.0.0.1 while lo is down: sudo ip link set lo up",
+    "no interface with this name": "no such interface as {where}",
+    "EADDRNOTAVAIL": "{where} is no address of this machine; if it is 127.0.0.1, lo is down: sudo ip link set lo up",
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
@@ -4440,7 +4440,7 @@ def in_words(problem: BaseException | None, url: Url) -> str:
     """Return what an error of the system, or one of ours, means, and what to do."""
     if isinstance(problem, socket.gaierror):
         return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else str(problem)
+    name = errno.errorcode.get(getattr(problem, "errno", None) or 0, str(problem))
     where = url.interface or url.host
     return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
 
@@ -4451,16 +4451,16 @@ def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str
     dispatcher.send("eventmon-check")
     watchers = max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up: we, if we can listen
     if not dispatcher.stats["datagrams"]:
-        raise Failure(in_words(dispatcher.problem, url))
+        raise OSError(in_words(dispatcher.problem, url))
     yield "the system took a datagram"
     if not watchers:
-        raise Failure("nothing" if listens else "nobody")
+        raise OSError(", ".join(troubles(dispatcher)) or ("nothing" if listens else "nobody"))
     yield "it has come back on this machine" if listens else "a watcher has confirmed it"
     size = MAX_LOOPBACK if on_loopback(url) else MAX_DATAGRAM
     dispatcher.send("eventmon-check", fill="x" * (size - 4 * MAX_HEADER))
     dispatcher.flush(SILENCE + BEAT)  # a watcher that has just been killed is waited for until it is taken for dead
     if dispatcher.stats["behind"]:
-        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+        raise OSError(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
     yield f"up to {size:,} bytes in a datagram"
 
 
@@ -4472,7 +4472,7 @@ def buffer_text(sock: socket.socket) -> str:
 
 
 def try_url(url: str, key: bytes) -> Iterator[str]:
-    """Yield what each of STEPS finds, up to the first one in which OSError or Failure is raised."""
+    """Yield what each of STEPS finds, up to the first one in which OSError is raised."""
     parts, heard = parse_url(url), set[str]()
     handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
     with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
@@ -4493,7 +4493,8 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
         mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
         senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
-        texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
+        if watchers:
+            texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
         if names := heard - {printable(dispatcher.hostname)}:
             texts.append(f"events come from {', '.join(sorted(names)[:MAX_TOLD])}")
         yield "; ".join(texts + troubles(receiver) + troubles(dispatcher))
@@ -4505,7 +4506,7 @@ def check_steps(url: str, key: bytes) -> Iterator[str]:
     for name in STEPS:
         try:
             yield f"ok    {name:<7} {next(found)}"
-        except (OSError, Failure) as problem:
+        except OSError as problem:
             yield f"wrong {name:<7} {in_words(problem, parse_url(url))}"
             return
 
@@ -4625,14 +4626,12 @@ exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
 def read_key(path: str) -> bytes:
-    """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
+    """Return the key in a file, without the white space around it."""
     with open(path, "rb") as file:
-        key = file.read()
-    with suppress(UnicodeError):  # a key need not be text
-        key = key.decode("utf-16" if key[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").encode()
-    if not key.strip():
-        raise Failure(f"key file {path} is empty")
-    return key.strip()
+        key = file.read().strip()
+    if not key:
+        raise OSError(f"key file {path} is empty")
+    return key
 
 
 def parse_words(name: str, words: Sequence[str]) -> Any:
@@ -4677,9 +4676,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
         return 1
-    except (ValueError, Failure) as problem:
+    except ValueError as problem:
         complain(str(problem))
-        return 2 if isinstance(problem, ValueError) else 1
+        return 2
 
 
 if __name__ == "__main__":
