@@ -72,7 +72,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
@@ -4300,8 +4300,8 @@ def send(options: Any) -> int:
 
 # run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
 
-TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
-SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
+TYPED = {"SIGINT", "SIGQUIT", "SIGWINCH"}  # what a terminal sends to each process in the foreground
+PASSED_ON = TYPED | {"SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM"}
 MAX_TAIL = 65536  # bytes of standard error that are kept
 
 
@@ -4312,23 +4312,6 @@ def in_foreground() -> bool:
             return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
     except OSError:
         return False
-
-
-@contextmanager
-def signals_passed_on(command: Any) -> Iterator[None]:
-    """Pass signals on to a command, which goes on ignoring those that it has inherited as ignored, as by nohup."""
-    import signal
-
-    def pass_on(number: int, frame: object) -> None:
-        if signal.Signals(number).name in SENT or not in_foreground():
-            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
-                command.send_signal(number)
-
-    with ExitStack() as stack:
-        for number in signal.Signals:
-            if number.name in TYPED + SENT:
-                stack.callback(signal.signal, number, signal.signal(number, pass_on))
-        yield
 
 
 def piped_streams() -> dict[str, Any]:
@@ -4363,40 +4346,60 @@ def copy_errors(command: Any) -> str:
     return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-20:])
 
 
-def describe_end(code: int, errors: str) -> dict[str, Any]:
-    """Return fields that tell how a command has ended; a negative code is a signal's."""
+def run_command(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command; return its exit status, or a signal's negative number, and its last lines of standard error."""
     import signal
+    from subprocess import Popen
 
+    command: Any = None
+    early: list[int] = []  # signals that came before there was a command
+
+    def pass_on(number: int, frame: object) -> None:
+        if not command:
+            early.append(number)
+        elif signal.Signals(number).name not in TYPED or not in_foreground():
+            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
+                command.send_signal(number)
+
+    with ExitStack() as stack:
+        for number in signal.Signals:
+            if number.name in PASSED_ON and signal.getsignal(number) != signal.SIG_IGN:  # as the command does, by nohup
+                stack.callback(signal.signal, number, signal.signal(number, pass_on))
+        streams = piped_streams()
+        command = Popen(words, bufsize=0, close_fds=False, **streams)
+        for kept in early:
+            pass_on(kept, None)
+        errors = copy_errors(command) if streams else ""
+        return command.wait(), errors
+
+
+def outcome_of(words: Sequence[str]) -> dict[str, Any]:
+    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
+    import signal
+    from shlex import quote
+
+    try:
+        code, errors = run_command(words)
+    except OSError as problem:
+        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
+            return outcome_of(["/bin/sh", *words])
+        is_absent = isinstance(problem, FileNotFoundError) or not words[0]
+        status, reason = (127, "not found") if is_absent else (126, problem.strerror)
+        hint = f", did you mean run -- sh -c {quote(words[0])}?" if is_absent and " " in words[0] else ""
+        complain(f"{words[0]}: {reason}{hint}")
+        return {"exit_status": status, "exception": reason}
     fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
     with suppress(Exception):  # Windows has none
-        import resource
+        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        fields["peak_memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+        peak, ours = (getrusage(who).ru_maxrss for who in (RUSAGE_CHILDREN, RUSAGE_SELF))
+        if peak > ours:  # else it may be ours: what the child had before it became the command
+            fields["peak_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
     if code:
         names = {-number: number.name for number in signal.Signals}
         fields["exception"] = f"exit status {code}" if code > 0 else names.get(code, f"signal {-code}")
         fields.update({"stderr": errors} if errors else {})
     return fields
-
-
-def run_command(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
-    from subprocess import Popen
-
-    streams = piped_streams()
-    try:
-        command = Popen(words, bufsize=0, close_fds=False, **streams)
-    except OSError as problem:
-        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
-            return run_command(["/bin/sh", *words])
-        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
-        hint = f", did you mean run -- sh -c '{words[0]}'?" if status == 127 and " " in words[0] else ""
-        complain(f"{words[0]}: {reason}{hint}")
-        return {"exit_status": status, "exception": reason}
-    with signals_passed_on(command):
-        errors = copy_errors(command) if streams else ""
-        return describe_end(command.wait(), errors)
 
 
 def run(options: Any) -> int:
@@ -4409,7 +4412,7 @@ def run(options: Any) -> int:
     with Dispatcher(options.url, key=options.key) as dispatcher:
         task, began = dispatcher.task(options.name or os.path.basename(words[0])), time.monotonic()
         dispatcher.begin_task(task.uuid, {"name": task.name, "args": cut(join(words), MAX_REPR)})
-        outcome = run_command(words)
+        outcome = outcome_of(words)
         type = "task-failed" if outcome["exit_status"] else "task-succeeded"
         dispatcher.end_task(type, task.uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
