@@ -3810,11 +3810,11 @@ LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on bla
 }
 
 
-def complain(message: str) -> None:
+def complain(message: str, prefix: str = "eventmon: ") -> None:
     """Print a line on standard error, if there is one."""
     with suppress(OSError):  # it is full, or nobody reads it
         if sys.stderr is not None:
-            print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+            print(prefix + printable(message), file=sys.stderr, flush=True)
 
 
 # A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
@@ -4182,12 +4182,11 @@ class BadLines:
 
 def has_reader() -> bool:
     """Whether somebody reads standard output, as far as the system can tell."""
-    try:
+    with suppress(AttributeError, OSError):  # Windows has no poll(); standard output need not be a file
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # which asks for nothing but the end
         return not poll.poll(0)
-    except (AttributeError, OSError):
-        return True  # Windows has no poll(); a standard output that is no file has no reader
+    return True
 
 
 def troubles(end: Any) -> list[str]:
@@ -4293,8 +4292,7 @@ def send(options: Any) -> int:
     if lacking:
         verb = "lacks" if len(lacking) == 1 else "lack up to"
         report.append(f"{how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}")
-    if sys.stderr:
-        print(printable("; ".join(report + troubles(dispatcher))), file=sys.stderr, flush=True)
+    complain("; ".join(report + troubles(dispatcher)), prefix="")
     return 1 if bad.count or lacking else 0
 
 
@@ -4307,24 +4305,20 @@ MAX_TAIL = 65536  # bytes of standard error that are kept
 
 def in_foreground() -> bool:
     """Whether what is typed at a terminal as a signal reaches this process, and the command."""
-    try:
-        with open("/dev/tty", "rb") as tty:
-            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
-    except OSError:
-        return False
+    with suppress(OSError), open("/dev/tty", "rb") as tty:
+        return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
+    return False
 
 
 def piped_streams() -> dict[str, Any]:
     """Return which streams of a command come through a pipe, for its last lines: standard error that is no terminal."""
     from subprocess import PIPE, STDOUT
 
-    try:
-        if os.isatty(2) or sys.platform == "win32":
-            return {}
-        is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
-        return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
-    except OSError:  # one is closed
-        return {}
+    with suppress(OSError):  # one is closed
+        if not os.isatty(2) and sys.platform != "win32":
+            is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
+            return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
+    return {}
 
 
 def copy_errors(command: Any) -> str:
@@ -4421,7 +4415,8 @@ def run(options: Any) -> int:
 # check
 
 STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
-REASONS = {  # the name of an error of the system, or one of ours -> what it means, and what to do
+REASONS = {  # the name, text or class of an error -> what it means, and what to do
+    "gaierror": "{host} is not found: no such name, or no name server",
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
@@ -4440,12 +4435,10 @@ HEAR_TIME = 1.0  # the longest that a datagram is waited for
 
 
 def in_words(problem: BaseException | None, url: Url) -> str:
-    """Return what an error of the system, or one of ours, means, and what to do."""
-    if isinstance(problem, socket.gaierror):
-        return f"{url.host} is not found: no such name, or no name server"
+    """Return what an error means, and what to do."""
     name = errno.errorcode.get(getattr(problem, "errno", None) or 0, str(problem))
-    where = url.interface or url.host
-    return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
+    text = REASONS.get(name) or REASONS.get(type(problem).__name__, "{problem}")
+    return text.format(problem=problem, where=url.interface or url.host, **url._asdict())
 
 
 def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
@@ -4467,13 +4460,6 @@ def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str
     yield f"up to {size:,} bytes in a datagram"
 
 
-def buffer_text(sock: socket.socket) -> str:
-    """Return how large a receive buffer is, and how it gets as large as is asked for."""
-    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
-    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-    return f"{size:,} bytes" + (more if size < BUFFER else "")
-
-
 def try_url(url: str, key: bytes) -> Iterator[str]:
     """Yield what each of STEPS finds, up to the first one in which OSError is raised."""
     parts, heard = parse_url(url), set[str]()
@@ -4491,7 +4477,10 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
             taken = f"{in_words(problem, parts)}; whoever watches there is to confirm"
         yield taken or f"{parts.host}, port {parts.port}"
         yield from try_sending(dispatcher, parts, taken is None)
-        yield "as large as the other watcher's" if taken else buffer_text(receiver.channel)
+        size = 0 if taken else receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        size //= 2 if sys.platform == "linux" else 1
+        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+        yield f"{size:,} bytes{more if size < BUFFER else ''}" if size else "the other watcher's"
         time.sleep(0.6)  # two beats of every sender
         mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
         senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
@@ -4556,13 +4545,12 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
             for step in range(1, 10):
                 time.sleep(random() / 2)
                 order.progress(step / 10)
-            for retries in range(3):
+            for retries in count():
                 with events.task("mail.send", f"{order.uuid}-mail", retries=retries) as mail:
                     time.sleep(random())
-                    if retries == 2 or random() < 0.6:
+                    if random() < 0.6:
                         break
-                    message = f"no answer from mail.example.com, attempt {retries + 1}"
-                    events.send("log-warning", logger="shop", message=message, uuid=mail.uuid)
+                    events.send("log-warning", logger="shop", message="no answer from mail.example.com", uuid=mail.uuid)
                     mail.retried(TimeoutError("mail.example.com"))
     os._exit(1)
 
@@ -4628,15 +4616,6 @@ EXAMPLES = """examples:
 exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
-def read_key(path: str) -> bytes:
-    """Return the key in a file, without the white space around it."""
-    with open(path, "rb") as file:
-        key = file.read().strip()
-    if not key:
-        raise OSError(f"key file {path} is empty")
-    return key
-
-
 def parse_words(name: str, words: Sequence[str]) -> Any:
     """Return the options in the words behind the name of a command."""
     import argparse
@@ -4653,7 +4632,10 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
             parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.key_file:
-        options.key = read_key(options.key_file)
+        with open(options.key_file, "rb") as file:
+            options.key = file.read().strip()
+        if not options.key:
+            raise OSError(f"key file {options.key_file} is empty")
     return options
 
 
