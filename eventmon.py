@@ -4153,31 +4153,30 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-# What a command cannot do is an OSError, one line on standard error, and status 1; wrong usage is a ValueError, and status 2.
-
-
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+MAX_TOLD = 5  # of bad lines, or of names
 
 
 class BadLines:
-    """Called with each line of a file that holds no event: counts it, and complains of the first few."""
+    """Called with what is wrong with each line that holds no event: counts them, and complains of the first `told`."""
 
-    count = 0
+    def __init__(self, told: int = MAX_TOLD) -> None:
+        self.count = 0
+        self.told = told
 
     def __call__(self, problem: object) -> None:
         self.count += 1
-        if self.count <= MAX_TOLD:
+        if self.count <= self.told:
             complain(str(problem))
 
     def end(self) -> None:
         """Say how many more there are."""
-        if self.count > MAX_TOLD:
-            complain(f"and {self.count - MAX_TOLD:,} more")
+        if self.count > self.told:
+            complain(how_many(self.count - self.told, "more bad line" if self.told else "bad line"))
 
 
 def has_reader() -> bool:
@@ -4214,16 +4213,13 @@ def report_losses(receiver: Receiver, feed: Feed) -> Feed:
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    from contextlib import redirect_stderr
-    from io import StringIO
-
     if options.json and options.plain:
         raise ValueError("--json and --plain exclude each other")
     with suppress(OSError, TypeError):  # one is not there, or not given
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
+    state, bad = State(), BadLines(MAX_TOLD if in_lines else 0)  # not into the picture
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4237,14 +4233,12 @@ def watch(options: Any) -> int:
                 raise OSError(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(feed, types, record, options.limit, state if in_lines else None)
+        feed = chosen(feed, options.type, record, options.limit, state if in_lines else None)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
             status = {"url": options.file, "empty": f"no events in {options.file}"}
-            with redirect_stderr(unsaid):  # not into the picture
-                Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
-            print(end=unsaid.getvalue(), file=sys.stderr)
+            Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
         else:
             show_live(receiver, state, feed)
     bad.end()
@@ -4289,9 +4283,7 @@ def send(options: Any) -> int:
     if stats["events"] and not stats["datagrams"]:
         raise OSError(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
-    if lacking:
-        verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report.append(f"{how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}")
+    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking[:MAX_TOLD]]
     complain("; ".join(report + troubles(dispatcher)), prefix="")
     return 1 if bad.count or lacking else 0
 
@@ -4583,25 +4575,24 @@ COMMANDS = {
 }
 EVERY = " ".join(COMMANDS)
 FLAG: dict[str, Any] = {"action": "store_true"}
-TEXT: dict[str, Any] = {}
-ARGUMENTS = (  # the commands that take it, its name, what it is, and what argparse is to do with it
-    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", TEXT),
-    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", TEXT),
+ARGUMENTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # commands, name, what it is, what argparse does with it
+    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", {}),
+    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", {}),
     (EVERY, "--version", "print the version", {"action": "version", "version": f"eventmon {__version__}"}),
     ("watch", "file", "recorded NDJSON, - for standard input", {"nargs": "?"}),
     ("watch demo", "--json", "print each event as a line of JSON", FLAG),
     ("watch demo", "--plain", "print each event as a line of text", FLAG),
-    ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
-    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
+    ("watch demo", "--record", "append every event to this file as NDJSON", {}),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append", "default": []}),
     ("watch demo", "--limit", "stop after so many events", {"type": int}),
     ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
     ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
-    ("send", "type", "the event's type, or - for NDJSON on standard input", TEXT),
+    ("send", "type", "the event's type, or - for NDJSON on standard input", {}),
     ("send", "field", "name=text, or name:=json", {"nargs": "*"}),
-    ("run", "--name", "of the task (default: the command's)", TEXT),
+    ("run", "--name", "of the task (default: the command's)", {}),
     ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
     ("check", "--all-interfaces", "try each interface, too", FLAG),
-    ("demo", "--worker", "==SUPPRESS==", TEXT),
+    ("demo", "--worker", "==SUPPRESS==", {}),
 )
 EXAMPLES = """examples:
   python eventmon.py watch
@@ -4640,7 +4631,10 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
+    """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage.
+
+    A command raises OSError for a failure and ValueError for wrong usage: one line on standard error.
+    """
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import

@@ -3032,7 +3032,7 @@ def test_watch_prints_each_event_as_it_was_sent_and_send_names_the_first_bad_lin
     assert [event for event in got if event.pop("local_received")] == recording
     named = [re.sub(":.*", "", error.replace("eventmon: ", "")) for error in errors]
     assert (status, named[:5]) == (1, [f"line {n}" for n in (1, 3, 205, 206, 207)])
-    assert named[5:] == ["and 2 more", "sent 200 events, confirmed by 1 watcher"]
+    assert named[5:] == ["2 more bad lines", "sent 200 events, confirmed by 1 watcher"]
 
 
 def test_watch_chooses_types_and_stops_after_a_limit_or_a_while(command):
