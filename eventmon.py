@@ -4250,11 +4250,9 @@ def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": type, "blind": False}
     for word in words:
         found = re.fullmatch("([^=:][^=]*?)(:?)=(|[^=].*)", word, re.DOTALL)
-        if not found:
-            raise ValueError(f"field is {word!r}, expected name=text or name:=json")
+        if not found or found[1] in fields:
+            raise ValueError(f"field is {word!r}, expected name=text or name:=json, each name once, and neither type nor blind")
         name, is_json, text = found.groups()
-        if name in fields:
-            raise ValueError(f"field {name!r} is given twice, or means something else to send")
         try:
             fields[name] = parse_json(text.encode("utf-8", "surrogateescape")) if is_json else text
         except WireError as problem:
@@ -4435,7 +4433,6 @@ def in_words(problem: BaseException | None, url: Url) -> str:
 
 def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
     """Yield what comes of it if an event is sent, if a watcher is to confirm it, and if it is large."""
-
     dispatcher.send("eventmon-check")
     watchers = max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up: we, if we can listen
     if not dispatcher.stats["datagrams"]:
