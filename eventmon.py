@@ -4164,9 +4164,7 @@ MAX_TOLD = 5  # of bad lines, or of names
 class BadLines:
     """Called with what is wrong with each line that holds no event: counts them, and complains of the first `told`."""
 
-    def __init__(self, told: int = MAX_TOLD) -> None:
-        self.count = 0
-        self.told = told
+    count, told = 0, MAX_TOLD
 
     def __call__(self, problem: object) -> None:
         self.count += 1
@@ -4219,7 +4217,8 @@ def watch(options: Any) -> int:
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, bad = State(), BadLines(MAX_TOLD if in_lines else 0)  # not into the picture
+    state, bad = State(), BadLines()
+    bad.told = MAX_TOLD if in_lines else 0  # not into the picture
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4471,8 +4470,8 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
         more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
         yield f"{size:,} bytes{more if size < BUFFER else ''}" if size else "the other watcher's"
         time.sleep(0.6)  # two beats of every sender
-        mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
-        senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
+        hosts = [host for host, _ in dispatcher.watchers()]
+        senders, watchers = (number - (not taken) for number in (receiver.stats["streams"], len(hosts)))  # without us
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
         if watchers:
             texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
@@ -4517,7 +4516,7 @@ def check(options: Any) -> int:
 
 def serve(events: Dispatcher, seconds: float) -> NoReturn:
     """Be a shop, with what goes well and wrong in one, and then die."""
-    from random import random
+    from random import random, randrange
 
     @events.task("shop.charge")
     def charge(order: int, cents: int) -> dict[str, int]:
@@ -4528,7 +4527,7 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        number = int(1000 + 9000 * random())
+        number = randrange(1000, 10000)
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
             for step in range(1, 10):
@@ -4571,8 +4570,8 @@ COMMANDS = {
     "demo": (demo, "show a shop at work: three worker processes, on a URL of their own, and the monitor"),
 }
 EVERY = " ".join(COMMANDS)
-FLAG: dict[str, Any] = {"action": "store_true"}
-ARGUMENTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # commands, name, what it is, what argparse does with it
+FLAG = {"action": "store_true"}
+ARGUMENTS: Any = (  # commands, name, what it is, what argparse does with it
     (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", {}),
     (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", {}),
     (EVERY, "--version", "print the version", {"action": "version", "version": f"eventmon {__version__}"}),
