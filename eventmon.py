@@ -4312,14 +4312,17 @@ def piped_streams() -> dict[str, Any]:
 
 def copy_errors(command: Any) -> str:
     """Copy the pipe of a command to standard error until the command has ended, and return its last 20 lines."""
+    from selectors import EVENT_READ, DefaultSelector
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
     # at an error whoever reads us has gone, and the command finds a broken pipe, too
-    with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
+    pipe = command.stdout or command.stderr
+    with suppress(OSError), pipe, open(2, "wb", closefd=False) as target, DefaultSelector() as selector:
+        selector.register(pipe, EVENT_READ)  # unlike select() not limited to the first 1,024 files
         while data and not has_ended:
             has_ended = command.poll() is not None
-            if select.select([pipe], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+            if selector.select(0 if has_ended else MAX_SLEEP):
                 data = pipe.read(MAX_TAIL)
                 tail = (tail + data)[-MAX_TAIL:]
                 target.write(data)

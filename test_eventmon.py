@@ -3203,12 +3203,15 @@ LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit s
     ("EVENTMON_URL=udp://no.such.host.invalid:7000 RUN sh -c 'echo hi; exit 5'", 5, ["hi"]),
     ("trap '' HUP; RUN sh -c 'kill -HUP $PPID; kill -HUP $$; echo ignored'", 0, ["ignored"]),
     ("echo text >file; RUN sh -c 'cat <&5' 5<file", 0, ["text"]),
+    ("ulimit -n 1100 && MANY RUN sh -c 'exit 3'", 3, []),  # more files than select() takes
 ]
 
 
 @posix
 def test_run_leaves_streams_and_what_is_inherited_as_they_are(tmp_path):
-    results = together([line.replace("RUN", f"{PROGRAM} run --") for line, _, _ in LINES], cwd=tmp_path)
+    (tmp_path / "many.py").write_text("import os, sys\nfor _ in range(1050): os.dup2(0, os.dup(0))\nos.execvp(sys.argv[1], sys.argv[1:])")
+    programs = {"RUN": f"{PROGRAM} run --", "MANY": f"{shlex.quote(sys.executable)} many.py"}
+    results = together([re.sub("RUN|MANY", lambda it: programs[it[0]], line) for line, _, _ in LINES], cwd=tmp_path)
     for (line, status, out), result in zip(LINES, results):
         assert (result[0], result[1].decode().split()) == (status, out), line
 
