@@ -71,7 +71,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque, namedtuple
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from itertools import accumulate, chain, count, islice, repeat
@@ -1048,14 +1048,14 @@ class Dispatcher:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
 
         Returns how many watchers have every event; one that gave an event up does not count. A Dispatcher that is new,
-        or knows of no watcher, gives them a fifth of a second to speak up.
+        or knows of no watcher, gives them a fifth of a second to speak up, or 3 s on this machine while they have not read.
         """
         if not _fork_mark[0]:
             after_fork()
         self._send_outbox()
         with self._lock:
             self._start()
-        self._settle(timeout, patience=0.2, stall=inf)
+        self._settle(timeout, patience=0.2, stall=max(SILENCE, self._max_wait))
         return 0 if self._is_inside() else self._window.complete(time.monotonic())
 
     def task(self, name: str, uuid: str | None = None, **fields: Any) -> Task:
@@ -3802,11 +3802,11 @@ LOOKS = {  # style -> attributes, and one of 256 colours, of at least 3:1 on bla
 }
 
 
-def complain(message: str) -> None:
+def complain(message: str, prefix: str = "eventmon: ") -> None:
     """Print a line on standard error, if there is one."""
     with suppress(OSError):  # it is full, or nobody reads it
         if sys.stderr is not None:
-            print(f"eventmon: {printable(message)}", file=sys.stderr, flush=True)
+            print(prefix + printable(message), file=sys.stderr, flush=True)
 
 
 # A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
@@ -3853,7 +3853,7 @@ def open_record(path: str) -> Any:
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the caller
     with suppress(OSError), open(path, "rb") as before:  # it is empty, or no file that can be read
         before.seek(-1, os.SEEK_END)
-        file.write(b"" if before.read() == b"\n" else b"\n")
+        file.write(b"" if before.read(1) == b"\n" else b"\n")
     return file
 
 
@@ -4145,42 +4145,37 @@ def capture_events(receiver: Receiver | None = None, state: State | None = None)
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-class Failure(Exception):
-    """What a command cannot do: one line on standard error, and status 1. Wrong usage is a ValueError, and status 2."""
-
-
 def how_many(number: int, noun: str) -> str:
     """Return "1 event" or "2,000 events"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-MAX_TOLD = 5  # bad lines of a file, or names of others, that are told
+MAX_TOLD = 5  # of bad lines, or of names
 
 
 class BadLines:
-    """Called with each line of a file that holds no event: counts it, and complains of the first few."""
+    """Called with what is wrong with each line that holds no event: counts them, and complains of the first `told`."""
 
-    count = 0
+    count, told = 0, MAX_TOLD
 
     def __call__(self, problem: object) -> None:
         self.count += 1
-        if self.count <= MAX_TOLD:
+        if self.count <= self.told:
             complain(str(problem))
 
     def end(self) -> None:
         """Say how many more there are."""
-        if self.count > MAX_TOLD:
-            complain(f"and {self.count - MAX_TOLD:,} more")
+        if self.count > self.told:
+            complain(how_many(self.count - self.told, "more bad line" if self.told else "bad line"))
 
 
 def has_reader() -> bool:
     """Whether somebody reads standard output, as far as the system can tell."""
-    try:
+    with suppress(AttributeError, OSError):  # Windows has no poll(); standard output need not be a file
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # which asks for nothing but the end
         return not poll.poll(0)
-    except (AttributeError, OSError):
-        return True  # Windows has no poll(); a standard output that is no file has no reader
+    return True
 
 
 def troubles(end: Any) -> list[str]:
@@ -4208,16 +4203,14 @@ def report_losses(receiver: Receiver, feed: Feed) -> Feed:
 
 def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
-    from contextlib import redirect_stderr
-    from io import StringIO
-
     if options.json and options.plain:
         raise ValueError("--json and --plain exclude each other")
     with suppress(OSError, TypeError):  # one is not there, or not given
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, types, bad, unsaid = State(), options.type or (), BadLines(), StringIO()
+    state, bad = State(), BadLines()
+    bad.told = MAX_TOLD if in_lines else 0  # not into the picture
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4228,17 +4221,15 @@ def watch(options: Any) -> int:
             try:
                 receiver.fileno()
             except OSError as problem:
-                raise Failure(f"cannot listen on {receiver.url}: {problem}") from None
+                raise OSError(f"cannot listen on {receiver.url}: {problem}") from None
             feed = live(receiver, 1.0 if in_lines else 0.0, options.timeout, not options.no_history)
             feed = report_losses(receiver, feed) if in_lines else feed
-        feed = chosen(feed, types, record, options.limit, state if in_lines else None)
+        feed = chosen(feed, options.type, record, options.limit, state if in_lines else None)
         if in_lines:
             print_lines(feed, None if options.json else state)
         elif options.file:
             status = {"url": options.file, "empty": f"no events in {options.file}"}
-            with redirect_stderr(unsaid):  # not into the picture
-                Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
-            print(end=unsaid.getvalue(), file=sys.stderr)
+            Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
         else:
             show_live(receiver, state, feed)
     bad.end()
@@ -4250,11 +4241,9 @@ def parse_fields(type: str, words: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": type, "blind": False}
     for word in words:
         found = re.fullmatch("([^=:][^=]*?)(:?)=(|[^=].*)", word, re.DOTALL)
-        if not found:
-            raise ValueError(f"field is {word!r}, expected name=text or name:=json")
+        if not found or found[1] in fields:
+            raise ValueError(f"field is {word!r}, expected name=text or name:=json, each name once, and neither type nor blind")
         name, is_json, text = found.groups()
-        if name in fields:
-            raise ValueError(f"field {name!r} is given twice, or means something else to send")
         try:
             fields[name] = parse_json(text.encode("utf-8", "surrogateescape")) if is_json else text
         except WireError as problem:
@@ -4281,72 +4270,51 @@ def send(options: Any) -> int:
         watchers = dispatcher.flush(60.0)  # seconds for those that are alive but behind
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
     if stats["events"] and not stats["datagrams"]:
-        raise Failure(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
+        raise OSError(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
-    if lacking:
-        verb = "lacks" if len(lacking) == 1 else "lack up to"
-        report.append(f"{how_many(len(lacking), 'watcher')} {verb} {how_many(max(lacking), 'datagram')}")
-    if sys.stderr:
-        print(printable("; ".join(report + troubles(dispatcher))), file=sys.stderr, flush=True)
+    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking[:MAX_TOLD]]
+    complain("; ".join(report + troubles(dispatcher)), prefix="")
     return 1 if bad.count or lacking else 0
 
 
 # run. The command is a child in our process group, so that what is typed as a signal reaches it without us.
 
-TYPED = ("SIGINT", "SIGQUIT", "SIGWINCH")  # what a terminal sends to each process in the foreground
-SENT = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM")
+TYPED = {"SIGINT", "SIGQUIT", "SIGWINCH"}  # what a terminal sends to each process in the foreground
+PASSED_ON = TYPED | {"SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM"}
 MAX_TAIL = 65536  # bytes of standard error that are kept
 
 
 def in_foreground() -> bool:
     """Whether what is typed at a terminal as a signal reaches this process, and the command."""
-    try:
-        with open("/dev/tty", "rb") as tty:
-            return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
-    except OSError:
-        return False
-
-
-@contextmanager
-def signals_passed_on(command: Any) -> Iterator[None]:
-    """Pass signals on to a command, which goes on ignoring those that it has inherited as ignored, as by nohup."""
-    import signal
-
-    def pass_on(number: int, frame: object) -> None:
-        if signal.Signals(number).name in SENT or not in_foreground():
-            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
-                command.send_signal(number)
-
-    with ExitStack() as stack:
-        for number in signal.Signals:
-            if number.name in TYPED + SENT:
-                stack.callback(signal.signal, number, signal.signal(number, pass_on))
-        yield
+    with suppress(OSError), open("/dev/tty", "rb") as tty:
+        return os.tcgetpgrp(tty.fileno()) == os.getpgrp()
+    return False
 
 
 def piped_streams() -> dict[str, Any]:
     """Return which streams of a command come through a pipe, for its last lines: standard error that is no terminal."""
     from subprocess import PIPE, STDOUT
 
-    try:
-        if os.isatty(2) or sys.platform == "win32":
-            return {}
-        is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
-        return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
-    except OSError:  # one is closed
-        return {}
+    with suppress(OSError):  # one is closed
+        if not os.isatty(2) and sys.platform != "win32":
+            is_one = os.path.sameopenfile(1, 2)  # which goes through one pipe, to keep its order
+            return {"stdout": PIPE, "stderr": STDOUT} if is_one else {"stderr": PIPE}
+    return {}
 
 
 def copy_errors(command: Any) -> str:
     """Copy the pipe of a command to standard error until the command has ended, and return its last 20 lines."""
+    from selectors import EVENT_READ, DefaultSelector
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
     # at an error whoever reads us has gone, and the command finds a broken pipe, too
-    with suppress(OSError), command.stdout or command.stderr as pipe, open(2, "wb", closefd=False) as target:
+    pipe = command.stdout or command.stderr
+    with suppress(OSError), pipe, open(2, "wb", closefd=False) as target, DefaultSelector() as selector:
+        selector.register(pipe, EVENT_READ)  # unlike select() not limited to the first 1,024 files
         while data and not has_ended:
             has_ended = command.poll() is not None
-            if select.select([pipe], [], [], 0 if has_ended else MAX_SLEEP)[0]:
+            if selector.select(0 if has_ended else MAX_SLEEP):
                 data = pipe.read(MAX_TAIL)
                 tail = (tail + data)[-MAX_TAIL:]
                 target.write(data)
@@ -4356,40 +4324,60 @@ def copy_errors(command: Any) -> str:
     return "\n".join(tail.decode(errors="backslashreplace").splitlines()[-20:])
 
 
-def describe_end(code: int, errors: str) -> dict[str, Any]:
-    """Return fields that tell how a command has ended; a negative code is a signal's."""
+def run_command(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command; return its exit status, or a signal's negative number, and its last lines of standard error."""
     import signal
+    from subprocess import Popen
 
+    command: Any = None
+    early: list[int] = []  # signals that came before there was a command
+
+    def pass_on(number: int, frame: object) -> None:
+        if not command:
+            early.append(number)
+        elif signal.Signals(number).name not in TYPED or not in_foreground():
+            with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
+                command.send_signal(number)
+
+    with ExitStack() as stack:
+        for number in signal.Signals:
+            if number.name in PASSED_ON and signal.getsignal(number) != signal.SIG_IGN:  # as the command does, by nohup
+                stack.callback(signal.signal, number, signal.signal(number, pass_on))
+        streams = piped_streams()
+        command = Popen(words, bufsize=0, close_fds=False, **streams)
+        for kept in early:
+            pass_on(kept, None)
+        errors = copy_errors(command) if streams else ""
+        return command.wait(), errors
+
+
+def outcome_of(words: Sequence[str]) -> dict[str, Any]:
+    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
+    import signal
+    from shlex import quote
+
+    try:
+        code, errors = run_command(words)
+    except OSError as problem:
+        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
+            return outcome_of(["/bin/sh", *words])
+        is_absent = isinstance(problem, FileNotFoundError) or not words[0]
+        status, reason = (127, "not found") if is_absent else (126, problem.strerror)
+        hint = f", did you mean run -- sh -c {quote(words[0])}?" if is_absent and " " in words[0] else ""
+        complain(f"{words[0]}: {reason}{hint}")
+        return {"exit_status": status, "exception": reason}
     fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
     with suppress(Exception):  # Windows has none
-        import resource
+        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        fields["peak_memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+        peak, ours = (getrusage(who).ru_maxrss for who in (RUSAGE_CHILDREN, RUSAGE_SELF))
+        if peak > ours:  # else it may be ours: what the child had before it became the command
+            fields["peak_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
     if code:
         names = {-number: number.name for number in signal.Signals}
         fields["exception"] = f"exit status {code}" if code > 0 else names.get(code, f"signal {-code}")
         fields.update({"stderr": errors} if errors else {})
     return fields
-
-
-def run_command(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command; return fields that tell how it has ended, or why it cannot be run."""
-    from subprocess import Popen
-
-    streams = piped_streams()
-    try:
-        command = Popen(words, bufsize=0, close_fds=False, **streams)
-    except OSError as problem:
-        if problem.errno == errno.ENOEXEC:  # a script that names no interpreter is for the shell, as it is everywhere
-            return run_command(["/bin/sh", *words])
-        status, reason = (127, "not found") if isinstance(problem, FileNotFoundError) else (126, problem.strerror)
-        hint = f", did you mean run -- sh -c '{words[0]}'?" if status == 127 and " " in words[0] else ""
-        complain(f"{words[0]}: {reason}{hint}")
-        return {"exit_status": status, "exception": reason}
-    with signals_passed_on(command):
-        errors = copy_errors(command) if streams else ""
-        return describe_end(command.wait(), errors)
 
 
 def run(options: Any) -> int:
@@ -4402,7 +4390,7 @@ def run(options: Any) -> int:
     with Dispatcher(options.url, key=options.key) as dispatcher:
         task, began = dispatcher.task(options.name or os.path.basename(words[0])), time.monotonic()
         dispatcher.begin_task(task.uuid, {"name": task.name, "args": cut(join(words), MAX_REPR)})
-        outcome = run_command(words)
+        outcome = outcome_of(words)
         type = "task-failed" if outcome["exit_status"] else "task-succeeded"
         dispatcher.end_task(type, task.uuid, {"runtime": time.monotonic() - began, **outcome})
     return int(outcome["exit_status"])
@@ -4411,11 +4399,13 @@ def run(options: Any) -> int:
 # check
 
 STEPS = ("open", "join", "send", "receive", "sizes", "buffer", "others")
-REASONS = {  # the name of an error of the system, or one of ours -> what it means, and what to do
+REASONS = {  # the name, text or class of an error -> what it means, and what to do
+    "gaierror": "{host} is not found: no such name, or no name server",
     "ENETUNREACH": "no route for {host}: the network is down, or, for a group, the route for 224.0.0.0/4 is missing",
     "EHOSTUNREACH": "no way to {host}: a firewall, a VPN, or the privacy settings of macOS (Local Network) forbid it",
     "ENODEV": "no such interface as {where}, or it is down",
-    "EADDRNOTAVAIL": "{where} is no address of this machine, as 127.0.0.1 while lo is down: sudo ip link set lo up",
+    "no interface with this name": "no such interface as {where}",
+    "EADDRNOTAVAIL": "{where} is no address of this machine; if it is 127.0.0.1, lo is down: sudo ip link set lo up",
     "EADDRINUSE": "port {port} is taken: a unicast URL has one watcher, and a group can be shared with eventmon alone",
     "ENETDOWN": "the interface of {where} is down",
     "EPERM": "not permitted: a firewall on this machine drops it",
@@ -4429,42 +4419,32 @@ HEAR_TIME = 1.0  # the longest that a datagram is waited for
 
 
 def in_words(problem: BaseException | None, url: Url) -> str:
-    """Return what an error of the system, or one of ours, means, and what to do."""
-    if isinstance(problem, socket.gaierror):
-        return f"{url.host} is not found: no such name, or no name server"
-    name = errno.errorcode.get(problem.errno or 0, "ENODEV") if isinstance(problem, OSError) else str(problem)
-    where = url.interface or url.host
-    return REASONS.get(name, "{problem}").format(problem=problem, where=where, **url._asdict())
+    """Return what an error means, and what to do."""
+    name = errno.errorcode.get(getattr(problem, "errno", None) or 0, str(problem))
+    text = REASONS.get(name) or REASONS.get(type(problem).__name__, "{problem}")
+    return text.format(problem=problem, where=url.interface or url.host, **url._asdict())
 
 
 def try_sending(dispatcher: Dispatcher, url: Url, listens: bool) -> Iterator[str]:
     """Yield what comes of it if an event is sent, if a watcher is to confirm it, and if it is large."""
-
     dispatcher.send("eventmon-check")
     watchers = max(dispatcher.flush(HEAR_TIME / 5) for _ in range(5))  # each time somebody may speak up: we, if we can listen
     if not dispatcher.stats["datagrams"]:
-        raise Failure(in_words(dispatcher.problem, url))
+        raise OSError(in_words(dispatcher.problem, url))
     yield "the system took a datagram"
     if not watchers:
-        raise Failure("nothing" if listens else "nobody")
+        raise OSError(", ".join(troubles(dispatcher)) or ("nothing" if listens else "nobody"))
     yield "it has come back on this machine" if listens else "a watcher has confirmed it"
     size = MAX_LOOPBACK if on_loopback(url) else MAX_DATAGRAM
     dispatcher.send("eventmon-check", fill="x" * (size - 4 * MAX_HEADER))
     dispatcher.flush(SILENCE + BEAT)  # a watcher that has just been killed is waited for until it is taken for dead
     if dispatcher.stats["behind"]:
-        raise Failure(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
+        raise OSError(f"{size:,} bytes do not arrive everywhere; a tunnel or VPN with a small MTU, perhaps")
     yield f"up to {size:,} bytes in a datagram"
 
 
-def buffer_text(sock: socket.socket) -> str:
-    """Return how large a receive buffer is, and how it gets as large as is asked for."""
-    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if sys.platform == "linux" else 1)
-    more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
-    return f"{size:,} bytes" + (more if size < BUFFER else "")
-
-
 def try_url(url: str, key: bytes) -> Iterator[str]:
-    """Yield what each of STEPS finds, up to the first one in which OSError or Failure is raised."""
+    """Yield what each of STEPS finds, up to the first one in which OSError is raised."""
     parts, heard = parse_url(url), set[str]()
     handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
     with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
@@ -4480,12 +4460,16 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
             taken = f"{in_words(problem, parts)}; whoever watches there is to confirm"
         yield taken or f"{parts.host}, port {parts.port}"
         yield from try_sending(dispatcher, parts, taken is None)
-        yield "as large as the other watcher's" if taken else buffer_text(receiver.channel)
+        size = 0 if taken else receiver.channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        size //= 2 if sys.platform == "linux" else 1
+        more = f" of {BUFFER:,}, so bursts are repaired: sudo sysctl -w net.core.rmem_max={BUFFER}"
+        yield f"{size:,} bytes{more if size < BUFFER else ''}" if size else "the other watcher's"
         time.sleep(0.6)  # two beats of every sender
-        mine, hosts = 0 if taken else 1, [host for host, _ in dispatcher.watchers()]
-        senders, watchers = receiver.stats["streams"] - mine, len(hosts) - mine
+        hosts = [host for host, _ in dispatcher.watchers()]
+        senders, watchers = (number - (not taken) for number in (receiver.stats["streams"], len(hosts)))  # without us
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
-        texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
+        if watchers:
+            texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
         if names := heard - {printable(dispatcher.hostname)}:
             texts.append(f"events come from {', '.join(sorted(names)[:MAX_TOLD])}")
         yield "; ".join(texts + troubles(receiver) + troubles(dispatcher))
@@ -4497,7 +4481,7 @@ def check_steps(url: str, key: bytes) -> Iterator[str]:
     for name in STEPS:
         try:
             yield f"ok    {name:<7} {next(found)}"
-        except (OSError, Failure) as problem:
+        except OSError as problem:
             yield f"wrong {name:<7} {in_words(problem, parse_url(url))}"
             return
 
@@ -4527,7 +4511,7 @@ def check(options: Any) -> int:
 
 def serve(events: Dispatcher, seconds: float) -> NoReturn:
     """Be a shop, with what goes well and wrong in one, and then die."""
-    from random import random
+    from random import random, randrange
 
     @events.task("shop.charge")
     def charge(order: int, cents: int) -> dict[str, int]:
@@ -4538,19 +4522,18 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        number = int(1000 + 9000 * random())
+        number = randrange(1000, 10000)
         with suppress(ConnectionRefusedError), events.task("shop.order", args=repr((number,))) as order:
             charge(number, cents=number // 2)
             for step in range(1, 10):
                 time.sleep(random() / 2)
                 order.progress(step / 10)
-            for retries in range(3):
+            for retries in count():
                 with events.task("mail.send", f"{order.uuid}-mail", retries=retries) as mail:
                     time.sleep(random())
-                    if retries == 2 or random() < 0.6:
+                    if random() < 0.6:
                         break
-                    message = f"no answer from mail.example.com, attempt {retries + 1}"
-                    events.send("log-warning", logger="shop", message=message, uuid=mail.uuid)
+                    events.send("log-warning", logger="shop", message="no answer from mail.example.com", uuid=mail.uuid)
                     mail.retried(TimeoutError("mail.example.com"))
     os._exit(1)
 
@@ -4582,26 +4565,25 @@ COMMANDS = {
     "demo": (demo, "show a shop at work: three worker processes, on a URL of their own, and the monitor"),
 }
 EVERY = " ".join(COMMANDS)
-FLAG: dict[str, Any] = {"action": "store_true"}
-TEXT: dict[str, Any] = {}
-ARGUMENTS = (  # the commands that take it, its name, what it is, and what argparse is to do with it
-    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", TEXT),
-    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", TEXT),
+FLAG = {"action": "store_true"}
+ARGUMENTS: Any = (  # commands, name, what it is, what argparse does with it
+    (EVERY, "--url", "where events are sent (default: $EVENTMON_URL, or this machine)", {}),
+    (EVERY, "--key-file", "a file with the key that authenticates ($EVENTMON_KEY is one)", {}),
     (EVERY, "--version", "print the version", {"action": "version", "version": f"eventmon {__version__}"}),
     ("watch", "file", "recorded NDJSON, - for standard input", {"nargs": "?"}),
     ("watch demo", "--json", "print each event as a line of JSON", FLAG),
     ("watch demo", "--plain", "print each event as a line of text", FLAG),
-    ("watch demo", "--record", "append every event to this file as NDJSON", TEXT),
-    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append"}),
+    ("watch demo", "--record", "append every event to this file as NDJSON", {}),
+    ("watch demo", "--type", "only types like this, as in 'task-*'; may be repeated", {"action": "append", "default": []}),
     ("watch demo", "--limit", "stop after so many events", {"type": int}),
     ("watch demo", "--timeout", "stop after so many seconds without an event", {"type": float}),
     ("watch demo", "--no-history", "begin with what is sent from now on", FLAG),
-    ("send", "type", "the event's type, or - for NDJSON on standard input", TEXT),
+    ("send", "type", "the event's type, or - for NDJSON on standard input", {}),
     ("send", "field", "name=text, or name:=json", {"nargs": "*"}),
-    ("run", "--name", "of the task (default: the command's)", TEXT),
+    ("run", "--name", "of the task (default: the command's)", {}),
     ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
     ("check", "--all-interfaces", "try each interface, too", FLAG),
-    ("demo", "--worker", "==SUPPRESS==", TEXT),
+    ("demo", "--worker", "==SUPPRESS==", {}),
 )
 EXAMPLES = """examples:
   python eventmon.py watch
@@ -4614,17 +4596,6 @@ EXAMPLES = """examples:
   python eventmon.py demo
 
 exit status: 0, 1 for a failure, 2 for wrong usage"""
-
-
-def read_key(path: str) -> bytes:
-    """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
-    with open(path, "rb") as file:
-        key = file.read()
-    with suppress(UnicodeError):  # a key need not be text
-        key = key.decode("utf-16" if key[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").encode()
-    if not key.strip():
-        raise Failure(f"key file {path} is empty")
-    return key.strip()
 
 
 def parse_words(name: str, words: Sequence[str]) -> Any:
@@ -4643,12 +4614,18 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
             parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.key_file:
-        options.key = read_key(options.key_file)
+        with open(options.key_file, "rb") as file:
+            options.key = file.read().strip()
+        if not options.key:
+            raise OSError(f"key file {options.key_file} is empty")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage."""
+    """Run the command line `argv` (sys.argv[1:] if None) and return its exit status: 0, 1 failure, 2 usage.
+
+    A command raises OSError for a failure and ValueError for wrong usage: one line on standard error.
+    """
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if name in ("--version", "-h", "--help"):  # at once: argparse takes long to import
@@ -4669,9 +4646,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
         return 1
-    except (ValueError, Failure) as problem:
+    except ValueError as problem:
         complain(str(problem))
-        return 2 if isinstance(problem, ValueError) else 1
+        return 2
 
 
 if __name__ == "__main__":
