@@ -4154,19 +4154,21 @@ MAX_TOLD = 5  # of bad lines, or of names
 
 
 class BadLines:
-    """Called with what is wrong with each line that holds no event: counts them, and complains of the first `told`."""
+    """Called with what is wrong with each line that holds no event: counts them, and tells of the first few."""
 
-    count, told = 0, MAX_TOLD
+    def __init__(self, tell: Callable[[str], object] = complain) -> None:
+        self.count = 0
+        self._tell = tell
 
     def __call__(self, problem: object) -> None:
         self.count += 1
-        if self.count <= self.told:
-            complain(str(problem))
+        if self.count <= MAX_TOLD:
+            self._tell(str(problem))
 
     def end(self) -> None:
         """Say how many more there are."""
-        if self.count > self.told:
-            complain(how_many(self.count - self.told, "more bad line" if self.told else "bad line"))
+        if self.count > MAX_TOLD:
+            complain(f"and {self.count - MAX_TOLD:,} more")
 
 
 def has_reader() -> bool:
@@ -4209,8 +4211,8 @@ def watch(options: Any) -> int:
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")
     in_lines = options.json or options.plain or options.file and not os.path.isfile(options.file) or not has_terminal()
-    state, bad = State(), BadLines()
-    bad.told = MAX_TOLD if in_lines else 0  # not into the picture
+    state, unsaid = State(), list[str]()
+    bad = BadLines(complain if in_lines else unsaid.append)  # not into the picture
     with ExitStack() as stack:
         record = stack.enter_context(open_record(options.record)) if options.record else None
         if options.file:
@@ -4232,6 +4234,8 @@ def watch(options: Any) -> int:
             Monitor(feed, state, lambda: {**status, "malformed": bad.count}).run()
         else:
             show_live(receiver, state, feed)
+    for line in unsaid:
+        complain(line)
     bad.end()
     return 1 if bad.count > state.event_count else 0  # hardly anything can be read
 
@@ -4368,11 +4372,10 @@ def outcome_of(words: Sequence[str]) -> dict[str, Any]:
         return {"exit_status": status, "exception": reason}
     fields: dict[str, Any] = {"exit_status": code if code >= 0 else 128 - code}
     with suppress(Exception):  # Windows has none
-        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+        from resource import RUSAGE_CHILDREN, getrusage
 
-        peak, ours = (getrusage(who).ru_maxrss for who in (RUSAGE_CHILDREN, RUSAGE_SELF))
-        if peak > ours:  # else it may be ours: what the child had before it became the command
-            fields["peak_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
+        peak = getrusage(RUSAGE_CHILDREN).ru_maxrss  # at least ours, which the child had before it became the command
+        fields["peak_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
     if code:
         names = {-number: number.name for number in signal.Signals}
         fields["exception"] = f"exit status {code}" if code > 0 else names.get(code, f"signal {-code}")

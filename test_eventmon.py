@@ -3034,7 +3034,7 @@ def test_watch_prints_each_event_as_it_was_sent_and_send_names_the_first_bad_lin
     assert [event for event in got if event.pop("local_received")] == recording
     named = [re.sub(":.*", "", error.replace("eventmon: ", "")) for error in errors]
     assert (status, named[:5]) == (1, [f"line {n}" for n in (1, 3, 205, 206, 207)])
-    assert named[5:] == ["2 more bad lines", "sent 200 events, confirmed by 1 watcher"]
+    assert named[5:] == ["and 2 more", "sent 200 events, confirmed by 1 watcher"]
 
 
 def test_watch_chooses_types_and_stops_after_a_limit_or_a_while(command):
@@ -3192,7 +3192,7 @@ def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(tmp_path):
         assert [received.type, started.type, ended.type] == types
         assert {"name": os.path.basename(command[0]), **fields}.items() <= {**received, **ended}.items()
         assert 0 < ended["runtime"] < 30
-        assert ("peak_memory" in ended) == ("60000000" in words), "what Python needs itself is not told"
+        assert ended.get("peak_memory", 1) > (60_000_000 if "60000000" in words else 0)
 
 
 LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit status and standard output
