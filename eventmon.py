@@ -1613,7 +1613,7 @@ class Task:
         self._outer = self.running(outer)  # so that no chain of ended ones grows
         if _current_task.get() is self:  # else another one has begun since, or this is another context
             _current_task.set(self._outer)
-        failure = {} if isinstance(problem, GeneratorExit) else self._failure(problem)  # a generator has been closed
+        failure = {} if kind is GeneratorExit else self._failure(problem)  # a generator has been closed
         type = self._type or ("task-failed" if failure else "task-succeeded")
         outcome = {"runtime": time.monotonic() - self._start, **failure, **self._outcome}
         self._dispatcher.end_task(type, self.uuid, outcome)

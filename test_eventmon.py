@@ -1411,7 +1411,7 @@ def results(events):
 def test_a_task_tells_how_it_goes_and_went_and_leaves_exceptions_as_they_are():
     like_numpy = type("Single", (), {"__float__": lambda self: 0.5})()
     fractions = {0: 0, like_numpy: 0.5, Decimal("0.1"): 0.1, Fraction(1, 4): 0.25, 10**400: 10**400, "half": "half"}
-    odd = type("Odd", (Exception,), {"__getattr__": lambda self, name: {}[name]})()  # no traceback can be made of it
+    odd = type("Odd", (Exception,), {"__getattribute__": lambda self, name: {}[name]})()  # no traceback can be made of it
 
     def work(dispatcher):
         with dispatcher.task("job", uuid="u", queue="q", retries=1) as task:
