@@ -337,8 +337,8 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
         raise Rejected("not sealed with this key")
     ahead = int(match[2]) - time.time()
     if abs(ahead) > 30:
-        way = "ahead" if ahead > 0 else "behind"
-        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
+        way = "ahead of" if ahead > 0 else "behind"
+        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} this one, or sent again")
     return b"%b\n%b" % (match[1], data[match.end() :]), int(match[3])
 
 

@@ -549,9 +549,9 @@ def test_a_sealed_frame_opens_with_its_key_alone_and_for_half_a_minute(virtual):
             eventmon.unseal(changed, b"key")
     with pytest.raises(eventmon.Rejected, match="not sealed with this key"):
         eventmon.unseal(data, b"kez")
-    for offset, way in ((32, "behind"), (-32, "ahead")):
+    for offset, way in ((32, "behind"), (-32, "ahead of")):
         virtual.offset = offset
-        with pytest.raises(eventmon.Skewed, match=f"sealed by a clock 3. s {way} of this one"):
+        with pytest.raises(eventmon.Skewed, match=f"sealed by a clock 3. s {way} this one"):
             eventmon.unseal(data, b"key")
 
 
@@ -1603,7 +1603,6 @@ def test_an_exception_that_passes_through_many_tasks_costs_little_and_stays_as_i
             calls.append(next(counter))
             assert vars(info.value) == {}
 
-    began = time.process_time()
     events = told(work, max_wait=2)
     begun, ended = ([event["uuid"] for event in events if event.subject == end] for end in ("started", "failed"))
     assert sorted(begun) == sorted(ended) and len(begun) > 500
