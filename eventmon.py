@@ -336,8 +336,8 @@ def unseal(data: bytes, key: bytes) -> tuple[bytes, int]:
         raise Rejected("not sealed with this key")
     ahead = int(match[2]) - time.time()
     if abs(ahead) > 30:
-        way = "ahead" if ahead > 0 else "behind"
-        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} of this one, or sent again")
+        way = "ahead of" if ahead > 0 else "behind"
+        raise Skewed(f"sealed by a clock {abs(ahead):.0f} s {way} this one, or sent again")
     return b"%b\n%b" % (match[1], data[match.end() :]), int(match[3])
 
 
@@ -1603,7 +1603,7 @@ class Task:
         self._outer = self.running(outer)  # so that no chain of ended ones grows
         if _current_task.get() is self:  # else another one has begun since, or this is another context
             _current_task.set(self._outer)
-        failure = {} if isinstance(problem, GeneratorExit) else self._failure(problem)  # a generator has been closed
+        failure = {} if kind is GeneratorExit else self._failure(problem)  # a generator has been closed
         type = self._type or ("task-failed" if failure else "task-succeeded")
         outcome = {"runtime": time.monotonic() - self._start, **failure, **self._outcome}
         self._dispatcher.end_task(type, self.uuid, outcome)
