@@ -2853,7 +2853,7 @@ def test_keys_and_the_mouse_are_read_as_they_are_typed_and_ctrl_s_stops_nothing(
     with terminal("watch", recording) as it:
         for keys, text in [
             *(("/refused", "/refused█ 1 of 1"), ("\r", "/refused 1 of 1"), ("\r", "ValueError: refused"), ("/parent\r\r", f"task {IMPORT}")),
-            *(("\x1b", f"task {CHARGE}"), ("q", "/refused 1 of 1"), ("\x1b", "shop.resize"), ("\x1b[B\x1b[Bt", "no traceback")),
+            *(("\x1b", f"task {CHARGE}"), ("q", "/refused 1 of 1"), ("\x1b", "shop.resize"), ("g\x1b[B\x1b[Bt", "no traceback")),
             *(("q?", "what has finished"), ("\x1b3", "beta@build-7"), ("\t", "deploy-done"), ("\t", "shop.charge")),
             *(("/报", "/报█ 1 of 1"), ("\x7f", "1 of 5"), ("\x1b", "q quit"), ("\x1b[<0;5;9M\x1b[<0;5;9m\r", f"task {CHARGE}")),
             *(("q", "shop.resize"), ("g\x1b[<65;5;5M", "4 of 5"), ("\x1b[<64;5;5M", "1 of 5"), ("\x1b[<0;14;1M", "LAST ERROR")),
