@@ -467,13 +467,13 @@ class TransmitWindow:
 
     def waited(self, since: float, now: float) -> None:
         """Take note that send() has waited, in one thread or in several at the same time."""
-        own = max(0.0, since - self._waited_until)
-        span = now - max(since, self._waited_until)
-        self._may_wait = min(self._may_wait + own, self.GRACE) - span
+        worked = max(0.0, since - self._waited_until)
+        waited = now - max(since, self._waited_until)
+        self._may_wait = min(self._may_wait + worked, self.GRACE) - waited
         self._waited_until = now
         for watcher in self.live(now):
             if watcher.send_limit < self.sent:
-                watcher.waited += span
+                watcher.waited += waited
         self.limit_sending(now)
 
     def limit_sending(self, now: float) -> None:
@@ -851,7 +851,7 @@ OURS = frozenset(("type", "timestamp", "hostname", "pid", "utcoffset", "clock"))
 PASSING = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EMSGSIZE, errno.ECONNREFUSED)
 
 # Of the events of a type: what we add, their JSON and frame, to be filled in, if they are held, how long the rest may be.
-Known = namedtuple("Known", ["ours", "template", "frame", "buffered", "room"])
+Form = namedtuple("Form", ["ours", "template", "frame", "buffered", "room"])
 
 _ticks = count(1)  # the Lamport clock of this process (Communications of the ACM 21:7, 1978)
 
@@ -980,7 +980,7 @@ class Dispatcher:
         self._beaten_at = self._reopen_at = self._checked_at = -inf
         self._work_at = inf
         self._active = self._processed = 0
-        self._known: dict[str, Known] = {}  # by type
+        self._forms: dict[str, Form] = {}  # by type
 
     @property
     def stats(self) -> dict[str, int]:
@@ -1010,14 +1010,14 @@ class Dispatcher:
         """
         if not _fork_mark[0]:
             after_fork()
-        if blind or type.__class__ is not str or type not in self._known or not OURS.isdisjoint(fields):
+        if blind or type.__class__ is not str or type not in self._forms or not OURS.isdisjoint(fields):
             return self._send(type, fields, blind)
         # What _send() does, in two thirds of the time: most of the JSON is known already.
         comma, rest = b"," if fields else b"", format_json(fields)[1:]
-        known = self._known.get(type) or self._look_up(type)  # only now, since somebody's repr() may fork
-        if known is None:
+        form = self._forms.get(type) or self._look_up(type)  # only now, since somebody's repr() may fork
+        if form is None:
             return None
-        ours, template, frame, buffered, room = known
+        ours, template, frame, buffered, room = form
         now, clock = time.time_ns() // 1000, next(_ticks)
         event = new_event(Event)
         event.update(ours)
@@ -1039,10 +1039,10 @@ class Dispatcher:
 
     def publish(self, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Forward a ready event as it is, and return it, or None; errors as in send()."""
-        known = self._look_up(event.get("type"))
-        if known:
-            self._post(format_json(dict(event)), known.buffered)
-        return event if known else None
+        form = self._look_up(event.get("type"))
+        if form:
+            self._post(format_json(dict(event)), form.buffered)
+        return event if form else None
 
     def flush(self, timeout: float = 1.0) -> int:
         """Send what is buffered and wait until every live watcher has confirmed everything, or `timeout` seconds.
@@ -1080,7 +1080,7 @@ class Dispatcher:
             if self._freq:
                 self._send_worker("worker-offline")
             self.enabled = False
-            self._known = {}
+            self._forms = {}
             for callback in list(self.on_disabled):
                 callback()
 
@@ -1131,23 +1131,23 @@ class Dispatcher:
     # From here on: an event on its way to the kernel.
 
     def _send(self, type: str, fields: Mapping[str, Any], blind: bool = False, hold: bool = False) -> Event | None:
-        known = self._look_up(type)
-        if known is None:
+        form = self._look_up(type)
+        if form is None:
             return None
-        ours = {**known.ours, "timestamp": time.time(), "clock": next(_ticks)}
+        ours = {**form.ours, "timestamp": time.time(), "clock": next(_ticks)}
         if blind:
             del ours["clock"]
         event = Event(type, {**ours, **fields})
-        self._post(format_json(event), known.buffered or hold)
+        self._post(format_json(event), form.buffered or hold)
         return event
 
-    def _look_up(self, type: Any) -> Known | None:
-        """Return what is to be known of a type of events; None if they are not sent."""
+    def _look_up(self, type: Any) -> Form | None:
+        """Return the form of the events of a type; None if they are not sent."""
         if not _fork_mark[0]:
             after_fork()
-        known = self._known.get(type) if isinstance(type, str) else None  # the thread may empty the table at any time
-        if known:
-            return known
+        form = self._forms.get(type) if isinstance(type, str) else None  # the thread may empty the table at any time
+        if form:
+            return form
         group = Event(type).group
         if self._closed:
             self._refuse()
@@ -1162,10 +1162,10 @@ class Dispatcher:
         template = b'{"type":%b,"timestamp":%%d.%%06d,%b,"clock":%%d%%b%%b' % tuple(words)
         room = self._room - len(template) - MAX_HEADER
         frame, buffered = self._head + b"%d\n" + template, group in self._buffered
-        known = Known(ours, template, frame, buffered, room)
-        if len(self._known) < 200 and len(type) <= 100:
-            self._known[type] = known
-        return known
+        form = Form(ours, template, frame, buffered, room)
+        if len(self._forms) < 200 and len(type) <= 100:
+            self._forms[type] = form
+        return form
 
     def _refuse(self) -> None:
         if _exit_by == inf:  # else a thread that outlives the program has nobody to tell
@@ -1191,7 +1191,7 @@ class Dispatcher:
                 now = time.monotonic()
                 if since < now:
                     window.waited(since, now)
-                    self._ask(now)
+                    self._ask_for_acks(now)
                 if window.sent > window.send_limit:
                     self._listen(now)
                 if self._outbox and not self._stream:
@@ -1358,7 +1358,7 @@ class Dispatcher:
         for repair in window.repairs(ranges, room, now):
             self._counts["repairs"] += self._transmit(repair)
 
-    def _ask(self, now: float, is_behind: bool = True) -> None:
+    def _ask_for_acks(self, now: float, is_behind: bool = True) -> None:
         """Ask watchers where they are: the longer those that are behind do not advance, the less often."""
         advanced_at = self._window.advanced_at if is_behind else now - 0.02
         if now >= max(self._beaten_at, advanced_at) + min(0.08, max(0.01, (now - advanced_at) / 2)):
@@ -1388,7 +1388,7 @@ class Dispatcher:
                 end = min(end, start + timeout)
                 if now >= end:
                     return
-                self._ask(now, is_behind)
+                self._ask_for_acks(now, is_behind)
             time.sleep(min(pause, end - now))  # meanwhile the thread listens
             now, pause = time.monotonic(), min(2 * pause, 0.05)
 
@@ -1425,7 +1425,7 @@ class Dispatcher:
                 with self._lock:
                     self._listen(now)
                     if now >= self._beaten_at + BEAT and self._stream:
-                        self._known = {}  # the clock may have been put forward for the summer
+                        self._forms = {}  # the clock may have been put forward for the summer
                         self._beat(b"beat", now)
                 if self._outbox and self._stream:
                     self._send_outbox()
@@ -2277,13 +2277,13 @@ def kind_of(type: str) -> Kind:
     return Kind(state, RANKS.get(state, CUSTOM_RANK), type[5:] if type in TASK_STATES else "", skipped)
 
 
-class Record:
+class SharedKeys:
     """Nothing but its vars(), a plain dict: these share one table of keys (PEP 412), so a task takes half as much."""
 
 
-_record = Record()
+_shared = SharedKeys()
 for _key in TASK_FIELDS:  # all 30 that the table has room for: it would keep those of any event for good
-    setattr(_record, _key, None)
+    setattr(_shared, _key, None)
 
 
 # A delivery is one process getting a task, and a dict of what its events told. What a task-sent tells is such a dict
@@ -2432,7 +2432,7 @@ def last_word(process: Mapping[str, Any]) -> tuple[Any, ...]:
     return process["status"] == "alive", number(process.get("timestamp"), -inf), process.get("pid", NO_PID)
 
 
-def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
+def describe_attempt(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what State.attempts() tells of a delivery."""
     keys = ("worker", "pid", "retries", "state", "received", "started", "exception", "traceback")
     ends = [told.get(type[5:], told["timestamp"]) for type, state in TASK_STATES.items() if state == told["state"] in ENDED]
@@ -2440,8 +2440,8 @@ def attempt(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FLAT = frozenset((str, int, float, bool, type(None)))
-SHORT = 64  # characters of a text that is not weighed
-LONG = 1 << 64
+SHORT_TEXT = 64  # characters of a text that is not weighed
+LONG_NUMBER = 1 << 64
 LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
 MAX_STATE = 128 << 20  # bytes of what is weighed; the rest, which is short, takes less than as much again
@@ -2454,10 +2454,10 @@ def size_of(event: Mapping[str, Any]) -> int:
     for value in event.values():
         kind = type(value)
         if kind is str:
-            if len(value) > SHORT:
+            if len(value) > SHORT_TEXT:
                 size += sys.getsizeof(value)
         elif kind is int:
-            if not -LONG < value < LONG:
+            if not -LONG_NUMBER < value < LONG_NUMBER:
                 return LARGE + 1
         elif kind not in FLAT:
             return LARGE + 1
@@ -2498,7 +2498,7 @@ MAX_PROCESSES = 32  # of a worker
 LISTS = {"SUCCESS": 0, "FAILURE": 1, "REVOKED": 1, "REJECTED": 1, "PENDING": 2}  # tasks to forget first, by state
 ACTIVE = 3  # the list of all others
 NO_CHILDREN: list[str] = []  # of every task that has none: replaced, never changed
-LIVE = 10.0  # an event that was received longer ago is from a recording
+RECORDED_AFTER = 10.0  # an event that was received longer ago is from a recording
 
 
 def taking(type: str, summary: str) -> Callable[[Any, Mapping[str, Any]], None]:
@@ -2553,7 +2553,7 @@ class State:
         self.notes: deque[Mapping[str, Any]] = deque(maxlen=MAX_RECENT)
         self.event_count = self.task_count = self._evicted = 0
         self._tasks: dict[str, dict[str, Any]] = {}  # the latest event's last; a task of one delivery is the dict of that
-        self._changed: dict[str, tuple[Any, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _show()
+        self._changed: dict[str, tuple[Any, str]] = {}  # uuid -> state and parent that `tasks` still shows, see _refresh()
         self._lists: tuple[dict[str, None], ...] = ({}, {}, {}, {})  # of uuids, in the order in which they are forgotten
         self._deliveries: dict[str, list[dict[str, Any]]] = {}  # uuid -> all, of tasks that had several
         self._children: dict[str, list[str]] = {}  # uuid of a parent, known or not -> its children, sorted
@@ -2594,14 +2594,14 @@ class State:
         """
         with self._lock:
             if self._changed:
-                self._show()
+                self._refresh()
             return self._tasks
 
     @property
     def evicted(self) -> int:
         """Return how many tasks, and large values of events, were forgotten for want of room."""
         with self._lock:
-            self._show()
+            self._refresh()
             return self._evicted
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -2686,8 +2686,8 @@ class State:
         clock), exception, traceback; None stands for what is not known.
         """
         with self._lock:
-            self._show()
-            return [attempt(merged(group)) for group in grouped(self._told(uuid)) if "began" in group[0]]
+            self._refresh()
+            return [describe_attempt(merged(group)) for group in grouped(self._told(uuid)) if "began" in group[0]]
 
     def itertasks(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (uuid, task), at most `limit`, in no order that matters."""
@@ -2833,7 +2833,7 @@ class State:
         wall = time.time()
         received = number(event.get("local_received"), number(event.get("timestamp"), wall) if self.recorded else wall)
         self._tick = int(received / GRAPH_TICK) * GRAPH_TICK
-        self._past = self.recorded or abs(received - wall) > LIVE
+        self._past = self.recorded or abs(received - wall) > RECORDED_AFTER
         self._heard = received if self._past else self._began + time.monotonic()
         self._counts = self._graph.setdefault(int(self._heard / GRAPH_TICK), Counter())
         if len(self._graph) > GRAPH_TICKS:
@@ -2899,7 +2899,7 @@ class State:
         return worker
 
     def _task(self, event: Mapping[str, Any], kind: Kind) -> None:
-        """Let an event change what is told of its task; _show() does the rest."""
+        """Let an event change what is told of its task; _refresh() does the rest."""
         uuid = id_of(event.get("uuid"))
         if not uuid:
             return
@@ -2907,7 +2907,7 @@ class State:
         if type(timestamp) is not float or not -1e15 < timestamp < 1e15:
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
         if len(self._changed) >= MAX_CHANGED:
-            self._show()
+            self._refresh()
         several = self._deliveries.get(uuid)
         told = several[-1] if several else self._tasks.get(uuid)
         is_alone = not several or len(several) == 2 and "began" not in several[0]
@@ -2926,7 +2926,7 @@ class State:
     def _begin(self, uuid: str, event: Mapping[str, Any], kind: Kind, timestamp: float) -> dict[str, Any]:
         """Return a new delivery, whose process is known as a worker from now on; or what a task-sent tells."""
         hostname, pid = process = process_of(event)
-        told = vars(Record())
+        told = vars(SharedKeys())
         if kind.time == "sent":
             told["sent"] = timestamp
             if hostname:
@@ -2950,13 +2950,13 @@ class State:
             self._tasks[uuid] = told
         return told
 
-    def _show(self) -> None:
+    def _refresh(self) -> None:
         """Bring `tasks` up to date with what has been told of deliveries, and forget what is too much."""
         changed, self._changed = self._changed, {}
         for uuid, (before, parent) in changed.items():
             task = self._tasks.pop(uuid)
             if uuid in self._deliveries:
-                task = vars(Record())
+                task = vars(SharedKeys())
                 task.update(merged(self._deliveries[uuid]))
                 task["uuid"], task["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
             self._tasks[uuid] = task  # now the last
@@ -3007,7 +3007,7 @@ class State:
 
     def _slim(self) -> None:
         """Count the bytes of all that is kept. If they are too many, forget large texts, else half of the tasks, else all."""
-        self._show()
+        self._refresh()
         records: list[Any] = [*chain(*self._deliveries.values()), *self._tasks.values(), *self.workers.values()]
         records += chain(*map(dict.values, self._processes.values()), self._last.values(), self.notes, self.recent)
         records = list({id(record): record for record in records}.values())
