@@ -3356,7 +3356,7 @@ def timeline(task: Facts, stage: Stage) -> Iterator[Row]:
         moments += [(attempt[key], key.upper(), where) for key in ("received", "started")]
         moments.append((attempt["ended"], attempt["state"], together(where, printable(attempt["exception"]))))
     for event, *_ in event_rows(task["uuid"], stage):
-        if event.get("type") not in TASK_STATES or event["type"] == "task-sent":
+        if printable(event.get("type")) not in TASK_STATES.keys() - {"task-sent"}:
             moments.append((event.get("timestamp"), event.get("type"), reason_of(event, stage)))
     moments = sorted([moment for moment in moments if number(moment[0], inf) < inf], key=lambda moment: moment[0])
     for when, what, text in moments:
