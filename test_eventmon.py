@@ -2510,7 +2510,7 @@ SHOWN = {  # keys, events, and what is shown then, but for blanks
     "in an empty table what to do next": ("1", [], "no events yet — try: send hello"),
     "that there are no tasks": ("2", [heard("hello", "w", 0)], "no tasks yet"),
     "that there are no workers": ("3", [heard("hello", "w", 0)], "no workers yet"),
-    "the tasks of a name": ("2 j i", shop_events(), "DETAIL PROGRESS shop.import 12:00:02 alpha@laptop 8.0s 40% ━"),
+    "the tasks of a name": ("2 j i", shop_events(), " 1 of 1 of shop.import "),
     "that a worker is silent": ("3", [heard("worker-heartbeat", "w", -42, freq=2)], "w silent 52.0s"),
     "how long a task runs, whatever the clock of its worker says": (
         "1", [task_event("started", name="job", timestamp=NOON - 3600, local_received=NOON)], "STARTED job 11:00:00 w1 10.0s"
@@ -3058,16 +3058,6 @@ def test_an_error_is_one_line_and_a_status(words, status, command):
     assert (ended, out, error[:10]) == (status, "", "eventmon: ")
 
 
-@posix
-def test_any_encoding_and_missing_streams_will_do(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"type":"x","y":"日本"}\n', encoding="utf-8")
-    lines = f"PYTHONIOENCODING=ascii {PROGRAM} watch {file} --plain", f"{PROGRAM} watch {file} <&- >&-"
-    first, *others = together([*lines, f"{PROGRAM} send - <&-", f"{PROGRAM} watch --timeout 0 <&- 2>&-"])
-    assert (first[0], b"y=\\u65e5\\u672c" in first[1], first[2]) == (0, True, [])
-    assert [(status, "Traceback" in str((out, errors))) for status, out, errors in others] == [(0, False)] * 3
-
-
 def test_help_and_version_go_to_standard_output(command):
     assert command("--version") == (0, f"eventmon {eventmon.__version__}\n", [])
     _, listed, _ = command("--help")
@@ -3127,7 +3117,9 @@ def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(tmp_path):
         assert status in (126, 127) or ended["peak_memory"] > 10**5
 
 
-LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit status and standard output
+LINES = [  # a shell's line, in which RUN is "EVENTMON run --", and EVENTMON "python eventmon.py"; exit status, standard output
+    ("PYTHONIOENCODING=ascii EVENTMON watch x.jsonl --plain", 0, ["01-01", "x", r"y=\u65e5\u672c"]),
+    *(("EVENTMON watch x.jsonl <&- >&-", 0, []), ("EVENTMON send - <&-", 0, []), ("EVENTMON watch --timeout 0 <&- 2>&-", 0, [])),
     ("RUN sh -c 'for i in $(seq 50); do echo o$i; echo e$i >&2; done' 2>&1", 0, [f"{c}{i}" for i in range(1, 51) for c in "oe"]),
     ("RUN echo hi 2>&-", 0, ["hi"]),
     ("RUN sh -c 'exit 3' <&- >&- 2>&-", 3, []),
@@ -3141,10 +3133,12 @@ LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit s
 
 
 @posix
-def test_run_leaves_streams_and_what_is_inherited_as_they_are(tmp_path):
-    results = together([line.replace("RUN", f"{PROGRAM} run --") for line, _, _ in LINES], cwd=tmp_path)
-    for (line, status, out), result in zip(LINES, results):
+def test_any_encoding_and_missing_streams_will_do_and_run_leaves_what_is_inherited_as_it_is(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"type":"x","y":"日本","timestamp":5}\n', encoding="utf-8")
+    lines = [line.replace("RUN", "EVENTMON run --").replace("EVENTMON ", f"{PROGRAM} ") for line, _, _ in LINES]
+    for (line, status, out), result in zip(LINES, together(lines, cwd=tmp_path)):
         assert (result[0], result[1].decode().split()) == (status, out), line
+        assert "Traceback" not in str(result)
 
 
 COUNTER = shlex.join([sys.executable, "-c", """
