@@ -44,7 +44,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -1693,7 +1693,7 @@ def test_should_stop_or_a_close_from_another_thread_ends_a_capture_which_opens_n
         with Dispatcher() as dispatcher, Receiver() as receiver:
             thread = threading.Thread(target=receiver.capture)
             thread.start()
-            wait_until(lambda: dispatcher.flush(0.02))  # it captures  # noqa: B023
+            wait_until(lambda: dispatcher.flush(0.02))  # it captures
             end(receiver)
             thread.join(20)
             assert not thread.is_alive()
@@ -1948,7 +1948,7 @@ NETWORKS = {  # what a shell script does in a network of its own
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def networks():
     """What NETWORKS print, which run at the same time, each in a namespace whose loopback interface is down at first."""
     able = shutil.which("ip") and shutil.which("unshare") and together([["unshare", "-rn", "true"]])[0][0] == 0
@@ -2292,14 +2292,11 @@ def test_the_graph_counts_events_by_the_time_they_came():
 def test_clearing_forgets_the_finished_or_everything():
     state = many_tasks()
     state.clear_tasks()
-    assert sorted(state.tasks) == list("0134679")
-    assert (state.event_count, len(state.workers)) == (19, 2)
+    assert (sorted(state.tasks), state.event_count, len(state.workers)) == (list("0134679"), 19, 2)
     state.clear()
-    assert sorted(state.tasks) == list("0134679")
-    assert (state.event_count, state.task_count, state.workers) == (0, 0, {})
+    assert (sorted(state.tasks), state.event_count, state.task_count, state.workers) == (list("0134679"), 0, 0, {})
     state.clear(ready=False)
-    assert state.tasks == {}
-    assert list(state.iteractive()) == []
+    assert (state.tasks, list(state.iteractive())) == ({}, [])
 
 
 def test_nothing_changes_while_frozen():
@@ -2875,11 +2872,10 @@ def test_the_terminal_signals_and_files_are_as_they_were_however_the_monitor_end
 
 @posix
 def test_capture_events_prints_lines_where_there_is_no_terminal():
-    with subprocess.Popen([sys.executable, "-c", CLOSES], cwd=FOLDER, stdout=subprocess.PIPE) as process:
-        wait_for_watchers()
-        with Dispatcher(hostname="w1") as dispatcher:
-            dispatcher.send("hello", n=1)
-            assert process.stdout.readline().split()[1:] == [b"hello", b"w1", b"n=1"]
+    command = [sys.executable, "-c", CLOSES]
+    with Dispatcher(hostname="w1") as dispatcher, subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE) as process:
+        dispatcher.send("hello", n=1)
+        assert process.stdout.readline().split()[1:] == [b"hello", b"w1", b"n=1"]
         process.send_signal(signal.SIGUSR1)
         assert (process.stdout.read(), process.wait(20)) == (b"the same\n", 0)
 
