@@ -3139,7 +3139,7 @@ while True:
 
 
 @posix
-def test_run_passes_signals_on():
+def test_run_passes_signals_on_and_leaves_those_that_are_typed_and_job_control_to_the_terminal():
     before = {number: signal.getsignal(number) for number in signal.Signals}
     assert main(["run", "true"]) == 0
     assert before == {number: signal.getsignal(number) for number in signal.Signals}
@@ -3149,9 +3149,6 @@ def test_run_passes_signals_on():
             process.send_signal(getattr(signal, f"SIG{name}"))
             assert process.stdout.readline() == f"got SIG{name}\n"
         assert process.wait(20) == 7
-
-
-def test_on_a_terminal_run_leaves_signals_and_job_control_to_the_terminal():
     with terminal(f"{PROGRAM} run -- {COUNTER}") as it, terminal("sh -i", PS1="$ ", ENV="") as shell:
         shell.type(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n")
         it.press("", "ready [True, True, True] True")
