@@ -2699,7 +2699,9 @@ def test_each_colour_is_legible_on_black_on_dark_grey_and_on_white():
 class Terminal:
     """A command on a pseudo-terminal that is its controlling terminal: keys are typed, and what it writes is read."""
 
-    def __init__(self, line, rows, columns, environment):
+    def __init__(self, line, rows=24, columns=80, **environment):
+        if pty is None:
+            pytest.skip("no pseudo-terminal here")
         self.ours, self.theirs = pty.openpty()
         self.raw = b""
         self.resize(rows, columns)
@@ -2711,6 +2713,15 @@ class Terminal:
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no lock can be held by another thread
         )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+        os.close(self.theirs)
 
     def resize(self, rows, columns):
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -2759,21 +2770,6 @@ class Terminal:
         return status
 
 
-@contextmanager
-def terminal(line, rows=24, columns=80, **environment):
-    """A command line on a pseudo-terminal."""
-    if pty is None:
-        pytest.skip("no pseudo-terminal here")
-    it = Terminal(line, rows, columns, environment)
-    try:
-        yield it
-    finally:
-        it.process.kill()
-        it.process.wait()
-        os.close(it.ours)
-        os.close(it.theirs)
-
-
 @pytest.fixture
 def recording(tmp_path):
     """A command line that shows a file."""
@@ -2782,7 +2778,7 @@ def recording(tmp_path):
 
 
 def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed():
-    with terminal(f"{PROGRAM} watch") as it:
+    with Terminal(f"{PROGRAM} watch") as it:
         it.see("", "no events yet on udp://")
         with Dispatcher(max_wait=1.0) as dispatcher:
             for n in range(2996):
@@ -2799,7 +2795,7 @@ def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed():
 
 
 def test_keys_and_the_mouse_are_read_as_they_are_typed_and_ctrl_s_stops_nothing(recording):
-    with terminal(recording) as it:
+    with Terminal(recording) as it:
         for keys, text in [
             *(("/refused", "/refused█ 1 of 1"), ("\r", "/refused 1 of 1"), ("\r", "ValueError: refused"), ("/parent\r\r", f"task {IMPORT}")),
             *(("\x1b", f"task {CHARGE}"), ("q", "/refused 1 of 1"), ("\x1b", "shop.resize"), ("\x1b[B\x1b[Bt", "no traceback")),
@@ -2816,7 +2812,7 @@ def test_keys_and_the_mouse_are_read_as_they_are_typed_and_ctrl_s_stops_nothing(
 
 def test_the_monitor_follows_the_size_of_the_terminal_however_often_it_changes_and_is_painted_anew(recording):
     rng = random.Random(5)
-    with terminal(recording) as it:
+    with Terminal(recording) as it:
         it.press("", "shop.charge")
         for rows, columns, text in ((40, 120, "clear finished"), (1, 8, "LOST"), (3, 20, "1 of 5"), (24, 80, "freeze")):
             it.resize(rows, columns)
@@ -2858,7 +2854,7 @@ def test_the_terminal_signals_and_files_are_as_they_were_however_the_monitor_end
         terminals = []
         for what, *_ in ENDINGS:
             program = shlex.join([sys.executable, "-c", what]) if "import" in what else f"{PROGRAM} watch {what}"
-            terminals.append(stack.enter_context(terminal(recording if what == "FILE" else program)))
+            terminals.append(stack.enter_context(Terminal(recording if what == "FILE" else program)))
         for it, (what, keys, name, *_) in zip(terminals, ENDINGS):
             it.press("", "shop.charge" if what == "FILE" else "no events yet")
             it.type(keys)
@@ -2881,7 +2877,7 @@ def test_capture_events_prints_lines_where_there_is_no_terminal():
 
 
 def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
-    with terminal("sh -i", PS1="$ ", ENV="") as it:
+    with Terminal("sh -i", PS1="$ ", ENV="") as it:
         it.type(f"{recording}\n")
         it.see("", "1 of 5")
         wait_until(lambda: it.type("\x1a") or it.read(0.2) and it.shows("topped"))  # in mid-picture curses heeds none
@@ -2905,7 +2901,7 @@ LOOKS = [  # the environment, whether there are colours, whether there is more t
 
 def test_colours_on_the_terminals_own_background_unicode_and_pictures_are_there_where_they_can_be(recording):
     with ExitStack() as stack:
-        terminals = [stack.enter_context(terminal(recording, **environment)) for environment, *_ in LOOKS]
+        terminals = [stack.enter_context(Terminal(recording, **environment)) for environment, *_ in LOOKS]
         for it, (_, coloured, unicode, text) in zip(terminals, LOOKS):
             wait_until(lambda: it.shows("deploy" if "TERM" in text else "freeze") and it.shows(text))  # noqa: B023
             assert bool(re.search(rb"\x1b\[(\d+;)*3[0-8][;m]", it.raw)) == coloured
@@ -2976,7 +2972,7 @@ def test_what_watch_records_can_be_watched_and_sent_again_also_after_a_crash(tmp
     with Dispatcher() as dispatcher:
         dispatcher.send("hello")
         assert command("watch", "--plain", "--limit", "1", "--record", str(file))[0] == 0
-        with terminal(f"{PROGRAM} watch --record {file}") as it:
+        with Terminal(f"{PROGRAM} watch --record {file}") as it:
             it.press("", "hello")
             dispatcher.send("seen")
             it.press("", "seen")
@@ -3149,7 +3145,7 @@ def test_run_passes_signals_on_and_leaves_those_that_are_typed_and_job_control_t
             process.send_signal(getattr(signal, f"SIG{name}"))
             assert process.stdout.readline() == f"got SIG{name}\n"
         assert process.wait(20) == 7
-    with terminal(f"{PROGRAM} run -- {COUNTER}") as it, terminal("sh -i", PS1="$ ", ENV="") as shell:
+    with Terminal(f"{PROGRAM} run -- {COUNTER}") as it, Terminal("sh -i", PS1="$ ", ENV="") as shell:
         shell.type(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n")
         it.press("", "ready [True, True, True] True")
         it.press("\x03", "got SIGINT")
@@ -3249,7 +3245,7 @@ def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves
     words = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--url", new_url()]
     pids, kinds, tasks = {}, set(), {}
     monitor = shlex.join([sys.executable, str(tmp_path / "app.pyz"), "demo"])
-    with terminal(monitor, 40, 120) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
+    with Terminal(monitor, 40, 120) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
         for event in map(json.loads, demo.stdout):
             pids[event["hostname"]] = event["pid"]
             kinds.add(event["type"])
