@@ -44,7 +44,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -445,10 +445,10 @@ def running(*words, **options):
         process.wait()
 
 
-def somebody_watches():
-    """Whether a watcher answers the heartbeat of a Dispatcher that sends no event."""
+def wait_for_watchers(number=1):
+    """Wait until so many watchers answer the heartbeat of a Dispatcher that sends no event."""
     with Dispatcher() as probe:
-        return probe.flush()
+        wait_until(lambda: probe.flush(0.02) == number)
 
 
 # --- Event ---
@@ -1696,7 +1696,7 @@ def test_should_stop_or_a_close_from_another_thread_ends_a_capture_which_opens_n
         with Dispatcher() as dispatcher, Receiver() as receiver:
             thread = threading.Thread(target=receiver.capture)
             thread.start()
-            wait_until(lambda: dispatcher.flush(0.1))  # it captures  # noqa: B023
+            wait_until(lambda: dispatcher.flush(0.02))  # it captures
             end(receiver)
             thread.join(20)
             assert not thread.is_alive()
@@ -1704,13 +1704,6 @@ def test_should_stop_or_a_close_from_another_thread_ends_a_capture_which_opens_n
     with Dispatcher() as dispatcher, receiver:
         dispatcher.send("hello")
         assert [event.type for event in receiver.itercapture(limit=1, timeout=20)] == ["hello"]  # a new capture
-
-
-def test_bare_json_is_delivered_as_it_comes_and_no_socket_is_opened(sockets):
-    receiver = Receiver()
-    assert receiver.handle_message(b' {"type":"hi","timestamp":5} ', SOURCE)[0].pop("local_received") <= time.time()
-    assert delivered(receiver, b'[{"type":"a"},{"type":"b"}]') == ["a", "b"]
-    assert (receiver.stats["events"], sockets) == (3, [])
 
 
 def data_frame(seq, body=b'{"type":"x"}', stream=STREAM):
@@ -1759,29 +1752,29 @@ def test_what_a_receiver_keeps_is_bounded(virtual):
         assert tracemalloc.get_traced_memory()[1] < (64 << 20) + sum(map(len, got))
     finally:
         tracemalloc.stop()
-    for n in range(1000, Receiver.MAX_STREAMS + 1100):
-        receiver.handle_message(data_frame(2, stream=b"%016x" % n), SOURCE)
-    assert receiver.stats["streams"] == Receiver.MAX_STREAMS
 
 
-def test_any_bytes_are_counted_and_never_raise():
+def test_bare_json_is_delivered_as_it_comes_any_other_bytes_are_counted_and_no_socket_is_opened(sockets):
     receiver, chance = Receiver(), random.Random(1)
+    assert receiver.handle_message(b' {"type":"hi","timestamp":5} ', SOURCE)[0].pop("local_received") <= time.time()
+    assert (delivered(receiver, b'[{"type":"a"},{"type":"b"}]'), receiver.stats["events"]) == (["a", "b"], 3)
     no_parts = ((1, 1, 0, 10**9), b"x" * 2000), ((2, 1, 0, 0), b"x" * 2000), ((3, 1, 3, 3), b"x"), ((4, 1, 0, 3), b"x")
     assert delivered(receiver, *[eventmon.format_frame(b"part", STREAM, *part) for part in no_parts]) == []
     assert receiver.stats["malformed"] == 4
     frames = [*map(data_frame, (1, 2, 3)), *(data for _, data in FRAMES), b'{"type":"x","a":[1,2]}']
-    for _ in range(10_000):
+    for _ in range(5_000):
         data = bytearray(chance.choice(frames))
         for _ in range(chance.randrange(1, 4)):
             where = chance.randrange(len(data))
             data[where : where + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
             data = data or bytearray(b"x")
         receiver.handle_message(bytes(data), ("127.0.0.1", chance.randrange(5)))
-    assert receiver.stats["malformed"] > 1000
+    assert receiver.stats["malformed"] > 500
     assert "still here" in delivered(receiver, data_frame(1, b'{"type":"still here"}', b"fedcba9876543210"))
+    assert sockets == []
 
 
-def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(monkeypatch, virtual):
+def test_however_many_forged_streams_come_few_are_followed_and_nothing_is_delivered_twice(monkeypatch, virtual):
     monkeypatch.setattr(Receiver, "MAX_STREAMS", 50)
     receiver, frames, got = Receiver(), [data_frame(n, b'{"type":"step-%d"}' % n) for n in range(1, 41)], []
     for n, data in enumerate(frames):
@@ -1790,6 +1783,7 @@ def test_however_many_forged_streams_come_between_nothing_is_delivered_twice(mon
         forged = (data_frame(seq, stream=b"%016x" % name) for name in range(n * 100, n * 100 + 80) for seq in (1, 2))
         got += delivered(receiver, data, beat, *forged, beat, *frames[max(0, n - 3) : n])
     assert [type for type in got if type != "x"] == [f"step-{n}" for n in range(1, 41)]
+    assert receiver.stats["streams"] == 50
 
 
 def test_who_takes_its_time_for_each_event_goes_on_answering(virtual):
@@ -1820,12 +1814,12 @@ def test_however_many_beats_wait_for_a_watcher_alone_what_they_announce_counts(v
         assert wait_until(lost) == 6
 
 
+@posix
 def test_many_senders_that_start_and_end_together_lose_nothing():
-    code = "import sys\nfrom eventmon import Dispatcher\nwith Dispatcher(hostname=sys.argv[1]) as d:\n"
-    code += "    for n in range(300): d.send('step', n=n)"
+    code = "import os\nfrom eventmon import Dispatcher\nname = next((n for n in range(7) if not os.fork()), 7)\n"
+    code += "with Dispatcher(hostname=str(name)) as d: [d.send('step', n=n) for n in range(300)]"
     with watching() as (receiver, events):
-        senders = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=FOLDER) for n in range(8)]
-        assert [sender.wait(60) for sender in senders] == [0] * 8
+        python(code)
         wait_until(lambda: len(events) == 8 * 300)
         assert receiver.stats["lost"] == 0
     for name in map(str, range(8)):
@@ -1922,45 +1916,57 @@ def test_an_answer_without_the_key_seen_before_or_by_another_clock_does_nothing(
 
 
 COMES_BACK = """
-import subprocess, threading, time
+import os, threading, time
 from eventmon import Dispatcher, Receiver
-def ip(*commands):
-    for command in commands: subprocess.run(["ip", *command.split()], check=True)
-def up(): ip("link add hub0 type bridge", "address add 10.9.0.1/24 dev hub0", "link set hub0 up")
-def wait_for(n, pairs):
-    end = time.monotonic() + 15
-    for dispatcher, events in pairs: dispatcher.send("step", n=n)
-    while any(not events or events[-1] != n for _, events in pairs):
-        assert time.monotonic() < end, (pairs, [dispatcher.problem for dispatcher, _ in pairs])
-        time.sleep(0.01)
+def ip(*commands): return sum(os.system("ip " + command) for command in commands)
+def up(name, address): return ip(f"link add {name} type bridge", f"address add {address}/24 dev {name}", f"link set {name} up")
 def pair(interface, port):
-    url, events = f"udp://239.255.1.2:{port}?interface={interface}&ttl=1", []
-    receiver = Receiver(url, {"step": lambda event: events.append(event["n"])})
+    url, numbers = f"udp://239.255.1.2:{port}?interface={interface}&ttl=1", []
+    receiver = Receiver(url, {"step": lambda event: numbers.append(event["n"])})
     receiver.fileno()
     threading.Thread(target=receiver.capture, daemon=True).start()
-    return Dispatcher(url), events
-up()
-pairs = by_address, by_name = pair("10.9.0.1", 7000), pair("hub0", 7001)
-wait_for(0, pairs)
-ip("link delete hub0")
-for dispatcher, _ in pairs: dispatcher.send("step", n=1)
-up()
-wait_for(2, pairs)
-ip("address add 10.9.7.7/24 dev hub0", "address delete 10.9.0.1/24 dev hub0")
-wait_for(3, [by_name])
-print(by_address[1], by_name[1])
+    return Dispatcher(url), numbers
+def send(n):
+    end = time.monotonic() + 15
+    for dispatcher, _ in pairs: dispatcher.send("step", n=n)
+    while n != 1 and any(numbers[-1:] != [n] for _, numbers in pairs) and time.monotonic() < end: time.sleep(0.01)
+if up("hub0", "10.9.0.1") or up("hub1", "10.9.1.1"): raise SystemExit("no interface can be made here")
+pairs = pair("10.9.0.1", 7000), pair("hub0", 7001), pair("hub1", 7002)
+send(0)
+ip("link delete hub0", "address add 10.9.7.7/24 dev hub1", "address delete 10.9.1.1/24 dev hub1")
+send(1)
+up("hub0", "10.9.0.1")
+send(2)
+print(*[numbers for _, numbers in pairs])
 """
+NETWORKS = {  # what a shell script does in a network of its own
+    "comes back": f"ip link set lo up; PYTHONPATH={shlex.quote(FOLDER)} {shlex.join([sys.executable, '-c', COMES_BACK])} 2>&1",
+    "check": f"""
+    {PROGRAM} check; echo $?; {PROGRAM} run -- sh -c 'echo ran; exit 9'; echo $?; echo
+    ip link set lo up; ip link add one type veth peer name two; ip addr add 10.77.0.1/24 dev one
+    ip link set one up; ip link set two up
+    {PROGRAM} check > first & {PROGRAM} check --all-interfaces > second &
+    {PROGRAM} check --url 'udp://239.1.2.3:7000?interface=one&ttl=1' > third; wait; cat first; echo; cat second; echo; cat third
+    """,
+}
 
 
-def test_an_interface_that_goes_and_comes_again_is_used_again(tmp_path):
-    if not shutil.which("ip"):
-        pytest.skip("ip is not here")
-    (tmp_path / "comes_back.py").write_text(COMES_BACK)
-    python_path = f"ip link set lo up; PYTHONPATH={shlex.quote(FOLDER)} {shlex.quote(sys.executable)}"
-    out = namespace(f"{python_path} comes_back.py 2>&1 || true", tmp_path)
-    if "Unknown device type" in out or "Operation not" in out:
-        pytest.skip("no interface can be made here")
-    assert out == "[0, 1, 2] [0, 1, 2, 3]\n"
+@cache
+def networks():
+    """What NETWORKS print, which run at the same time, each in a namespace whose loopback interface is down at first."""
+    able = shutil.which("ip") and shutil.which("unshare") and together([["unshare", "-rn", "true"]])[0][0] == 0
+    if not able:
+        pytest.skip("no network namespace can be made here")
+    results = together([["unshare", "-rn", "sh", "-c", script] for script in NETWORKS.values()], cwd=tempfile.mkdtemp(dir=FOLDER))
+    assert "Traceback" not in str(results)
+    return {name: out.decode() for name, (_, out, _) in zip(NETWORKS, results)}
+
+
+def test_an_interface_that_goes_and_comes_again_or_gets_another_address_is_used_again():
+    out = networks()["comes back"]
+    if "no interface can be made here" in out:
+        pytest.skip(out)
+    assert out == "[0, 1, 2] [0, 1, 2] [0, 1, 2]\n"
 
 
 # --- State ---
@@ -2038,6 +2044,10 @@ MERGES = {  # streams of processes, and what their task shows at last, however t
         + [stream("w", ("received", {"retries": 0, "args": "(1,)"}), ("started", {}), ("progress", {"progress": 0.1}))],
         {"state": "PROGRESS", "client": "d", "queue": "q", "args": "(1,)", "worker": "w"},
     ),
+    "a later event overwrites fields, but never with null, nor undoes the end": (
+        [stream("w", ("received", {"args": "(1,)"}), ("succeeded", {"result": "2"}), ("started", {"args": "late", "result": None}))],
+        {"args": "late", "result": "2", "state": "SUCCESS"},
+    ),
     "a child and a parent": (
         [stream("w", ("received", {"parent_id": "t"}), ("sent", {"uuid": "p"})), stream("v", ("started", {"uuid": "p"}))],
         {"state": "RECEIVED", "parent_id": "t", "children": ["t"]},
@@ -2068,27 +2078,6 @@ def test_at_any_moment_a_task_is_what_its_processes_told_in_whatever_order_their
             picture = (json.loads(json.dumps(state.tasks)), attempts, workers)
             assert seen.setdefault(tuple(at), picture) == picture, order
     assert shown.items() <= state.tasks["t"].items()
-
-
-def test_each_delivery_of_a_task_is_an_attempt():
-    attempts = state_of(*stream("w1", *RETRIED), *stream("w2", *LAST)).attempts("t")
-    names = ("worker", "retries", "state", "received", "started", "ended", "exception")
-    assert [tuple(map(attempt.get, names)) for attempt in attempts] == [
-        ("w1", 0, "RETRY", 0.0, 1.0, 3.0, "refused (0)"),
-        ("w1", 1, "RETRY", 2.0, 4.0, 5.0, "refused (1)"),
-        ("w2", 2, "SUCCESS", 0.0, 0.5, 2.0, None),
-    ]
-
-
-def test_a_later_event_of_a_process_overwrites_fields_but_never_with_null_nor_undoes_the_end():
-    state = state_of(
-        task_event("received", name="job", args="(1,)", eta=None),
-        task_event("succeeded", result="2", args=None),
-        task_event("started", args="late", queue="q"),
-    )
-    task = state.tasks["t"]
-    assert (task["args"], task["result"], task["queue"], task["state"]) == ("late", "2", "q", "SUCCESS")
-    assert "eta" not in task
 
 
 def test_events_are_counted_and_kept_and_notes_apart_after_the_callback_and_before_the_method_for_the_type():
@@ -2213,27 +2202,31 @@ def test_a_callback_may_read_and_clear_at_any_moment(call):
     assert state.tasks == {}
 
 
-JUNK = [None, True, -1, 10**30, 1e300, "", "x", "\x1b[2J", [], [1], {}, {"a": 1}, "task-started", "y" * 9999]
+HOSTILE = "\x1b[2J\x07\x9b31m\u202eabc\r\n\t\x00\u2028\ud800\u2066\u200f\U000e0001"
+JUNK = [None, True, -1, 7.5, math.nan, 10**30, 1e300, [], [1, ["\x1b"]], {}, {"a": None, "\x07": {}}, "", "x", "task-started"]
+JUNK += [HOSTILE, "y" * 3000, "日本" * 50, "e\u0301" * 40, "t1", "t2", "t3"]
+TYPES = ["task-sent", "task-received", "task-started", "task-succeeded", "task-failed", "task-retried", "task-progress", "task-"]
+TYPES += ["worker-online", "worker-heartbeat", "worker-offline", "worker-lost", "hello", HOSTILE, None, 7.5]
+NAMES = "uuid hostname timestamp clock local_received retries state name args kwargs runtime exception traceback pid parent_id"
+NAMES += " root_id children started sent freq active loadavg progress result worker"
+
+
+def junk():
+    """A State after events of every type with values of every kind in every field."""
+    chance, state = random.Random(1), State(max_tasks_in_memory=20, max_workers_in_memory=20)
+    for _ in range(500):
+        names = chance.sample([*NAMES.split(), HOSTILE], chance.randrange(20))
+        state.event({"type": chance.choice(TYPES), **{name: chance.choice(JUNK) for name in names}})
+        assert state.attempts("t1") is not None
+    return state
 
 
 def test_any_fields_of_any_type_do_no_harm():
-    chance = random.Random(1)
-    state = State(max_tasks_in_memory=20, max_workers_in_memory=20)
-    types = ["task-sent", "task-received", "task-started", "task-succeeded", "task-failed", "task-retried", "worker-online"]
-    types += ["worker-heartbeat", "worker-offline", "worker-lost", "task-progress", "task-", "hello", None, 5, ["x"]]
-    names = ("uuid", "hostname", "timestamp", "clock", "local_received", "retries", "state", "name", "args", "runtime")
-    names += ("parent_id", "children", "started", "freq", "progress", "result", "root_id", "worker", "pid", "active", "sent")
-    for _ in range(1500):
-        event = {"type": chance.choice(types)}
-        for name in chance.sample(names, chance.randrange(len(names))):
-            event[name] = chance.choice([*JUNK, "t1", "t2", "t3"])
-        state.event(event)
-        assert state.attempts("t1") is not None
-    assert state.event_count == 1500
+    state = junk()
+    state.event({"type": ["x"], "uuid": ["t"]})
+    assert state.event_count == 501
     assert None not in (state.task_types(), state.type_stats(), state.alive_workers())
     assert all(state.is_lost(task) in (True, False) for _, task in state.iteractive())
-    for page in "1234":
-        shown(state, typed(state, page), 40, 120)
 
 
 def test_a_worker_is_alive_until_its_end_or_until_a_heartbeat_is_overdue():
@@ -2302,14 +2295,11 @@ def test_the_graph_counts_events_by_the_time_they_came():
 def test_clearing_forgets_the_finished_or_everything():
     state = many_tasks()
     state.clear_tasks()
-    assert sorted(state.tasks) == list("0134679")
-    assert (state.event_count, len(state.workers)) == (19, 2)
+    assert (sorted(state.tasks), state.event_count, len(state.workers)) == (list("0134679"), 19, 2)
     state.clear()
-    assert sorted(state.tasks) == list("0134679")
-    assert (state.event_count, state.task_count, state.workers) == (0, 0, {})
+    assert (sorted(state.tasks), state.event_count, state.task_count, state.workers) == (list("0134679"), 0, 0, {})
     state.clear(ready=False)
-    assert state.tasks == {}
-    assert list(state.iteractive()) == []
+    assert (state.tasks, list(state.iteractive())) == ({}, [])
 
 
 def test_nothing_changes_while_frozen():
@@ -2426,25 +2416,21 @@ def table(state, keys, *size, **options):
     return [line.split() for line in shown(state, typed(state, keys, *size), *size, **options).splitlines()[5:-1] if line]
 
 
-SCREENS = {
-    ("2", 100): """\
- 1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20                        1.0/s  udp://239.1.2.3:6986
- 1 running, longest shop.import 8.0s on alpha@laptop                           █  █      max 4/s
- 1 failed in the last minute: shop.charge ValueError('refused')  ←  (7,)    ▄  █▄██▄▄▄▄▄ last 12 s
+SCREENS = {  # keys, width, and the screen, or its end
+    ("2", 120): """\
+ 1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20                                            1.0/s  udp://239.1.2.3:6986
+ 1 running, longest shop.import 8.0s on alpha@laptop                                               █  █      max 4/s
+ 1 failed in the last minute: shop.charge ValueError('refused')  ←  (7,)                        ▄  █▄██▄▄▄▄▄ last 12 s
  LOST 1  FAILURE 1  PROGRESS 1  RETRY 1  SUCCESS 1
-NAME▾                  RUNNING   DONE    FAILED  RETRIED   MEAN    P95    MAX LAST ERROR
-shop.charge                  0      0    1 100%        0   1.0s   1.0s   1.0s ValueError('refused')
-shop.import                  1      0         0        0   8.0s   8.0s   8.0s
-shop.resize                  0      1         0        0    2ms    2ms    2ms
-users                        0      0         0        0   6.0s   6.0s   6.0s
-报表.生成                    0      0         0        1
+NAME▾                    RUNNING   DONE    FAILED  RETRIED   MEAN    P95    MAX LAST     LAST ERROR
+shop.charge                    0      0    1 100%        0   1.0s   1.0s   1.0s 12:00:05 ValueError('refused')
+shop.import                    1      0         0        0   8.0s   8.0s   8.0s 12:00:09
+shop.resize                    0      1         0        0    2ms    2ms    2ms 12:00:04
+users                          0      0         0        0   6.0s   6.0s   6.0s 11:59:58
+报表.生成                      0      0         0        1                      12:00:07
 
  1 of 5  q quit  ? keys  enter details  / filter  s sort  space freeze  c clear finished""",
     ("3", 80): """\
- 1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20    1.0/s  udp://239.1.2.3:6986
- 1 running, longest shop.import 8.0s on alpha@laptop       █  █      max 4/s
- 1 failed in the last minute: shop.charge ValueError('re…  █▄██▄▄▄▄▄ last 9 s
- LOST 1  FAILURE 1  PROGRESS 1  RETRY 1  SUCCESS 1
 WORKER▾        STATUS       NOW                     ACTIVE   DONE  HEARD LOAD
 alpha@laptop   alive        shop.import 8.0s             1      3   1.0s 0.5, …
 beta@build-7   ended                                     0      9  18.0s 0.5, …
@@ -2452,7 +2438,6 @@ gamma@laptop   LOST         users 6.0s                             12.0s
 
  1 of 3  q quit  ? keys  enter details  / filter  s sort  space freeze  c clear…""",
     ("1 j j j i", 80): """\
- 1 Tasks 5  2 Names 5  3 Workers 1/3  4 Events 20    1.0/s  udp://239.1.2.3:6986
  task aca02be9-33
 state       FAILURE  1.0s
 name        shop.charge
@@ -2481,29 +2466,10 @@ pid         101
 
 @pytest.mark.parametrize("keys, width", SCREENS)
 def test_the_screen_shows_each_page_and_everything_about_a_task(keys, width):  # the first page is in the README
-    assert shown(shop(), typed(shop(), keys, 24, width), 24, width) == SCREENS[keys, width]
+    assert shown(shop(), typed(shop(), keys, 24, width), 24, width).endswith(SCREENS[keys, width])
 
 
-ODD = (None, 7, -1.5, math.nan, 10**30, True, [1, ["\x1b"]], {"a": None, "\x07": {}}, "", "x" * 3000, "日本" * 50, "e\u0301" * 40)
-
-
-HOSTILE = "\x1b[2J\x07\x9b31m\u202eabc\r\n\t\x00\u2028\ud800\u2066\u200f\U000e0001"
-
-
-def odd(values=ODD):
-    """A State with None, numbers, lists and dicts everywhere that events can bring them to."""
-    state = State()
-    names = ("name", "args", "kwargs", "result", "exception", "traceback", "progress", "runtime", "retries", "parent_id", "root_id")
-    for index, value in enumerate(values):
-        subject = ("received", "started", "progress", "failed", "retried")[index % 5]
-        fields = {**dict.fromkeys(names, value), str(value): {str(value): value}}
-        state.event({"type": f"task-{subject}", "uuid": f"{index:08d}{value}", "timestamp": value, "hostname": value, **fields})
-        state.event({"type": "worker-heartbeat", "hostname": f"w{index}{value}", "freq": value, "active": value, "loadavg": value})
-        state.event({"type": value, "timestamp": value, "hostname": value, "local_received": value})
-    return state
-
-
-@pytest.mark.parametrize("make", [State, shop, odd, partial(odd, [HOSTILE] * 5)])
+@pytest.mark.parametrize("make", [State, shop, junk])
 def test_the_screen_is_exactly_as_large_as_the_terminal_and_harmless_whatever_is_open(make):
     state = make()
     for keys in ("1", "2", "3", "4", "1 i", "2 i", "3 i", "4 i", "1 i t", "1 t", "1 r", "?", "1 / w1", "1 s s i", "1 space", "1 G i"):
@@ -2518,55 +2484,53 @@ def test_the_screen_is_exactly_as_large_as_the_terminal_and_harmless_whatever_is
 def test_lost_tasks_come_first_then_the_longest_running_whose_time_goes_on_then_the_newest_finished():
     state = shop()
     state.event(heard("task-started", "alpha@laptop", 1, uuid="long", name="long", pid=101))
-    before, after = (table(state, "1", second=second) for second in (10, 11))
-    names = ["users", "long", "shop.import", "报表.生成", "shop.charge", "shop.resize"]
-    assert [row[1] for row in before] == [row[1] for row in after] == names
-    assert [row[3] for row in before[:3]] == ["6.0s", "9.0s", "8.0s"]
-    assert [row[3] for row in after[:3]] == ["6.0s", "10.0s", "9.0s"]
-    assert before[4] == after[4]
+    rows = table(state, "1", second=11)
+    assert [row[1] for row in rows] == ["users", "long", "shop.import", "报表.生成", "shop.charge", "shop.resize"]
+    assert [row[3] for row in rows if "s" in row[3]] == ["6.0s", "10.0s", "9.0s", "1.0s", "2ms"]
 
 
-def test_a_worker_that_is_silent_says_so_and_one_whose_clock_is_wrong_does_not_change_how_long_a_task_runs():
-    assert "silent 52.0s" in shown(shop(), typed(shop(), "3"), second=61)
-    state = State()
-    for type in ("worker-online", "task-received", "task-started"):
-        state.event(Event(type, hostname="w", uuid="1", name="job", pid=1, timestamp=NOON - 3600, local_received=NOON))
-    assert table(state, "1", second=5)[0][3] == "5.0s"
+DEEP = []
+for _ in range(5000):
+    DEEP = [DEEP]
+BEATS = [heard("worker-heartbeat", "alpha@laptop", 10 + n / 1000) for n in range(1000)]
+NAMED = heard("task-received", "w", 0, uuid="5d0c91aa-05b0-41f9-9527-429e9295c494", name="job")
+SHOWN = {  # keys, events, and what is shown then, but for blanks
+    "in an empty table what to do next": ("1", [], "no events yet — try: send hello"),
+    "that there are no tasks": ("2", [heard("hello", "w", 0)], "no tasks yet"),
+    "that there are no workers": ("3", [heard("hello", "w", 0)], "no workers yet"),
+    "the tasks of a name": ("2 j i", shop_events(), " 1 of 1 of shop.import "),
+    "that a worker is silent": ("3", [heard("worker-heartbeat", "w", -42, freq=2)], "w silent 52.0s"),
+    "how long a task runs, whatever the clock of its worker says": (
+        "1", [task_event("started", name="job", timestamp=NOON - 3600, local_received=NOON)], "STARTED job 11:00:00 w1 10.0s"
+    ),
+    "fields in the units of people": (
+        "1 i", [task_event("succeeded", runtime=0.64, peak_memory=34288435, progress=0.48, limit=7)],
+        "runtime 640ms peak_memory 32.7 MiB progress 48% limit 7 ",
+    ),
+    "each delivery of a task as an attempt": (
+        "1 i", [*stream("w1", *RETRIED), *stream("w2", *LAST)],
+        "+0ms RECEIVED w1 attempt 1 +0ms RECEIVED w2 attempt 3 +500ms STARTED w2 attempt 3 +1.0s STARTED w1 attempt 1 "
+        "+2.0s RECEIVED w1 attempt 2 +2.0s SUCCESS w2 attempt 3 +3.0s RETRY w1 attempt 1 refused (0) "
+        "+4.0s STARTED w1 attempt 2 +5.0s RETRY w1 attempt 2 refused (1) ",
+    ),
+    "of an event its task's name, and the reason first": (
+        "4", [NAMED, heard("task-failed", "w", 1, uuid=NAMED["uuid"], logger="x", clock=8, exception="E()", other=NAMED["uuid"])],
+        "task-failed job 5d0c91aa w E() logger=x other=5d0c91aa ",
+    ),
+    "an event behind many heartbeats": ("4 G", [*shop_events(), *BEATS], "the bank is slow"),
+    "it to a filter, too": ("4 / slow", [*shop_events(), *BEATS], "the bank is slow"),
+    "what a command complained of": ("t", [task_event("failed", stderr="make: ***\nError 1")], "make: *** Error 1 "),
+    "the tail of a long name": ("1", [task_event("received", name="shop." * 20 + "resize")], "op.shop.resize "),
+    "the head of a large event": (
+        "4 i", [Event("x", deep=DEEP, text="\n" * 10**6, **{str(n): n for n in range(10_000)})], " of 2,000 "
+    ),
+}  # fmt: skip
 
 
-def test_names_show_how_each_kind_does_and_lead_to_its_tasks():
-    state = shop()
-    rows = {row[0]: row[1:] for row in table(state, "2", 24, 120)}
-    assert rows["shop.charge"] == ["0", "0", "1", "100%", "0", "1.0s", "1.0s", "1.0s", "12:00:05", "ValueError('refused')"]
-    assert rows["shop.import"] == ["1", "0", "0", "0", "8.0s", "8.0s", "8.0s", "12:00:09"]
-    assert [row[1] for row in table(state, "2 j i")] == ["shop.import"]
-    assert shown(state, typed(state, "2 j i esc")) == shown(state, typed(state, "2 j"))
-
-
-def test_events_tell_the_reason_first_and_the_tasks_name_and_heartbeats_push_nothing_out():
-    uuid = "5d0c91aa-05b0-41f9-9527-429e9295c494"
-    state = state_of(heard("task-received", "w", 0, uuid=uuid, name="job", clock=7, utcoffset=0, root_id=uuid))
-    state.event(heard("task-failed", "w", 1, uuid=uuid, logger="x", exception="E()", other=uuid, clock=8))
-    assert re.search(r"task-failed +job 5d0c91aa +E\(\)  logger=x  other=5d0c91aa\n", shown(state, typed(state, "4"), 24, 88))
-    line = eventmon.event_line(state.recent[-1], state)
-    assert line == "01-01  task-failed  job 5d0c91aa  w  E()  logger=x  other=5d0c91aa"
-    state = shop()
-    for n in range(1000):
-        state.event(heard("worker-heartbeat", "alpha@laptop", 10 + n / 1000))
-    assert "the bank is slow" in shown(state, typed(state, "4 G"))
-    assert "the bank is slow" in shown(state, typed(state, "4 / slow"))
-
-
-def test_details_of_a_task_have_fields_in_the_units_of_people_and_each_attempt_with_its_exception():
-    state = state_of(task_event("succeeded", runtime=0.64, peak_memory=34288435, progress=0.48, limit=7))
-    lines = shown(state, typed(state, "1 i")).splitlines()
-    assert {"runtime     640ms", "peak_memory 32.7 MiB", "progress    48%", "limit       7"} <= {*lines}
-    events = []
-    for attempt, worker in enumerate(("alpha", "beta")):
-        events += [heard(f"task-{subject}", worker, attempt * 10 + n, uuid="1", retries=attempt, pid=attempt, **fields)
-                   for n, (subject, fields) in enumerate((("received", {}), ("started", {}), ("retried", {"exception": f"E({attempt})"})))]
-    text = shown(state_of(*events), typed(state_of(*events), "1 i"))
-    assert re.search(r"\+2.0s +RETRY +alpha  attempt 1  E\(0\)\n\+10.0s +RECEIVED +beta  attempt 2", text)
+@pytest.mark.parametrize("keys, events, text", SHOWN.values(), ids=SHOWN)
+def test_the_screen_shows(keys, events, text):
+    state = state_of(*events)
+    assert text in " ".join(shown(state, typed(state, keys, 24, 100), 24, 100).split())
 
 
 def test_of_a_traceback_the_last_line_and_the_users_own_frames_stand_out():
@@ -2574,8 +2538,6 @@ def test_of_a_traceback_the_last_line_and_the_users_own_frames_stand_out():
     look = {span.text.strip(): span.style for line in lines for span in line}
     assert (look['File "/home/me/shop.py", line 7, in charge'], look["pay(total)"], look["ValueError: refused"]) == ("bold", "bold", "red")
     assert (look['File "/usr/lib/python3.11/asyncio/runners.py", line 3, in run'], look["go()"]) == ("dim", "dim")
-    state = state_of(task_event("failed", name="make", stderr="make: ***\nError 1"))
-    assert "\nmake: ***\nError 1\n" in shown(state, typed(state, "t"))
 
 
 def test_c_clears_what_has_finished_and_a_task_that_is_open_says_so():
@@ -2621,7 +2583,7 @@ def test_a_filter_is_typed_edited_kept_and_dropped():
 def test_keys_move_the_cursor():
     state = state_of(*(heard("task-received", "w", n, uuid=str(n), name=f"job{n}") for n in range(50)))
     for keys, index in [
-        *(("j", 1), ("KEY_DOWN", 1), ("G", 49), ("KEY_END", 49), ("G g", 0), ("j k", 0), ("k", 0), ("G j", 49)),
+        *(("j", 1), ("KEY_DOWN", 1), ("G", 49), ("KEY_END", 49), ("G g", 0), ("j k", 0), ("k", 0), ("G j", 49), ("G i esc", 49)),
         *(("KEY_NPAGE", 16), ("KEY_NPAGE KEY_NPAGE", 32), ("G KEY_PPAGE", 32), ("G ^U", 49), ("G g KEY_HOME", 0)),
         *((["move 3"], 3), (["G", "move -3"], 46), (["click 7 3"], 2), (["click 0 79"], 0), (["click 23 70"], 0)),
     ]:
@@ -2694,12 +2656,6 @@ def test_escape_goes_back_and_never_quits_and_q_quits_from_the_top():
         assert (view.done, view.frozen, len(view.layers), view.layers[0].filter) == (False, {}, 1, "")
 
 
-def test_an_empty_table_says_what_to_do_next():
-    state = state_of(heard("hello", "w1", 0))
-    assert "\nno events yet — try: send hello\n" in shown(State(), typed(State(), "1"))
-    assert all(text in shown(state, typed(state, page)) for page, text in (("2", "no tasks yet"), ("3", "no workers yet")))
-
-
 def test_the_header_says_what_was_lost_rejected_or_evicted():
     state = state_of(*(heard("task-sent", "c", 0, uuid=str(n)) for n in range(3)), max_tasks_in_memory=1)
     assert not re.search("lost|rejected|evicted", shown(shop(), lost=0, rejected=0).splitlines()[0])
@@ -2716,14 +2672,7 @@ def test_help_tells_of_every_key():
         assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), key
 
 
-def test_a_long_name_loses_its_head_a_large_value_its_tail_and_wide_and_combining_characters_take_their_columns():
-    deep = []
-    for _ in range(5000):
-        deep = [deep]
-    state = state_of(Event("x", deep=deep, text="\n" * 10**6, **{str(n): n for n in range(10_000)}))
-    assert " of 2,000 " in shown(state, typed(state, "4 i"))
-    state = state_of(task_event("received", name="shop." * 20 + "resize"))
-    assert re.search(r"RECEIVED …\S*shop\.resize ", shown(state, typed(state, "1")))
+def test_wide_and_combining_characters_take_their_columns():
     assert [eventmon.cells(text) for text in ("日本", "e\u0301x", "👍🏽", "\u1112\u1161\u11ab", "❤")] == [4, 2, 4, 2, 1]
 
 
@@ -2748,18 +2697,29 @@ def test_each_colour_is_legible_on_black_on_dark_grey_and_on_white():
 class Terminal:
     """A command on a pseudo-terminal that is its controlling terminal: keys are typed, and what it writes is read."""
 
-    def __init__(self, command, rows, columns, environment):
+    def __init__(self, line, rows=24, columns=80, **environment):
+        if pty is None:
+            pytest.skip("no pseudo-terminal here")
         self.ours, self.theirs = pty.openpty()
         self.raw = b""
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.theirs)
         self.process = subprocess.Popen(
-            command,
+            shlex.split(line),
             **dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs),
-            env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment},
+            env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": FOLDER, **environment},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no lock can be held by another thread
         )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+        os.close(self.theirs)
 
     def resize(self, rows, columns):
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -2767,232 +2727,184 @@ class Terminal:
     def type(self, keys):
         os.write(self.ours, keys.encode())
 
-    def screen(self, since=0, quiet=0.0):
-        """Return what has been written, without sequences; wait until nothing is for so many seconds."""
-        while select.select([self.ours], [], [], quiet)[0]:
+    def read(self, patience=0.0):
+        """Read what is written, the first of it within so many seconds; return whether anything is."""
+        found = bool(select.select([self.ours], [], [], patience)[0])
+        while select.select([self.ours], [], [], 0)[0]:
             self.raw += os.read(self.ours, 65536)
-        return re.sub(r"\x1b(\[[?>]?[\d;]*[@-~]|[()].|[=>78M])", " ", self.raw[since:].decode("utf-8", "replace"))
+        return found
 
-    def wait_for(self, text, since=0):
-        """Wait until a text has been written, whatever stands between its words."""
-        pattern = r"\s*".join(map(re.escape, text.split()))
-        return wait_until(lambda: re.search(pattern, self.screen(since)))
+    def shows(self, text, since=0):
+        """Whether a text has been written since then, whatever blanks and sequences stand between its characters."""
+        self.read()
+        written = re.sub(r"\x1b(\[[?>]?[\d;]*[@-~]|[()].|[=>78M])", "", self.raw[since:].decode("utf-8", "replace"))
+        return "".join(text.split()) in "".join(written.split())
 
     def press(self, keys, text):
+        """Type keys, and wait until a text is written."""
+        since = len(self.raw)
         self.type(keys)
-        return self.wait_for(text)
+        wait_until(lambda: self.shows(text, since))
 
-    def see(self, keys, text, without="nothing"):
-        """Type keys, and wait until the screen that is painted anew shows a text."""
-        self.type(keys)
+    def see(self, keys, text):
+        """Type keys, and wait until the screen, which is painted anew whenever it stands still, shows a text."""
+        since = len(self.raw)
+        self.type(keys + "\f")
 
         def found():
-            self.screen(0, 0.05)
-            since = len(self.raw)
-            self.type("\f")
-            shown = wait_until(lambda: "".join(self.screen(since, 0.05).split()))
-            return "".join(text.split()) in shown and without not in shown
+            if not self.read(0.2):
+                self.type("\f")
+            return self.shows(text, self.raw.rfind(b"\x1b[2J", since))
 
         wait_until(found)
 
-    def is_restored(self):
-        """Whether the terminal is as it was: the alternate screen and the mouse off, the cursor on, the line editing."""
-        self.screen(0, 0.1)
+    def end(self, text=""):
+        """Return the exit status once a text is written and the terminal is as it was, with its cursor and no mouse."""
+        status = self.process.wait(20)
+        wait_until(lambda: self.shows(text) and termios.tcgetattr(self.theirs) == self.before)
         found = re.findall(rb"\x1b\[\?([\d;]+)([hl])", self.raw)
         modes = {mode: end for modes, end in found for mode in modes.split(b";")}
-        return termios.tcgetattr(self.theirs) == self.before and (modes[b"1049"], modes[b"1000"], modes[b"25"]) == (b"l", b"l", b"h")
-
-
-@contextmanager
-def terminal(*words, command=(), rows=24, columns=80, **environment):
-    """eventmon.py, or another command, on a pseudo-terminal."""
-    if pty is None:
-        pytest.skip("no pseudo-terminal here")
-    it = Terminal([*command] or [sys.executable, COMPILED, *words], rows, columns, environment)
-    try:
-        yield it
-    finally:
-        it.process.kill()
-        it.process.wait()
-        os.close(it.ours)
-        os.close(it.theirs)
+        assert (modes[b"1049"], modes[b"1000"], modes[b"25"]) == (b"l", b"l", b"h")
+        return status
 
 
 @pytest.fixture
 def recording(tmp_path):
-    file = tmp_path / "shop.jsonl"
-    file.write_text("".join(json.dumps(event) + "\n" for event in shop_events()), encoding="utf-8")
-    return str(file)
+    """A command line that shows a file."""
+    (tmp_path / "shop.jsonl").write_text("".join(json.dumps(event) + "\n" for event in shop_events()), encoding="utf-8")
+    return f"{PROGRAM} watch {tmp_path}/shop.jsonl"
 
 
-def in_python(program):
-    return {"command": [sys.executable, "-c", program], "PYTHONPATH": FOLDER}
-
-
-def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed_and_quits():
-    with terminal("watch") as it:
+def test_the_monitor_shows_and_counts_all_that_is_sent_while_keys_are_pressed():
+    with Terminal(f"{PROGRAM} watch") as it:
         it.see("", "no events yet on udp://")
         with Dispatcher(max_wait=1.0) as dispatcher:
             for n in range(2996):
                 dispatcher.send("task-received", uuid=str(n), name="job")
                 if n % 100 == 0:
                     it.type("jk4j12G"[n // 100 % 7])
-                    it.screen()
+                    it.read()
             with dispatcher.task("visible-job"):
                 dispatcher.send("log-line", text="\x1b]0;evil\x07")
         it.see("1/visible\r", "SUCCESS visible-job")
-        it.see("4/log-line\r", "evil", without="lost")
+        it.see("4/log-line\r", "evil")
         it.see("", "4 Events 3,001")  # and the end of the Dispatcher
-        it.type("q")
-        assert it.process.wait(20) == 0
-        assert it.is_restored()
         assert b"\x1b]0;evil" not in it.raw
 
 
 def test_keys_and_the_mouse_are_read_as_they_are_typed_and_ctrl_s_stops_nothing(recording):
-    with terminal("watch", recording) as it:
+    with Terminal(recording) as it:
         for keys, text in [
             *(("/refused", "/refused█ 1 of 1"), ("\r", "/refused 1 of 1"), ("\r", "ValueError: refused"), ("/parent\r\r", f"task {IMPORT}")),
             *(("\x1b", f"task {CHARGE}"), ("q", "/refused 1 of 1"), ("\x1b", "shop.resize"), ("g\x1b[B\x1b[Bt", "no traceback")),
             *(("q?", "what has finished"), ("\x1b3", "beta@build-7"), ("\t", "deploy-done"), ("\t", "shop.charge")),
             *(("/报", "/报█ 1 of 1"), ("\x7f", "1 of 5"), ("\x1b", "q quit"), ("\x1b[<0;5;9M\x1b[<0;5;9m\r", f"task {CHARGE}")),
             *(("q", "shop.resize"), ("g\x1b[<65;5;5M", "4 of 5"), ("\x1b[<64;5;5M", "1 of 5"), ("\x1b[<0;14;1M", "LAST ERROR")),
-            *(("1G\x13\x1b[200~\x1b[99;5Z\x1bOz", "5 of 5"), ("\x1bk", "4 of 5")),
+            *(("1G\x13\x1b[200~\x1b[99;5Z\x1bOz", "5 of 5"), ("\x1bk", "4 of 5"), ("/zz", "nothing matches zz")),
         ]:
             it.see(keys, text)
+        it.press("\x1b", "resize")  # no key follows
         it.type("q")
-        assert it.process.wait(20) == 0
+        assert it.end() == 0
 
 
 def test_the_monitor_follows_the_size_of_the_terminal_however_often_it_changes_and_is_painted_anew(recording):
     rng = random.Random(5)
-    with terminal("watch", recording) as it:
-        it.wait_for("shop.charge")
-        for rows, columns, text in ((40, 120, "clear finished"), (1, 8, "LOST"), (3, 20, "1 of 5"), (24, 80, "gamma@laptop")):
+    with Terminal(recording) as it:
+        it.press("", "shop.charge")
+        for rows, columns, text in ((40, 120, "clear finished"), (1, 8, "LOST"), (3, 20, "1 of 5"), (24, 80, "freeze")):
             it.resize(rows, columns)
             it.see("", text)
         for number in (signal.SIGWINCH, signal.SIGCONT):  # a terminal is attached again; the monitor goes on
-            since = len(it.raw)
             it.process.send_signal(number)
-            it.wait_for("gamma@laptop", since)
+            it.press("", "gamma@laptop")
         for _ in range(100):
             it.resize(rng.randrange(1, 100), rng.randrange(1, 300))
             it.type(rng.choice(["j", "4", "1", "i", "?q", "/x\x1b", "s", "G"]))
-            it.screen()
+            it.read()
         it.process.send_signal(signal.SIGTERM)
-        assert it.process.wait(20) == 128 + signal.SIGTERM
+        assert it.end() == 128 + signal.SIGTERM
 
 
-def test_the_terminal_comes_back_when_the_monitor_is_ended(recording):
-    endings = {"": signal.SIGINT, "i": signal.SIGTERM, "/x": signal.SIGHUP, " ": "\x03"}
-    with ExitStack() as stack:
-        terminals = [stack.enter_context(terminal("watch", recording)) for _ in endings]
-        for it, (keys, ending) in zip(terminals, endings.items()):
-            it.wait_for("shop.charge")
-            it.type(keys + (ending if ending == "\x03" else ""))
-            if ending != "\x03":
-                it.process.send_signal(ending)
-        for it, ending in zip(terminals, endings.values()):
-            assert it.process.wait(20) == (0 if ending in ("\x03", signal.SIGINT) else 128 + ending)
-            assert it.is_restored()
-
-
-def test_the_terminal_comes_back_after_an_exception():
-    program = "import eventmon; eventmon.capture_events(state=eventmon.State(lambda state, event: 1 / 0))"
-    with terminal(**in_python(program)) as it, Dispatcher() as dispatcher:
-        it.wait_for("no events yet")
-        dispatcher.send("hello")
-        it.wait_for("ZeroDivisionError")
-        assert it.process.wait(20) == 1
-        assert it.is_restored()
-
-
-def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
-    with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
-        it.press(f"{sys.executable} {MODULE} watch {recording}\n", "shop.charge")
-        it.screen(0, 0.3)  # curses heeds no ctrl-Z in the middle of a picture
-        it.press("\x1a", "topped")
-        it.press("stty -a\n", " icanon")
-        assert it.raw.rindex(b"\x1b[?1049l") > it.raw.rindex(b"\x1b[?1049h")
-        since = len(it.raw)
-        it.type("fg\n")
-        it.wait_for("shop.charge", since)
-        it.see("?", "what has finished")
-        it.type("qqexit\n")
-        it.process.wait(20)
-        assert it.is_restored()
-
-
-LOOKS = [  # the environment, whether there are colours, whether there is more than ASCII
-    ({"TERM": "xterm-256color"}, True, True),
-    ({"TERM": "xterm"}, False, True),  # its 8 colours cannot be read on every background
-    ({"NO_COLOR": "1"}, False, True),
-    ({"TERM": "vt100", "LC_ALL": "C"}, False, False),
+RAISES = "import eventmon; eventmon.capture_events(state=eventmon.State(lambda state, event: 1 / 0))"
+LOOKS_AROUND = """if True:
+    import eventmon, os, signal, threading
+    def look(): return [signal.getsignal(name) for name in signal.Signals], len(os.listdir("/dev/fd"))
+    def end(): receiver.{}
+    receiver, ending = eventmon.Receiver(), threading.Thread(target=end)
+    receiver.fileno()
+    signal.signal(signal.SIGUSR1, lambda *_: ending.start())
+    before = look()
+    eventmon.capture_events(receiver)
+    ending.join(), receiver.fileno()
+    print("the same" if before == look() else (before, look()))
+"""
+CLOSES, STOPS = map(LOOKS_AROUND.format, ("close()", "should_stop = True"))
+ENDINGS = [  # words of `watch`, or a program; what is typed, a signal, the exit status, a text at the end
+    *(("FILE", "", "INT", 0, ""), ("FILE", "i", "TERM", 143, ""), ("FILE", "/x", "HUP", 129, ""), ("FILE", " \x03", "", 0, "")),
+    *(("--timeout 0.5", "", "", 0, ""), ("--limit 2", "", "", 0, ""), (RAISES, "", "", 1, "ZeroDivisionError")),
+    *((CLOSES, "", "USR1", 0, "the same"), (STOPS, "", "USR1", 0, "the same")),
 ]
 
 
-def test_colours_stand_on_the_terminals_own_background_and_like_unicode_are_there_where_they_can_be(recording):
+def test_the_terminal_signals_and_files_are_as_they_were_however_the_monitor_ends(recording):
+    with ExitStack() as stack, Dispatcher() as dispatcher:
+        terminals = []
+        for what, *_ in ENDINGS:
+            program = shlex.join([sys.executable, "-c", what]) if "import" in what else f"{PROGRAM} watch {what}"
+            terminals.append(stack.enter_context(Terminal(recording if what == "FILE" else program)))
+        for it, (what, keys, name, *_) in zip(terminals, ENDINGS):
+            it.press("", "shop.charge" if what == "FILE" else "no events yet")
+            it.type(keys)
+            if name:
+                it.process.send_signal(getattr(signal, f"SIG{name}"))
+        dispatcher.send("hello")
+        dispatcher.send("hello")
+        for it, (*_, status, text) in zip(terminals, ENDINGS):
+            assert it.end(text) == status
+
+
+@posix
+def test_capture_events_prints_lines_where_there_is_no_terminal():
+    command = [sys.executable, "-c", CLOSES]
+    with Dispatcher(hostname="w1") as dispatcher, subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE) as process:
+        dispatcher.send("hello", n=1)
+        assert process.stdout.readline().split()[1:] == [b"hello", b"w1", b"n=1"]
+        process.send_signal(signal.SIGUSR1)
+        assert (process.stdout.read(), process.wait(20)) == (b"the same\n", 0)
+
+
+def test_the_terminal_comes_back_around_ctrl_z_and_fg(recording):
+    with Terminal("sh -i", PS1="$ ", ENV="") as it:
+        it.type(f"{recording}\n")
+        it.see("", "1 of 5")
+        wait_until(lambda: it.type("\x1a") or it.read(0.2) and it.shows("topped"))  # in mid-picture curses heeds none
+        it.press("stty -a\n", " icanon")
+        assert it.raw.rindex(b"\x1b[?1049l") > it.raw.rindex(b"\x1b[?1049h")
+        it.press("fg\n", "shop.charge")
+        it.see("?", "what has finished")
+        it.type("qqexit\n")
+        assert it.end() == 0
+
+
+LINES_INSTEAD = "curses cannot draw where TERM={}: printing lines instead of the monitor"
+LOOKS = [  # the environment, whether there are colours, whether there is more than ASCII, and a text
+    ({"TERM": "xterm-256color"}, True, True, "1 of 5"),
+    ({"TERM": "xterm"}, False, True, "1 of 5"),  # its 8 colours cannot be read on every background
+    ({"NO_COLOR": "1"}, False, True, "1 of 5"),
+    ({"TERM": "vt100", "LC_ALL": "C"}, False, False, "1 of 5"),
+    *(({"TERM": term}, False, True, LINES_INSTEAD.format(term)) for term in ("dumb", "no-such-terminal")),
+]
+
+
+def test_colours_on_the_terminals_own_background_unicode_and_pictures_are_there_where_they_can_be(recording):
     with ExitStack() as stack:
-        terminals = [stack.enter_context(terminal("watch", recording, **environment)) for environment, *_ in LOOKS]
-        for it, (_, coloured, unicode) in zip(terminals, LOOKS):
-            it.wait_for("shop.resize")
-            it.screen(0, 0.1)
+        terminals = [stack.enter_context(Terminal(recording, **environment)) for environment, *_ in LOOKS]
+        for it, (_, coloured, unicode, text) in zip(terminals, LOOKS):
+            wait_until(lambda: it.shows("deploy" if "TERM" in text else "freeze") and it.shows(text))  # noqa: B023
             assert bool(re.search(rb"\x1b\[(\d+;)*3[0-8][;m]", it.raw)) == coloured
             assert not re.search(rb"\x1b\[(\d+;)*4[0-8][;m]", it.raw)
             assert it.raw.isascii() != unicode
-
-
-@pytest.mark.parametrize("term", ["dumb", "no-such-terminal"])
-def test_where_no_picture_can_be_drawn_lines_are_printed(term, recording):
-    with terminal("watch", recording, TERM=term, columns=300) as it:
-        it.wait_for("deploy-done")
-        assert it.process.wait(20) == 0
-        assert it.screen().count(f"curses cannot draw where TERM={term}: printing lines instead of the monitor") == 1
-
-
-def test_capture_events_prints_lines_where_there_is_no_terminal():
-    program = "import eventmon; s = eventmon.State(lambda s, e: s.event_count == 3 and exit(7)); eventmon.capture_events(state=s)"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        wait_until(somebody_watches)
-        with Dispatcher(hostname="w1") as dispatcher:
-            for n in range(3):
-                dispatcher.send("hello", n=n)
-        assert [line.split()[1:] for line in process.stdout] == [[b"hello", b"w1", b"n=%d" % n] for n in range(2)]
-        assert process.wait(20) == 7
-
-
-def test_the_monitor_ends_with_its_receiver_its_limit_and_its_timeout_and_leaves_signals_and_files_as_they_were():
-    program = """if True:
-        import eventmon, os, signal, threading
-        def look(): return [signal.getsignal(name) for name in signal.Signals], len(os.listdir("/dev/fd"))
-        def end():
-            while not dispatcher.flush(): pass
-            {}
-        receiver, dispatcher = eventmon.Receiver(), eventmon.Dispatcher()
-        receiver.fileno(), dispatcher.flush()
-        before = look()
-        thread = threading.Thread(target=end)
-        thread.start()
-        eventmon.capture_events(receiver)
-        thread.join(), receiver.fileno()
-        print("the same" if before == look() else (before, look()))
-    """
-    closing, stopping = (in_python(program.format(end)) for end in ("receiver.close()", "receiver.should_stop = True"))
-    ((status, *_),) = together([closing["command"]], cwd=FOLDER)
-    assert status == 0  # in lines
-    with ExitStack() as stack:
-        own = [stack.enter_context(terminal(**program, EVENTMON_URL=new_url())) for program in (closing, stopping)]
-        more = [stack.enter_context(terminal("watch", *words)) for words in (("--timeout", "0.2"), ("--limit", "2"))]
-        dispatcher = stack.enter_context(Dispatcher())
-        more[1].wait_for("no events yet")
-        dispatcher.send("hello")
-        dispatcher.send("hello")
-        for it in own + more:
-            assert it.process.wait(20) == 0
-            assert it.is_restored()
-        for it in own:
-            it.wait_for("the same")
 
 
 @pytest.mark.parametrize("seconds, least, most", [(0.0, 36, 40), (0.1, 3, 5)])
@@ -3026,7 +2938,7 @@ def test_watch_prints_each_event_as_it_was_sent_and_send_names_the_first_bad_lin
     recording = [task_event("received", uuid=str(n), x=["日本", None, {"a": 1.5}]) for n in range(200)]
     lines = "".join(json.dumps(event) + "\n" for event in recording).encode()
     with running("watch", "--json", "--limit", "200", stdout=subprocess.PIPE) as watch:
-        wait_until(somebody_watches)
+        wait_for_watchers()
         status, _, errors = command("send", "-", input=b"\xff\n\n[1]\n" + lines + b"\n0" * 5)
         got = [json.loads(line) for line in watch.stdout]
         assert watch.wait(20) == 0
@@ -3040,7 +2952,7 @@ def test_watch_chooses_types_and_stops_after_a_limit_or_a_while(command):
     with Dispatcher(hostname="w") as dispatcher:
         for type in ("task-sent", "worker-online", "hello", "task-received"):
             dispatcher.send(type, text="\x1b[2J")
-        status, out, errors = command("watch", "--type", "task-*", "--type", "hello", "--timeout", "0.4")
+        status, out, errors = command("watch", "--type", "task-*", "--type", "hello", "--limit", "3")
         assert (status, errors, "\x1b" in out) == (0, [], False)
         assert [line.split()[1] for line in out.splitlines()] == ["task-sent", "hello", "task-received"]
         assert command("watch", "--json", "--no-history", "--timeout", "0.1") == (0, "", [])
@@ -3058,10 +2970,10 @@ def test_what_watch_records_can_be_watched_and_sent_again_also_after_a_crash(tmp
     with Dispatcher() as dispatcher:
         dispatcher.send("hello")
         assert command("watch", "--plain", "--limit", "1", "--record", str(file))[0] == 0
-        with terminal("watch", "--record", str(file)) as it:
-            it.wait_for("hello")
+        with Terminal(f"{PROGRAM} watch --record {file}") as it:
+            it.press("", "hello")
             dispatcher.send("seen")
-            it.wait_for("seen")
+            it.press("", "seen")
             it.process.kill()  # a crash
     with open(file, "ab") as more:
         more.write(b"x" * 5000 + b'\n{"type":"last"}')
@@ -3124,16 +3036,6 @@ def test_an_error_is_one_line_and_a_status(words, status, command):
     assert (ended, out, error[:10]) == (status, "", "eventmon: ")
 
 
-@posix
-def test_any_encoding_and_missing_streams_will_do(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"type":"x","y":"日本"}\n', encoding="utf-8")
-    lines = f"PYTHONIOENCODING=ascii {PROGRAM} watch {file} --plain", f"{PROGRAM} watch {file} <&- >&-"
-    first, *others = together([*lines, f"{PROGRAM} send - <&-", f"{PROGRAM} watch --timeout 0 <&- 2>&-"])
-    assert (first[0], b"y=\\u65e5\\u672c" in first[1], first[2]) == (0, True, [])
-    assert [(status, "Traceback" in str((out, errors))) for status, out, errors in others] == [(0, False)] * 3
-
-
 def test_help_and_version_go_to_standard_output(command):
     assert command("--version") == (0, f"eventmon {eventmon.__version__}\n", [])
     _, listed, _ = command("--help")
@@ -3148,7 +3050,7 @@ def test_help_and_version_go_to_standard_output(command):
 def test_ctrl_c_and_a_closed_pipe_end_watch_quietly():
     words, streams = ("watch", "--json"), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with running(*words, **streams) as told, running(*words, **streams) as idle, running(*words, **streams) as busy:
-        wait_until(lambda: somebody_watches() == 3)
+        wait_for_watchers(3)
         told.send_signal(signal.SIGINT)
         idle.stdout.close()  # and no event comes
         assert [(watch.wait(20), watch.stderr.read()) for watch in (told, idle)] == [(0, b"")] * 2
@@ -3194,7 +3096,9 @@ def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(tmp_path):
         assert ended.get("peak_memory", 1) > (60_000_000 if "60000000" in words else 0)
 
 
-LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit status and standard output
+LINES = [  # a shell's line, in which RUN is "EVENTMON run --", and EVENTMON "python eventmon.py"; exit status, standard output
+    ("PYTHONIOENCODING=ascii EVENTMON watch x.jsonl --plain", 0, ["01-01", "x", r"y=\u65e5\u672c"]),
+    *(("EVENTMON watch x.jsonl <&- >&-", 0, []), ("EVENTMON send - <&-", 0, []), ("EVENTMON watch --timeout 0 <&- 2>&-", 0, [])),
     ("RUN sh -c 'for i in $(seq 50); do echo o$i; echo e$i >&2; done' 2>&1", 0, [f"{c}{i}" for i in range(1, 51) for c in "oe"]),
     ("RUN echo hi 2>&-", 0, ["hi"]),
     ("RUN sh -c 'exit 3' <&- >&- 2>&-", 3, []),
@@ -3209,18 +3113,20 @@ LINES = [  # a shell's line, in which RUN is "python eventmon.py run --"; exit s
 
 
 @posix
-def test_run_leaves_streams_and_what_is_inherited_as_they_are(tmp_path):
+def test_any_encoding_and_missing_streams_will_do_and_run_leaves_what_is_inherited_as_it_is(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"type":"x","y":"日本","timestamp":5}\n', encoding="utf-8")
     (tmp_path / "many.py").write_text("import os, sys\nfor _ in range(1050): os.dup2(0, os.dup(0))\nos.execvp(sys.argv[1], sys.argv[1:])")
-    programs = {"RUN": f"{PROGRAM} run --", "MANY": f"{shlex.quote(sys.executable)} many.py"}
-    results = together([re.sub("RUN|MANY", lambda it: programs[it[0]], line) for line, _, _ in LINES], cwd=tmp_path)
-    for (line, status, out), result in zip(LINES, results):
+    programs = {"RUN": f"{PROGRAM} run --", "EVENTMON": PROGRAM, "MANY": f"{shlex.quote(sys.executable)} many.py"}
+    lines = [re.sub("(RUN|EVENTMON|MANY) ", lambda it: programs[it[1]] + " ", line) for line, _, _ in LINES]
+    for (line, status, out), result in zip(LINES, together(lines, cwd=tmp_path)):
         assert (result[0], result[1].decode().split()) == (status, out), line
+        assert "Traceback" not in str(result)
 
 
-COUNTER = """
+COUNTER = shlex.join([sys.executable, "-c", """
 import os, signal, sys, time
 def count(name, frame):
-    print("got", signal.Signals(name).name, flush=True)
+    os.write(1, b"got %b\\n" % signal.Signals(name).name.encode())  # print() cannot be interrupted by itself
     if name == signal.SIGTERM:
         sys.exit(7)
 for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "ALRM", "WINCH"):
@@ -3228,46 +3134,39 @@ for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "ALRM", "WINCH"):
 print("ready", [os.isatty(n) for n in range(3)], os.getpgid(0) == os.getpgid(os.getppid()), flush=True)
 while True:
     time.sleep(0.05)  # in pause() a signal that came just before would wait for the next
-"""
+"""])  # fmt: skip
 
 
 @posix
-def test_run_passes_signals_on(monkeypatch):
+def test_run_passes_signals_on_and_leaves_those_that_are_typed_and_job_control_to_the_terminal(monkeypatch):
     before = {number: signal.getsignal(number) for number in signal.Signals}
     assert main(["run", "true"]) == 0
     assert before == {number: signal.getsignal(number) for number in signal.Signals}
-    with running("run", "--", sys.executable, "-c", COUNTER, stdout=subprocess.PIPE, text=True) as process:
+    with running("run", "--", *shlex.split(COUNTER), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("ready")
         for name in ("USR1", "HUP", "INT", "QUIT", "ALRM", "WINCH", "TERM"):
             process.send_signal(getattr(signal, f"SIG{name}"))
             assert process.stdout.readline() == f"got SIG{name}\n"
         assert process.wait(20) == 7
 
-    class Popen(subprocess.Popen):
-        def __init__(self, *words, **options):
-            super().__init__(*words, **options)
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def start(*args, popen=subprocess.Popen, **options):
+        command = popen(*args, **options)
+        os.kill(os.getpid(), signal.SIGUSR1)  # before run() has its command
+        return command
 
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    assert main(["run", "sleep", "60"]) == 128 + signal.SIGUSR1
-
-
-def test_on_a_terminal_run_leaves_signals_and_job_control_to_the_terminal():
-    with terminal("run", "--", sys.executable, "-c", COUNTER) as it:
-        it.wait_for("ready [True, True, True] True")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        assert main(["run", "sleep", "60"]) == 128 + signal.SIGUSR1
+    with Terminal(f"{PROGRAM} run -- {COUNTER}") as it, Terminal("sh -i", PS1="$ ", ENV="") as shell:
+        shell.type(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n")
+        it.press("", "ready [True, True, True] True")
         it.press("\x03", "got SIGINT")
         it.press("\x1c", "got SIGQUIT")
         it.process.send_signal(signal.SIGTERM)
-        assert it.process.wait(20) == 7
-        it.screen()
-        assert re.findall(rb"got (\w+)", it.raw) == [b"SIGINT", b"SIGQUIT", b"SIGTERM"]
-    with terminal(command=["sh", "-i"], PS1="$ ", ENV="") as it:
-        it.press(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n", "ready\n")
-        it.press("\x1a", "topped")
-        since = len(it.raw)
-        it.type("fg\n")
-        it.wait_for("run -- sh", since)
-        it.press("hello\n", "got hello")
+        it.press("", "got SIGTERM")
+        assert (it.process.wait(20), it.raw.count(b"got ")) == (7, 3)
+        for keys, text in (("", "ready\n"), ("\x1a", "topped"), ("fg\n", "run -- sh"), ("hello\n", "got hello")):
+            shell.press(keys, text)
 
 
 def check(command, *words):
@@ -3284,15 +3183,8 @@ def test_check_says_step_by_step_that_all_is_well_and_who_is_there(tmp_path, com
     with watching(key="secret") as (receiver, events), Dispatcher(hostname="alpha@there", key="secret") as old:
         for n in range(1000):
             old.send("old", n=n)
-        with Dispatcher(hostname="wrong\x1b@there", key="secret") as wrong, Dispatcher(freq=0.1):  # that has no key
-            done = threading.Event()
-            late = threading.Thread(
-                target=lambda: [wrong.send("x", timestamp=0) for _ in iter(lambda: done.wait(0.05), True)]
-            )
-            late.start()
+        with Dispatcher(hostname="wrong\x1b@there", key="secret", freq=0.1), Dispatcher(freq=0.1):  # that has no key
             status, steps, others = check(command, "--key-file", str(tmp_path / "key"))
-            done.set()
-            late.join()
         assert (status, {verdict for verdict, _ in steps.values()}) == (0, {"ok"})
         assert list(steps) == ["open", "join", "send", "receive", "sizes", "buffer", "others"]
         who, where, names, rejected = steps["others"][1].split("; ", 3)
@@ -3346,25 +3238,8 @@ def test_check_finds_the_watcher_of_a_unicast_url_and_says_why_an_answer_is_reje
     assert (status, steps["receive"][0], steps["receive"][1][:21]) == (1, "wrong", "1 datagram rejected: ")
 
 
-def namespace(script, folder):
-    """Run a shell script in a network namespace of its own, whose loopback interface is down, where that is possible."""
-    able = shutil.which("unshare") and not subprocess.run(["unshare", "-rn", "true"], check=False).returncode
-    if not able:
-        pytest.skip("no network namespace can be made here")
-    ((_, out, errors),) = together([["unshare", "-rn", "sh", "-c", script]], cwd=folder)
-    assert "Traceback" not in "".join(errors)
-    return out.decode()
-
-
-def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_that_nobody_confirms(tmp_path):
-    script = f"""
-    {PROGRAM} check; echo $?; {PROGRAM} run -- sh -c 'echo ran; exit 9'; echo $?; echo
-    ip link set lo up; ip link add one type veth peer name two; ip addr add 10.77.0.1/24 dev one
-    ip link set one up; ip link set two up
-    {PROGRAM} check > first & {PROGRAM} check --all-interfaces > second &
-    {PROGRAM} check --url 'udp://239.1.2.3:7000?interface=one&ttl=1' > third; wait; cat first; echo; cat second; echo; cat third
-    """
-    down, first, second, third = namespace(script, tmp_path).split("\n\n")
+def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_that_nobody_confirms():
+    down, first, second, third = networks()["check"].split("\n\n")
     assert re.search("^wrong open +127.0.0.1 is no address .* lo is down: sudo ip link set lo up$", down, re.MULTILINE)
     assert down.splitlines()[-3:] == ["1", "ran", "9"]
     (line,) = (line for line in first.splitlines() if line.startswith("  one "))
@@ -3374,22 +3249,18 @@ def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_
     assert "0 Dispatchers and 0 watchers beside this one\n" in third  # and no word of where watchers are
 
 
-def is_alive(pid):
-    """Whether a process is there, and more than a zombie."""
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, timeout=30, check=False)
-    return found.stdout.strip() not in (b"", b"Z")
-
-
 @posix
-def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves_no_process_behind(tmp_path):
+def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves_no_process_behind(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import time\nsleep = time.sleep\ntime.sleep = lambda s: sleep(s / 10)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where a second is short
     (tmp_path / "app").mkdir()
-    shutil.copy(MODULE, tmp_path / "app")
+    shutil.copy(COMPILED, tmp_path / "app")
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="eventmon:main")
-    shutil.copy(MODULE, tmp_path / "evm")  # whatever its file is called
+    shutil.copy(COMPILED, tmp_path / "evm")  # whatever its file is called
     words = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--url", new_url()]
     pids, kinds, tasks = {}, set(), {}
-    monitor = {"command": [sys.executable, str(tmp_path / "app.pyz"), "demo"], "rows": 40, "columns": 120}
-    with terminal(**monitor) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
+    monitor = shlex.join([sys.executable, str(tmp_path / "app.pyz"), "demo"])
+    with Terminal(monitor, 40, 120) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
         for event in map(json.loads, demo.stdout):
             pids[event["hostname"]] = event["pid"]
             kinds.add(event["type"])
@@ -3397,21 +3268,18 @@ def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves
             if len(pids) == 3 and kinds >= {"task-failed", "task-retried", "task-progress", "log-warning"}:
                 break
         demo.kill()
-        it.wait_for("STARTED")
+        it.see("", "STARTED")
         it.type("q")
-        assert it.process.wait(20) == 0
-        assert it.is_restored()
+        assert it.end() == 0
     assert any(task.get("parent_id") in tasks for task in tasks.values())
     (failed,) = {task["traceback"].splitlines()[-2].strip() for task in tasks.values() if task["type"] == "task-failed"}
     assert failed.startswith("raise ConnectionRefusedError(")
-    wait_until(lambda: not any(map(is_alive, pids.values())))
+    workers = f"ps -o stat= -p {','.join(map(str, pids.values()))}"
+    wait_until(lambda: not together([workers])[0][1].replace(b"Z", b"").strip())  # zombies may be left to the system
 
 
 OWN = ("random", "signal", "uuid", "queue", "logging", "socket", "json", "select", "argparse", "subprocess", "resource")
-STARTS = [
-    *("-O eventmon.py --help", "-OO eventmon.py send --help", "-OO eventmon.py watch --timeout 0"),
-    *("-I eventmon.py run true", "-S eventmon.py send hello", "-m eventmon run true", "-OO -m eventmon check"),
-]
+STARTS = ("-OO eventmon.py send --help", "-I eventmon.py send hello", "-SO eventmon.py watch --timeout 0", "-OO -m eventmon run true")
 
 
 @posix
@@ -3436,10 +3304,11 @@ def test_an_older_python_gets_one_line():
 
 
 def test_the_benchmark_runs_without_pytest_and_measures_what_the_readme_tells(tmp_path):
-    words = [sys.executable, "-S", __file__, "--json", "--scale", "0.001"]  # -S: no site-packages, and so no pytest
-    done = subprocess.run(words, cwd=tmp_path, timeout=60, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    measured = [json.loads(line) for line in done.stdout.splitlines()]
+    program = py_compile.compile(__file__, os.path.join(FOLDER, "test_eventmon.pyc"), doraise=True)
+    words = [sys.executable, "-S", program, "--json", "--scale", "0.001"]  # -S: no site-packages, and so no pytest
+    ((status, out, errors),) = together([words], cwd=tmp_path)
+    assert (status, errors) == (0, [])
+    measured = [json.loads(line) for line in out.splitlines()]
     assert all(row["eventmon"] > 0 for row in measured)
     told = re.findall(r"^\| ([^|]+) \| [0-9,.]+(/s| [a-z%]+) \| .* \| .* \|$", README, re.MULTILINE)
     assert [(row["what"], row["unit"]) for row in measured] == [(what, unit.strip()) for what, unit in told]
@@ -3474,11 +3343,10 @@ SNIPPETS = [  # the last event's type, some of its fields, what is printed
 ]
 
 
-def test_every_python_snippet_in_the_readme_runs_beside_the_single_file(tmp_path):
-    shutil.copy(MODULE, tmp_path)
-    snippets = [re.sub(r"sleep\(.*\)", "sleep(0)", code) for code in readme_blocks("python")]
+def test_every_python_snippet_in_the_readme_runs_beside_the_single_file():
+    snippets = [re.sub(r"(sleep\(|timeout=)[^)]*", r"\g<1>0.01", code) for code in readme_blocks("python")]
     with watching() as (_, events):
-        results = together([[sys.executable, "-c", code] for code in snippets], cwd=tmp_path)
+        results = together([[sys.executable, "-c", code] for code in snippets], cwd=FOLDER)
         assert len(results) == len(SNIPPETS)
         for (type, fields, printed), (status, out, errors) in zip(SNIPPETS, results):
             assert status == 0 and re.fullmatch(printed, b"".join([out.strip(), *map(str.encode, errors)]))
@@ -3501,7 +3369,7 @@ def test_every_command_in_the_readme_runs(tmp_path, url):
             folder = tmp_path / str(len(processes))
             (folder / "docs").mkdir(parents=True)
             (folder / "recorded.jsonl").write_text('{"type":"old"}\n')
-            shutil.copy(MODULE, folder)
+            shutil.copy(COMPILED, folder / "eventmon.py")  # Python knows what is compiled under any name
             options = {"cwd": folder, "env": environment, "start_new_session": True}
             processes.append(subprocess.Popen(line, shell=True, **options, **pipes))
         for line, process in zip(lines, processes):
