@@ -357,6 +357,13 @@ def delivered(receiver, *datagrams):
     return [event.type for data in datagrams for event in receiver.handle_message(data, SOURCE)]
 
 
+def refuse(number):
+    def fail(*args):
+        raise OSError(number, "refused by the test")
+
+    return fail
+
+
 @pytest.fixture
 def sockets(monkeypatch):
     """The sockets opened from now on."""
@@ -693,8 +700,8 @@ class Network:
     It drives whole Dispatchers and Receivers, whose sockets, clocks and threads it replaces.
     """
 
-    def __init__(self, monkeypatch, dice, loss, repeat, delay, space, history):
-        self.dice, self.loss, self.repeat, self.delay = dice, loss, repeat, delay
+    def __init__(self, monkeypatch, dice, repeat=0.0, delay=0.001, space=8 << 20, history=8 << 20):
+        self.dice, self.loss, self.repeat, self.delay = dice, 0.0, repeat, delay
         self.now, self.packets, self.sockets = 1000.0, [], {}
         self.ports, self.hosts = count(1), count(1)
         self.cut_off, self.dead = set(), set()  # numbers of hosts
@@ -719,7 +726,7 @@ class Network:
 
     def refuse(self):
         if self.problem:
-            raise OSError(self.problem, "refused by the network")
+            refuse(self.problem)()
 
     def carry(self, data, sender, to):
         """Have a datagram arrive some time from now, once, twice or never."""
@@ -796,17 +803,17 @@ def simulate(seed, monkeypatch):
     history = dice.choice((8 << 20, 10_000, 3_000)) if hard else 8 << 20
     space = dice.choice((20_000, 1 << 20)) if hard else 8 << 20
     loss, repeat, delay = dice.choice((0.0, 0.05, 0.3)), dice.choice((0.0, 0.2)), dice.choice((0.0005, 0.003, 0.01))
-    network = Network(monkeypatch, dice, 0.0, repeat, delay, space, history)
-    key = dice.choice((None, None, "secret"))
+    network = Network(monkeypatch, dice, repeat, delay, space, history)
+    key = dice.choice((None, None, None, "secret"))
     watchers = early = [VirtualWatcher(network, key) for _ in range(dice.randint(1, 2))]
     senders = [VirtualSender(network, key) for _ in range(dice.choice((1, 2, 2)))]
     for sender in senders if hard else ():
         sender.events.flush()  # whoever is there hears of the stream, and knows from then on what it has missed
     network.loss = loss
-    for step in range(dice.randint(2, 8)):
+    for step in range(dice.randint(1, 6)):
         sender = dice.choice(senders)
         network.problem = dice.choice((errno.ENOBUFS, errno.EPERM)) if dice.random() < 0.05 else 0
-        for _ in range(0 if sender.is_over else dice.choice((1, 1, 3, 70 if history < 8 << 20 else 25))):
+        for _ in range(0 if sender.is_over else dice.choice((1, 3, 70 if history < 8 << 20 else 15))):
             sender.send()
         network.problem = network.problem if hard else 0
         if dice.random() < 0.5:
@@ -815,7 +822,7 @@ def simulate(seed, monkeypatch):
             network.asleep ^= {dice.choice(early)}
         if hard and dice.random() < 0.2:
             network.cut_off = {dice.randint(1, 5)} if dice.random() < 0.7 else set()
-        if hard and step == 5 and not sender.is_over:
+        if hard and step == 4 and not sender.is_over:
             sender.kill()
         if dice.random() < 0.07 and not sender.is_over:  # a program ends
             network.cut_off, network.asleep, network.problem = set(), network.asleep if hard else set(), 0
@@ -827,7 +834,8 @@ def simulate(seed, monkeypatch):
     for sender in senders:
         if not sender.is_over:
             sender.end(watchers, 5.0)
-    network.run(4.5)  # whoever has heard no goodbye takes a sender for lost after three seconds
+    heard = [watcher.told(sender)[1][-1:] == ["offline"] for watcher in watchers for sender in senders]
+    network.run(0.1 if all(heard) else 4.5)  # whoever hears no goodbye takes a sender for lost after three seconds
     for watcher in watchers:
         watcher.receiver.close()
         for sender in senders:
@@ -875,14 +883,10 @@ def test_on_a_bad_network_everything_arrives_once_in_order_or_is_counted(seed, m
             simulate(number, patch)
 
 
-def test_a_worker_that_is_disabled_sleeps(monkeypatch):
-    network = Network(monkeypatch, random.Random(1), 0.0, 0.0, 0.001, 1 << 20, 8 << 20)
-    with Dispatcher(network.url(), freq=1.0) as dispatcher:
-        (thread,), turns = network.everybody, []
-        dispatcher.disable()
-        monkeypatch.setattr(thread, "target", lambda target=thread.target: turns.append(network.now) or target())
-        network.run(5.0)
-    assert 5 < len(turns) < 50
+@pytest.fixture
+def network(monkeypatch):
+    """A virtual network that loses nothing."""
+    return Network(monkeypatch, random.Random(1))
 
 
 # --- URL and sockets ---
@@ -1023,39 +1027,28 @@ def test_a_disabled_dispatcher_sends_nothing_and_an_enabled_one_the_groups_asked
     assert calls == ["on", "off"] * 2
 
 
-def test_buffered_groups_are_sent_together_in_order_with_the_others_and_soon():
-    with Ear() as ear, Dispatcher(ear.url, buffer_group={"task"}, buffer_limit=3) as dispatcher:
+def test_buffered_groups_are_sent_together_with_the_others_and_soon(network):
+    with Dispatcher(network.url(), buffer_group={"task"}, buffer_limit=3) as dispatcher:
         for type in ["task-progress"] * 8 + ["hello", "task-progress"]:
             dispatcher.send(type)
-        assert dispatcher.stats["events"] == 10
-        sizes, types = [], []
-        while len(types) < 10:
-            events = eventmon.parse_events(eventmon.parse_frame(ear.hear()).body)
-            types += [event.type for event in events]
-            sizes.append(len(events))
-        assert types == ["task-progress"] * 8 + ["hello", "task-progress"] and 4 <= len(sizes) < 10
+        assert (dispatcher.stats["events"], dispatcher.stats["datagrams"]) == (10, 3)
+        network.run(0.06)
+        assert dispatcher.stats["datagrams"] == 4
         dispatcher.send("task-progress")
         dispatcher.flush(0)
-        ear.setblocking(False)
-        ear.hear()  # at once
+        assert dispatcher.stats["datagrams"] == 5
 
 
-def test_flush_does_not_count_a_watcher_that_lacks_something_or_gave_it_up():
+def test_flush_does_not_count_a_watcher_that_lacks_something_or_gave_it_up(virtual):
     with Ear() as ear, Dispatcher(ear.url) as dispatcher:
-        assert dispatcher.flush(0.1) == 0
         dispatcher.send("hello")
         ear.hear()
-        ear.answer(b"ack", 0, 7, 10**6, 0)
-        wait_until(lambda: dispatcher.stats["watchers"])
-        assert (dispatcher.stats["behind"], dispatcher.flush(0)) == (1, 0)
-        ear.answer(b"ack", 1, 7, 10**6, 0)
-        assert (dispatcher.flush(20), dispatcher.stats["behind"]) == (1, 0)
-        ear.answer(b"ack", 1, 7, 10**6, 1)
-        wait_until(lambda: dispatcher.stats["behind"])
-        assert dispatcher.flush(0.1) == 0
+        for position, lost, complete in ((0, 0, 0), (1, 0, 1), (1, 1, 0)):
+            ear.answer(b"ack", position, 7, 10**6, lost)
+            assert (dispatcher.flush(0.1), dispatcher.stats["behind"]) == (complete, 1 - complete)
         ear.answer(b"ack", 2, 8, 10**6, 0)  # what was never sent
-        wait_until(lambda: dispatcher.stats["rejected"])
-        assert dispatcher.stats["watchers"] == 1
+        dispatcher.flush(0)
+        assert (dispatcher.stats["rejected"], dispatcher.stats["watchers"]) == (1, 1)
 
 
 @pytest.mark.parametrize("local, most", [(False, 1400), (True, 61440 if sys.platform == "linux" else 8192)])
@@ -1092,48 +1085,39 @@ def test_while_a_name_is_resolved_events_wait_in_the_history(monkeypatch):
     assert (sorted(numbers), asked) == ([0, 1, 2, 3, 4], [b"slow.example"])
 
 
-def refuse(number):
-    def fail(*args):
-        raise OSError(number, "refused by the test")
-
-    return fail
-
-
-REFUSALS = [(socket, "getaddrinfo", "ENETUNREACH"), (eventmon, "Link", "ENODEV")]
-REFUSALS += [(socket.socket, "sendto", name) for name in ("ENOBUFS", "EPERM", "EMSGSIZE")]
-
-
-@pytest.mark.parametrize("owner, function, name", REFUSALS)
-def test_what_the_network_refuses_is_counted_and_repaired(owner, function, name, monkeypatch):
-    with watching() as (receiver, events), Dispatcher() as dispatcher:
-        with monkeypatch.context() as broken:
-            broken.setattr(owner, function, refuse(getattr(errno, name)))
-            for n in range(20):
+@pytest.mark.parametrize("name", ["ENETUNREACH", "ENODEV", "ENOBUFS", "EPERM", "EMSGSIZE"])
+def test_what_the_network_refuses_is_counted_and_repaired(name, network):
+    watcher = VirtualWatcher(network, None)
+    with Dispatcher(network.url(), "we") as dispatcher:
+        for start in (0, 20):  # before it has a socket, and later
+            network.problem = getattr(errno, name)
+            for n in range(start, start + 20):
                 dispatcher.send("step", n=n)
-            assert dispatcher.stats["errors"] >= 20
-            assert dispatcher.problem.errno == getattr(errno, name)
-            assert dispatcher.flush(0.05) == 0
-        wait_until(lambda: len(events) == 20)
-        dispatcher.send("step", n=20)
-        wait_until(lambda: len(events) == 21)
-        assert receiver.stats["lost"] == 0
-    assert [event["n"] for event in events] == list(range(21))
+            assert dispatcher.stats["errors"] >= start + 20
+            assert (dispatcher.problem.errno, dispatcher.flush(0.05)) == (network.problem, 0)
+            network.problem = 0
+            network.run(2.0)
+        assert dispatcher.flush() == 1
+    assert (watcher.heard["we"], watcher.receiver.stats["lost"]) == ([*range(40)], 0)
 
 
-def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread(monkeypatch):
-    def fail(*args, wait_for=eventmon.wait_for):
-        return (refuse(errno.EIO) if threading.current_thread().name == "eventmon" else wait_for)(*args)
-
-    with watching() as (_, events):
-        with Dispatcher(freq=0.02) as dispatcher:
-            wait_until(lambda: len(events) > 2)
-            with monkeypatch.context() as broken:
-                broken.setattr(eventmon, "wait_for", fail)
-                wait_until(lambda: getattr(dispatcher.problem, "errno", 0) == errno.EIO)
-            many = len(events)
-            wait_until(lambda: len(events) > many + 1)
-        wait_until(lambda: events[-1].type == "worker-offline")
-    assert [event.subject for event in events] == ["online", *["heartbeat"] * (len(events) - 2), "offline"]
+def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread_which_sleeps_while_it_is_disabled(network, monkeypatch):
+    receiver, turns = Receiver(network.url()), []
+    receiver.fileno()
+    with Dispatcher(network.url(), freq=1.0) as dispatcher:
+        network.run(3.0)
+        with monkeypatch.context() as broken:
+            broken.setattr(eventmon, "wait_for", refuse(errno.EIO))
+            network.run(0.6)
+        assert dispatcher.problem.errno == errno.EIO
+        network.run(3.0)
+        dispatcher.disable()
+        (thread,) = network.everybody
+        monkeypatch.setattr(thread, "target", lambda target=thread.target: turns.append(network.now) or target())
+        network.run(5.0)
+    assert 5 < len(turns) < 50
+    events = list(receiver.itercapture(timeout=0))
+    assert [event.subject for event in events] == ["online", *["heartbeat"] * 6, "offline"]
     assert {"freq", "active", "processed", "sw_ident", "sw_ver", "sw_sys"} <= events[1].keys()
     assert ("loadavg" in events[1]) == hasattr(os, "getloadavg")
 
@@ -1402,19 +1386,18 @@ def test_close_sends_what_is_buffered_whatever_a_callback_raises_and_leaves_noth
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
-def test_a_close_waits_for_a_listener_of_this_machine_that_has_not_read_what_has_come(url):
+def test_a_close_waits_for_a_listener_of_this_machine_that_has_not_read_what_has_come(url, virtual):
+    def read():
+        if virtual.napped > 0.1:  # with nobody there it takes half of that
+            deque(receiver.itercapture(timeout=0))
+
     with Receiver(url) as receiver:
         receiver.fileno()
-        dispatcher = Dispatcher(url, max_wait=0)
-        for n in range(200):
-            dispatcher.send("hello", n=n)
+        dispatcher = Dispatcher(max_wait=0)
+        flood(dispatcher, 200)
         assert eventmon.unread_at(eventmon.parse_url(url)) > 0
-        closing = threading.Thread(target=dispatcher.close)
-        closing.start()
-        closing.join(0.08)
-        assert closing.is_alive(), "with nobody there it takes 50 ms"
-        list(receiver.itercapture(timeout=0.5))
-        closing.join()
+        virtual.during_nap = read
+        dispatcher.close()
         assert eventmon.unread_at(eventmon.parse_url(url)) == 0
 
 
