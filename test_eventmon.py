@@ -316,7 +316,7 @@ def in_threads(work, names):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -1020,11 +1020,11 @@ def test_buffered_groups_are_sent_together_with_the_others_and_soon(network):
         for type in ["task-progress"] * 8 + ["hello", "task-progress"]:
             dispatcher.send(type)
         assert (dispatcher.stats["events"], dispatcher.stats["datagrams"]) == (10, 3)
-        network.run(0.06)
-        assert dispatcher.stats["datagrams"] == 4
-        dispatcher.send("task-progress")
-        dispatcher.flush(0)
-        assert dispatcher.stats["datagrams"] == 5
+        for wait, datagrams in ((network.run, 4), (network.run, 5), (dispatcher.flush, 6)):
+            wait(0.06)
+            assert dispatcher.stats["datagrams"] == datagrams
+            dispatcher.send("task-progress")
+
 
 
 def test_flush_does_not_count_a_watcher_that_lacks_something_or_gave_it_up(virtual):
@@ -1102,7 +1102,7 @@ def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread_which_sleeps_whil
         network.run(5.0)
     assert 5 < len(turns) < 50
     events = list(receiver.itercapture(timeout=0))
-    assert [event.subject for event in events] == ["online", *["heartbeat"] * 6, "offline"]
+    assert [event.subject for event in events if "local" not in event] == ["online", *["heartbeat"] * 6, "offline"]
     assert {"freq", "active", "processed", "sw_ident", "sw_ver", "sw_sys"} <= events[1].keys()
     assert ("loadavg" in events[1]) == hasattr(os, "getloadavg")
 
@@ -1497,7 +1497,7 @@ def test_a_generator_is_a_task_from_its_first_value_to_its_last_and_behaves_as_i
     ]
 
 
-FAMILY = """a None a; generator a a; in generator a a; beside generator a a; outer a a; inner outer a; second a a;
+FAMILY = """a None a; generator a a; in generator a a; beside generator a a; inner a a; second a a;
 given elsewhere far; in given given far; one None one; two one one; last None last"""
 
 
@@ -1519,14 +1519,16 @@ def test_a_task_belongs_to_the_one_that_runs_where_it_begins_but_a_generator_is_
         with task("a"):
             for _ in generate():
                 leaf("beside generator")
-            with task("outer"), task("inner"):
+            with task("inner"):
                 context = contextvars.copy_context()  # as an asyncio task has that is created here
             context.run(leaf, "second")
         with task("given", parent_id="elsewhere", root_id="far"):
             leaf("in given")
         one, two = task("one"), task("two")
-        one.__enter__(), two.__enter__()
-        one.__exit__(None, None, None), two.__exit__(None, None, None)  # not in the order of a stack
+        for each in (one, two):
+            each.__enter__()
+        for each in (one, two):
+            each.__exit__(None, None, None)  # not in the order of a stack
         leaf("last")
 
     events = told(work)
