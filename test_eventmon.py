@@ -634,7 +634,11 @@ class VirtualSocket:
     def getsockopt(self, *_):
         return self.space
 
-    setsockopt = fileno = getsockopt
+    fileno = getsockopt
+
+    def setsockopt(self, *_):
+        if self.listens:
+            refuse(errno.EADDRINUSE)()  # it has joined the group already
 
 
 class Wait(BaseException):
