@@ -1118,17 +1118,19 @@ def test_a_worker_has_a_heartbeat_whatever_fails_in_its_thread_which_sleeps_whil
 
 
 def test_threads_share_a_dispatcher_of_events_of_any_size_and_only_one_waits_on_its_socket(monkeypatch):
-    waiting, wait_for, names = set(), eventmon.wait_for, "abcdefghijklmnopqrst"
-    monkeypatch.setattr(
-        eventmon, "wait_for", lambda *args: (waiting.add((threading.current_thread(), args[1:])), wait_for(*args))
-    )
+    waiting, names, texts = set(), "abcdefghijklmnopqrst", [100_000 * (n % 50 == 0) * "x" for n in range(100)]
+
+    def note(*args, wait_for=eventmon.wait_for):
+        waiting.add((threading.current_thread(), args[1:]))
+        wait_for(*args)
+
+    def work(name):
+        for n, text in enumerate(texts):
+            dispatcher.send("step", name=name, n=n, x=text)
+        dispatcher.flush(20)
+
+    monkeypatch.setattr(eventmon, "wait_for", note)
     with watching() as (receiver, events), Dispatcher() as dispatcher:
-
-        def work(name):
-            for n in range(100):
-                dispatcher.send("step", name=name, n=n, x=name * 100_000 * (n % 50 == 0))
-            dispatcher.flush(20)
-
         wait_until(lambda: dispatcher.flush() == 1)  # before the first event
         dispatcher.send("large", name="", x="x" * (15 << 20))
         in_threads(work, names)
@@ -1136,8 +1138,7 @@ def test_threads_share_a_dispatcher_of_events_of_any_size_and_only_one_waits_on_
         wait_until(lambda: len(events) == 2001)
         assert receiver.stats["malformed"] == receiver.stats["lost"] == 0
     for name in names:
-        mine = [(event["n"], event["x"]) for event in events if event["name"] == name]
-        assert mine == [(n, name * 100_000 * (n % 50 == 0)) for n in range(100)]
+        assert [(event["n"], event["x"]) for event in events if event["name"] == name] == [*enumerate(texts)]
     assert len(events[0]["x"]) == 15 << 20
     assert len(waiting) == len({files for _, files in waiting}) >= 2  # one thread for a socket: eventlet demands it
 
@@ -1184,11 +1185,12 @@ def test_a_signal_handler_may_send_or_close_at_any_moment(options, fields, close
             sent = []
             ran = interrupted(lambda: sent.append(send(name="outer", **fields)), handler, line)  # noqa: B023
             if closes and ran:
+                expected = ["first", *["outer"] * any(sent)]
                 wait_until(lambda: not dispatcher.enabled)  # noqa: B023
             else:
+                expected = ["first", "outer", "last"]
                 send(name="last")
             dispatcher.close()
-            expected = ["first", "outer", "last"] if not (closes and ran) else ["first", *["outer"] * any(sent)]
             wait_until(lambda: {*expected, *["nested"] * (ran and not closes)} <= {*arrived(line)})  # noqa: B023
             others = [name for name in arrived(line) if name != "nested"]
             assert others in (expected, ["first", "outer"]) and arrived(line).count("nested") == (ran and not closes)
@@ -1343,7 +1345,7 @@ def test_of_a_program_everything_arrives_once_from_the_process_that_sent_it(name
 @pytest.mark.skipif(sys.platform == "win32", reason="a descriptor is no number of a file here")
 def test_descriptors_that_the_program_closed_are_replaced_and_left_to_whoever_has_them(sockets, monkeypatch):
     turns, wait_for = [], eventmon.wait_for
-    monkeypatch.setattr(eventmon, "wait_for", lambda *args: (turns.append(args), wait_for(*args)))
+    monkeypatch.setattr(eventmon, "wait_for", lambda *args: turns.append(args) or wait_for(*args))
     with Ear() as file, watching() as (receiver, events), Dispatcher() as dispatcher:
         dispatcher.send("step", n=0)
         wait_until(lambda: len(events) == 1)
