@@ -272,6 +272,9 @@ README = MODULE.with_name("README.md").read_text(encoding="utf-8")
 SOURCE = ("127.0.0.1", 4711)
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell, signals or pseudo-terminals")
 STREAM = b"0123456789abcdef"
+for number in (getattr(signal, name, signal.SIGTERM) for name in ("SIGHUP", "SIGINT", "SIGQUIT")):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as nohup and a shell's & leave it, for our child processes too
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
