@@ -762,7 +762,7 @@ class Socket(socket.socket):
         try:
             self._set_up(url, listens)
         except BaseException:
-            self.close()
+            self.shut()
             raise
 
     def _set_up(self, url: Url, listens: bool) -> None:
@@ -798,11 +798,11 @@ class Socket(socket.socket):
         """Whether the socket is open, and no file of the program has got its descriptor."""
         return self._look_up_inode() == self._inode
 
-    def close(self) -> None:
+    def shut(self) -> None:  # no close(): each of eventlet's sockets has its own
         """Close the socket, but never a file of the program."""
-        super().close() if self.is_ours() else self.detach()
+        self.close() if self.is_ours() else self.detach()
 
-    __del__ = close
+    __del__ = shut
 
 def wait_for(seconds: float, *files: Any) -> None:
     """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
@@ -836,9 +836,9 @@ class Link(Socket):
     """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
 
     def __init__(self, url: Url) -> None:
-        super().__init__(url)
         host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
         found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
+        super().__init__(url)  # only now: the error that tells of no such name keeps all that is here
         self.target: Source = str(found[0][4][0]), url.port
         self.broken = False  # an error says that another socket may do better
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
@@ -1298,11 +1298,11 @@ class Dispatcher:
             return self._count_error(problem)
         with self._lock:
             if self._stream is not stream:  # forked, or closed, in the meantime
-                return link.close()
+                return link.shut()
             old, self._link, self._resolving = self._link, link, False
             now = time.monotonic()
             if old:
-                old.close()
+                old.shut()
             else:
                 self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
@@ -1404,7 +1404,7 @@ class Dispatcher:
             time.sleep(0.002)
         with self._lock:
             if self._link:
-                self._link.close()
+                self._link.shut()
             elif self._window.next > 1:  # no name was found in time
                 self._counts["errors"] += 1
             self._link, self._stream = None, b""
@@ -1817,7 +1817,7 @@ class Receiver:
 
     def _open(self) -> Socket:
         for old in filter(None, (self._channel, self._answers)):
-            old.close()
+            old.shut()
         channel = answers = Socket(self._url, listens=True)
         if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
             answers = Socket(self._url)
@@ -1837,7 +1837,7 @@ class Receiver:
             for stream in list(self._streams.values()):
                 self._answer(stream, b"leave")
             for sock in filter(None, (channel, self._answers)):
-                sock.close()
+                sock.shut()
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -4451,7 +4451,7 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
     parts, heard = parse_url(url), set[str]()
     handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
     with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
-        Link(parts).close()
+        Link(parts).shut()
         yield f"a socket that sends to {parts.host}, ttl={parts.ttl} (0: this machine, 1: this network)"
         taken = None
         try:

@@ -629,7 +629,7 @@ class VirtualSocket:
             self.space -= len(data) + 1024
             self.inbox.append((data, source))
 
-    def close(self):
+    def shut(self):
         self.network.sockets.pop(self.name, None)
 
     def is_ours(self):
