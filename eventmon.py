@@ -1093,7 +1093,7 @@ class Dispatcher:
             link, self._freq = self._link, None
             self._begin()
             if link:
-                link.close()
+                link.shut()
 
     def close(self) -> None:
         """Send what is buffered and a goodbye; return once live watchers have everything.
@@ -4276,7 +4276,7 @@ def send(options: Any) -> int:
     if stats["events"] and not stats["datagrams"]:
         raise OSError(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
-    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking[:MAX_TOLD]]
+    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking]
     complain("; ".join(report + troubles(dispatcher)), prefix="")
     return 1 if bad.count or lacking else 0
 
