@@ -4334,12 +4334,12 @@ def run_command(words: Sequence[str]) -> tuple[int, str]:
     from subprocess import Popen
 
     command: Any = None
-    early: list[int] = []  # signals that came before there was a command
+    early: list[int] = []  # signals that came before there was a command, and so have not reached it, even if typed
 
     def pass_on(number: int, frame: object) -> None:
         if not command:
             early.append(number)
-        elif signal.Signals(number).name not in TYPED or not in_foreground():
+        elif not frame or signal.Signals(number).name not in TYPED or not in_foreground():
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
@@ -4350,7 +4350,7 @@ def run_command(words: Sequence[str]) -> tuple[int, str]:
         streams = piped_streams()
         command = Popen(words, bufsize=0, close_fds=False, **streams)
         for kept in early:
-            pass_on(kept, None)
+            pass_on(kept, frame=None)
         errors = copy_errors(command) if streams else ""
         return command.wait(), errors
 
