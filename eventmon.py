@@ -804,6 +804,7 @@ class Socket(socket.socket):
 
     __del__ = shut
 
+
 def wait_for(seconds: float, *files: Any) -> None:
     """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
     seconds = max(0.0, seconds)
@@ -2720,8 +2721,8 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, without the lost, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
-        been running, the lost until their worker was last heard; last: the latest timestamp; error: the exception of
+        running (the lost are not), succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
+        been running (the lost until their worker was last heard); last: the latest timestamp; error: the exception of
         the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
@@ -2911,7 +2912,7 @@ class State:
         several = self._deliveries.get(uuid)
         told = several[-1] if several else self._tasks.get(uuid)
         is_alone = not several or len(several) == 2 and "began" not in several[0]
-        if not (told and is_alone and goes_on(told, event, kind)):  # as nearly always it does
+        if not (told and is_alone and goes_on(told, event, kind)):  # the short cut of nearly all events
             told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
@@ -3239,7 +3240,7 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 
 def run_of(task: Facts, stage: Stage) -> str:
-    """Return the same as text, "" for -1."""
+    """Return seconds_run() as text, "" for -1."""
     seconds = seconds_run(task, stage.state, stage.now)
     return duration(seconds) if seconds >= 0 else ""
 
@@ -4312,8 +4313,8 @@ def copy_errors(command: Any) -> str:
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
-    # at an error whoever reads us has gone, and the command finds a broken pipe, too
     pipe = command.stdout or command.stderr
+    # at an error whoever reads us has gone, and the command finds a broken pipe, too
     with suppress(OSError), pipe, open(2, "wb", closefd=False) as target, DefaultSelector() as selector:
         selector.register(pipe, EVENT_READ)  # unlike select() not limited to the first 1,024 files
         while data and not has_ended:
@@ -4469,7 +4470,8 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
         yield f"{size:,} bytes{more if size < BUFFER else ''}" if size else "the other watcher's"
         time.sleep(0.6)  # two beats of every sender
         hosts = [host for host, _ in dispatcher.watchers()]
-        senders, watchers = (number - (not taken) for number in (receiver.stats["streams"], len(hosts)))  # without us
+        ours = 0 if taken else 1
+        senders, watchers = receiver.stats["streams"] - ours, len(hosts) - ours
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
         if watchers:
             texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")
