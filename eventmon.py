@@ -762,7 +762,7 @@ class Socket(socket.socket):
         try:
             self._set_up(url, listens)
         except BaseException:
-            self.close()
+            self.shut()
             raise
 
     def _set_up(self, url: Url, listens: bool) -> None:
@@ -798,11 +798,12 @@ class Socket(socket.socket):
         """Whether the socket is open, and no file of the program has got its descriptor."""
         return self._look_up_inode() == self._inode
 
-    def close(self) -> None:
+    def shut(self) -> None:  # no close(): each of eventlet's sockets has its own
         """Close the socket, but never a file of the program."""
-        super().close() if self.is_ours() else self.detach()
+        self.close() if self.is_ours() else self.detach()
 
-    __del__ = close
+    __del__ = shut
+
 
 def wait_for(seconds: float, *files: Any) -> None:
     """Wait until something has arrived at one of the sockets, or for `seconds`; in any number of threads."""
@@ -836,9 +837,9 @@ class Link(Socket):
     """A Dispatcher's socket: sends to `target`, and receives what watchers answer."""
 
     def __init__(self, url: Url) -> None:
-        super().__init__(url)
         host = url.host.encode()  # a str would load a codec, at which a fork in another thread hangs the child
         found = socket.getaddrinfo(host, url.port, socket.AF_INET, socket.SOCK_DGRAM)
+        super().__init__(url)  # only now: the error that tells of no such name keeps all that is here
         self.target: Source = str(found[0][4][0]), url.port
         self.broken = False  # an error says that another socket may do better
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
@@ -1093,7 +1094,7 @@ class Dispatcher:
             link, self._freq = self._link, None
             self._begin()
             if link:
-                link.close()
+                link.shut()
 
     def close(self) -> None:
         """Send what is buffered and a goodbye; return once live watchers have everything.
@@ -1298,11 +1299,11 @@ class Dispatcher:
             return self._count_error(problem)
         with self._lock:
             if self._stream is not stream:  # forked, or closed, in the meantime
-                return link.close()
+                return link.shut()
             old, self._link, self._resolving = self._link, link, False
             now = time.monotonic()
             if old:
-                old.close()
+                old.shut()
             else:
                 self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
@@ -1404,7 +1405,7 @@ class Dispatcher:
             time.sleep(0.002)
         with self._lock:
             if self._link:
-                self._link.close()
+                self._link.shut()
             elif self._window.next > 1:  # no name was found in time
                 self._counts["errors"] += 1
             self._link, self._stream = None, b""
@@ -1817,7 +1818,7 @@ class Receiver:
 
     def _open(self) -> Socket:
         for old in filter(None, (self._channel, self._answers)):
-            old.close()
+            old.shut()
         channel = answers = Socket(self._url, listens=True)
         if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
             answers = Socket(self._url)
@@ -1837,7 +1838,7 @@ class Receiver:
             for stream in list(self._streams.values()):
                 self._answer(stream, b"leave")
             for sock in filter(None, (channel, self._answers)):
-                sock.close()
+                sock.shut()
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -2720,8 +2721,8 @@ class State:
     def type_stats(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return name -> figures of the tasks in memory.
 
-        running, without the lost, succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
-        been running, the lost until their worker was last heard; last: the latest timestamp; error: the exception of
+        running (the lost are not), succeeded, failed, retried: how many; mean, p95, max: seconds that they took or have
+        been running (the lost until their worker was last heard); last: the latest timestamp; error: the exception of
         the latest failure. None stands for what is not known.
         """
         now = self.now() if now is None else now
@@ -2911,7 +2912,7 @@ class State:
         several = self._deliveries.get(uuid)
         told = several[-1] if several else self._tasks.get(uuid)
         is_alone = not several or len(several) == 2 and "began" not in several[0]
-        if not (told and is_alone and goes_on(told, event, kind)):  # as nearly always it does
+        if not (told and is_alone and goes_on(told, event, kind)):  # the short cut of nearly all events
             told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
@@ -3239,7 +3240,7 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 
 def run_of(task: Facts, stage: Stage) -> str:
-    """Return the same as text, "" for -1."""
+    """Return seconds_run() as text, "" for -1."""
     seconds = seconds_run(task, stage.state, stage.now)
     return duration(seconds) if seconds >= 0 else ""
 
@@ -4276,7 +4277,7 @@ def send(options: Any) -> int:
     if stats["events"] and not stats["datagrams"]:
         raise OSError(f"cannot send to {dispatcher.url}: {dispatcher.problem}")
     report = [f"sent {how_many(stats['events'], 'event')}, confirmed by {how_many(watchers, 'watcher')}"]
-    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking[:MAX_TOLD]]
+    report += [f"1 watcher lacks {how_many(number, 'datagram')}" for number in lacking]
     complain("; ".join(report + troubles(dispatcher)), prefix="")
     return 1 if bad.count or lacking else 0
 
@@ -4312,8 +4313,8 @@ def copy_errors(command: Any) -> str:
     from subprocess import Popen
 
     tail, data, has_ended = b"", b"-", False
-    # at an error whoever reads us has gone, and the command finds a broken pipe, too
     pipe = command.stdout or command.stderr
+    # at an error whoever reads us has gone, and the command finds a broken pipe, too
     with suppress(OSError), pipe, open(2, "wb", closefd=False) as target, DefaultSelector() as selector:
         selector.register(pipe, EVENT_READ)  # unlike select() not limited to the first 1,024 files
         while data and not has_ended:
@@ -4334,12 +4335,12 @@ def run_command(words: Sequence[str]) -> tuple[int, str]:
     from subprocess import Popen
 
     command: Any = None
-    early: list[int] = []  # signals that came before there was a command
+    early: list[int] = []  # signals that came before there was a command, and so have not reached it, even if typed
 
     def pass_on(number: int, frame: object) -> None:
         if not command:
             early.append(number)
-        elif signal.Signals(number).name not in TYPED or not in_foreground():
+        elif not frame or signal.Signals(number).name not in TYPED or not in_foreground():
             with suppress(OSError, ValueError):  # it runs as another user; Windows, whose console tells the command
                 command.send_signal(number)
 
@@ -4350,7 +4351,7 @@ def run_command(words: Sequence[str]) -> tuple[int, str]:
         streams = piped_streams()
         command = Popen(words, bufsize=0, close_fds=False, **streams)
         for kept in early:
-            pass_on(kept, None)
+            pass_on(kept, frame=None)
         errors = copy_errors(command) if streams else ""
         return command.wait(), errors
 
@@ -4451,7 +4452,7 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
     parts, heard = parse_url(url), set[str]()
     handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
     with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
-        Link(parts).close()
+        Link(parts).shut()
         yield f"a socket that sends to {parts.host}, ttl={parts.ttl} (0: this machine, 1: this network)"
         taken = None
         try:
@@ -4469,7 +4470,8 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
         yield f"{size:,} bytes{more if size < BUFFER else ''}" if size else "the other watcher's"
         time.sleep(0.6)  # two beats of every sender
         hosts = [host for host, _ in dispatcher.watchers()]
-        senders, watchers = (number - (not taken) for number in (receiver.stats["streams"], len(hosts)))  # without us
+        ours = 0 if taken else 1
+        senders, watchers = receiver.stats["streams"] - ours, len(hosts) - ours
         texts = [f"{how_many(senders, 'Dispatcher')} and {how_many(watchers, 'watcher')} beside this one"]
         if watchers:
             texts.append(f"watchers are at {', '.join(sorted(set(hosts))[:MAX_TOLD])}, and prove that events get there")

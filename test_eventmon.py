@@ -632,7 +632,7 @@ class VirtualSocket:
             self.space -= len(data) + 1024
             self.inbox.append((data, source))
 
-    def close(self):
+    def shut(self):
         self.network.sockets.pop(self.name, None)
 
     def is_ours(self):
@@ -3166,7 +3166,7 @@ def test_run_passes_signals_on_and_leaves_those_that_are_typed_and_job_control_t
         patch.setattr(subprocess, "Popen", start)
         assert main(["run", "sleep", "60"]) == 128 + signal.SIGUSR1
     with Terminal(f"{PROGRAM} run -- {COUNTER}") as it, Terminal("sh -i", PS1="$ ", ENV="") as shell:
-        shell.type(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; read line; echo got $line'\n")
+        shell.type(f"{PROGRAM} run -- sh -c 'echo rea\"\"dy; sleep 0.5; read line; echo got $line'\n")
         it.press("", "ready [True, True, True] True")
         it.press("\x03", "got SIGINT")
         it.press("\x1c", "got SIGQUIT")
