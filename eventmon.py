@@ -748,49 +748,49 @@ def membership(url: Url) -> bytes:
     return socket.inet_aton(url.host) + bytes(4) + socket.if_nametoindex(url.interface).to_bytes(4, sys.byteorder)
 
 
-class Socket(socket.socket):
-    """A UDP socket that never blocks: it sends as `url` says or, if it `listens`, receives what is sent there.
+class Socket:
+    """A UDP `socket` that never blocks: it sends as `url` says or, if it `listens`, receives what is sent there.
 
     A program may close descriptors that are not its own, and get a file with the number of one: that is left alone.
     """
 
-    _inode = -2  # of no file: what could not be opened is not to be closed
-
     def __init__(self, url: Url, listens: bool = False) -> None:
-        super().__init__(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # of gevent, say, which may come after us
         self._inode = self._look_up_inode()
+        self.fileno, self.sendto, self.recvfrom = self.socket.fileno, self.socket.sendto, self.socket.recvfrom
         try:
-            self._set_up(url, listens)
+            self._set_up(self.socket, url, listens)
         except BaseException:
-            self.shut()
+            self.close()
             raise
 
-    def _set_up(self, url: Url, listens: bool) -> None:
+    @staticmethod
+    def _set_up(sock: socket.socket, url: Url, listens: bool) -> None:
         level = socket.IPPROTO_IP
-        self.setblocking(False)
+        sock.setblocking(False)
         if is_group(url.host):
             group = membership(url)
-            self.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
-            self.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
+            sock.setsockopt(level, socket.IP_MULTICAST_IF, group[4:] if len(group) == 8 else group)
+            sock.setsockopt(level, socket.IP_MULTICAST_TTL, url.ttl)
         elif url.ttl:
-            self.setsockopt(level, socket.IP_TTL, url.ttl)
+            sock.setsockopt(level, socket.IP_TTL, url.ttl)
         if not listens:
-            return self.bind((url.interface if is_address(url.interface) else "", 0))
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            return sock.bind((url.interface if is_address(url.interface) else "", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         if not is_group(url.host):
-            return self.bind((url.host, url.port))
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
+            return sock.bind((url.host, url.port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside others on this machine
         if sys.platform == "linux":
-            self.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
+            sock.setsockopt(level, 49, 0)  # IP_MULTICAST_ALL: hear only what this socket has joined
         elif hasattr(socket, "SO_REUSEPORT"):  # BSD wants it; Linux would share out
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.bind(("" if sys.platform == "win32" else url.host, url.port))
-        self.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("" if sys.platform == "win32" else url.host, url.port))
+        sock.setsockopt(level, socket.IP_ADD_MEMBERSHIP, group)
 
     def _look_up_inode(self) -> int:
         """Return what tells the socket from another file with its descriptor; -1 if the descriptor is closed."""
         try:
-            return os.fstat(self.fileno()).st_ino if sys.platform != "win32" else 0
+            return os.fstat(self.socket.fileno()).st_ino if sys.platform != "win32" else 0
         except OSError:
             return -1
 
@@ -798,11 +798,13 @@ class Socket(socket.socket):
         """Whether the socket is open, and no file of the program has got its descriptor."""
         return self._look_up_inode() == self._inode
 
-    def shut(self) -> None:  # no close(): each of eventlet's sockets has its own
+    def close(self) -> None:
         """Close the socket, but never a file of the program."""
-        self.close() if self.is_ours() else self.detach()
+        self.socket.close() if self.is_ours() else self.socket.detach()
 
-    __del__ = shut
+    def __del__(self) -> None:
+        if "_inode" in vars(self):  # else it could not be opened
+            self.close()
 
 
 def wait_for(seconds: float, *files: Any) -> None:
@@ -842,7 +844,7 @@ class Link(Socket):
         super().__init__(url)  # only now: the error that tells of no such name keeps all that is here
         self.target: Source = str(found[0][4][0]), url.port
         self.broken = False  # an error says that another socket may do better
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_LOOPBACK * 4)  # macOS: also the largest one
 
 
 # --- Dispatcher ---------------------------------------------------------------------------------------------------
@@ -1094,7 +1096,7 @@ class Dispatcher:
             link, self._freq = self._link, None
             self._begin()
             if link:
-                link.shut()
+                link.close()
 
     def close(self) -> None:
         """Send what is buffered and a goodbye; return once live watchers have everything.
@@ -1299,11 +1301,11 @@ class Dispatcher:
             return self._count_error(problem)
         with self._lock:
             if self._stream is not stream:  # forked, or closed, in the meantime
-                return link.shut()
+                return link.close()
             old, self._link, self._resolving = self._link, link, False
             now = time.monotonic()
             if old:
-                old.shut()
+                old.close()
             else:
                 self._window.opened_at = self._window.advanced_at = now
                 for frame in self._window.repairs([(1, self._window.next)], TransmitWindow.FIRST_FLIGHT, now):
@@ -1405,7 +1407,7 @@ class Dispatcher:
             time.sleep(0.002)
         with self._lock:
             if self._link:
-                self._link.shut()
+                self._link.close()
             elif self._window.next > 1:  # no name was found in time
                 self._counts["errors"] += 1
             self._link, self._stream = None, b""
@@ -1814,15 +1816,15 @@ class Receiver:
     @property
     def channel(self) -> socket.socket:
         """The socket that listens, not blocking; opened, and the group joined, when first asked for."""
-        return self._channel or self._open()
+        return (self._channel or self._open()).socket
 
     def _open(self) -> Socket:
         for old in filter(None, (self._channel, self._answers)):
-            old.shut()
+            old.close()
         channel = answers = Socket(self._url, listens=True)
         if is_group(self._url.host) or on_loopback(self._url):  # else a firewall lets answers pass from there alone
             answers = Socket(self._url)
-        self._space = channel.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        self._space = channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self._channel, self._answers = channel, answers
         return channel
 
@@ -1838,7 +1840,7 @@ class Receiver:
             for stream in list(self._streams.values()):
                 self._answer(stream, b"leave")
             for sock in filter(None, (channel, self._answers)):
-                sock.shut()
+                sock.close()
 
     def __enter__(self) -> Receiver:  # noqa: PYI034 - typing.Self is younger than Python 3.9
         return self
@@ -1987,7 +1989,7 @@ class Receiver:
             if channel and self._is_intact():
                 if not is_group(self._url.host) or self._clock < self._heard_at + 1.0:
                     return
-                channel.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
+                channel.socket.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(self._url))  # or it is there
             if self._channel:  # somebody else has closed it, or its interface has gone and come again
                 self._open()
 
@@ -4452,7 +4454,7 @@ def try_url(url: str, key: bytes) -> Iterator[str]:
     parts, heard = parse_url(url), set[str]()
     handlers = {"*": lambda event: heard.add(printable(event.get("hostname")))}
     with Dispatcher(url, key=key) as dispatcher, Receiver(url, handlers, key=key) as receiver:
-        Link(parts).shut()
+        Link(parts).close()
         yield f"a socket that sends to {parts.host}, ttl={parts.ttl} (0: this machine, 1: this network)"
         taken = None
         try:

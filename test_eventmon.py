@@ -122,8 +122,8 @@ def by_hand():
             event = {"type": "task-progress", "timestamp": time.time(), **who, "clock": i, "progress": i}
             sock.sendto(json.dumps(event).encode(), where[:2])
 
-    with eventmon.Socket(where) as sock:
-        sock.setblocking(True)
+    with closing(eventmon.Socket(where)) as sock:
+        sock.socket.setblocking(True)
         yield send, url
 
 
@@ -142,7 +142,7 @@ def receive_row(n, burst=50):
     """Events a second that wait in a socket, where so many together find room in the smallest usual buffer."""
     with Receiver(new_url()) as receiver, Dispatcher(receiver.url) as events, by_hand() as (send, other):
         receiver.fileno()
-        with eventmon.Socket(eventmon.parse_url(other), listens=True) as sock:
+        with closing(eventmon.Socket(eventmon.parse_url(other), listens=True)) as sock:
             while True:
                 ours = naive = 0.0
                 for _ in range(n // burst):
@@ -375,7 +375,7 @@ def sockets(monkeypatch):
 
     def begin_and_note(sock, *args, **options):
         begin(sock, *args, **options)
-        opened.append(sock)
+        opened.append(sock.socket)
 
     monkeypatch.setattr(eventmon.Socket, "__init__", begin_and_note)
     return opened
@@ -611,7 +611,7 @@ class VirtualSocket:
     def __init__(self, network, url, space, listens=False):
         self.network, self.space, self.listens = network, space, listens
         self.name, self.target = (url.ttl, next(network.ports)), url[:2]
-        self.inbox = deque()
+        self.inbox, self.socket = deque(), self
         network.sockets[self.name] = self
 
     def sendto(self, data, to):
@@ -632,7 +632,7 @@ class VirtualSocket:
             self.space -= len(data) + 1024
             self.inbox.append((data, source))
 
-    def shut(self):
+    def close(self):
         self.network.sockets.pop(self.name, None)
 
     def is_ours(self):
@@ -3220,13 +3220,13 @@ WRONGS = [  # URL, datagrams of so many bytes are lost or are an error, the step
 
 @pytest.mark.parametrize("where, lost, error, step, words", WRONGS)
 def test_check_says_what_is_wrong_and_what_to_do(where, lost, error, step, words, url, command, monkeypatch):
-    def sendto(sock, data, target):
+    def sendto(sock, data, target, real=socket.socket.sendto):
         if len(data) < lost:
-            return socket.socket.sendto(sock, data, target)
+            return real(sock, data, target)
         return refuse(getattr(errno, error))() if error else len(data)
 
     with Ear() as mute:
-        monkeypatch.setattr(eventmon.Socket, "sendto", sendto)
+        monkeypatch.setattr(socket.socket, "sendto", sendto)
         monkeypatch.setattr(eventmon, "HEAR_TIME", 0.1)
         status, steps, _ = check(command, "--url", (where or url).replace("MUTE", str(mute.getsockname()[1])))
     assert (status, list(steps)[-1], steps[step][0]) == (1, step, "wrong")
