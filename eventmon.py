@@ -4605,6 +4605,17 @@ EXAMPLES = """examples:
 exit status: 0, 1 for a failure, 2 for wrong usage"""
 
 
+def read_key(path: str) -> bytes:
+    """Return the key in a file, without the white space around it; of a text with a byte order mark, the text in UTF-8."""
+    with open(path, "rb") as file:
+        key = file.read()
+    with suppress(UnicodeError):  # a key need not be text
+        key = key.decode("utf-16" if key[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").encode()
+    if not key.strip():
+        raise OSError(f"key file {path} is empty")
+    return key.strip()
+
+
 def parse_words(name: str, words: Sequence[str]) -> Any:
     """Return the options in the words behind the name of a command."""
     import argparse
@@ -4621,10 +4632,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
             parser.add_argument(argument, help=text, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.key_file:
-        with open(options.key_file, "rb") as file:
-            options.key = file.read().strip()
-        if not options.key:
-            raise OSError(f"key file {options.key_file} is empty")
+        options.key = read_key(options.key_file)
     return options
 
 

@@ -3177,6 +3177,14 @@ def test_run_passes_signals_on_and_leaves_those_that_are_typed_and_job_control_t
             shell.press(keys, text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_key_file_holds_the_same_key_in_any_encoding_of_a_text(encoding, tmp_path, command):
+    (tmp_path / "key").write_text("secret\n", encoding=encoding)
+    with watching(key="secret") as (_, events):
+        command("send", "hello", "--key-file", str(tmp_path / "key"))
+        wait_until(lambda: events)
+
+
 def check(command, *words):
     """Run `check`; return its exit status, {step: (verdict, text)}, and the lines about interfaces."""
     status, out, errors = command("check", *words)
