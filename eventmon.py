@@ -2327,9 +2327,9 @@ def take_event(told: dict[str, Any], event: Mapping[str, Any], kind: Kind, times
     take_fields(told, event, skipped)
 
 
-def goes_on(told: Mapping[str, Any], event: Mapping[str, Any], kind: Kind) -> bool:
-    """Whether an event is of the process and the attempt of a task's only delivery: delivery_for() finds the same, later."""
-    if kind.time in ("sent", "received") or event.get("pid") != told.get("pid") or event.get("hostname") != told.get("worker"):
+def goes_on(told: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+    """Whether an event is of the process and the attempt of a delivery."""
+    if event.get("pid") != told.get("pid") or event.get("hostname") != told.get("worker"):
         return False
     retries = event.get("retries")
     return (retries is None or retries == told.get("retries")) and "began" in told
@@ -2339,6 +2339,9 @@ def delivery_for(event: Mapping[str, Any], kind: Kind, deliveries: Sequence[dict
     """Return the one of a task's deliveries, in the order of each process, that an event belongs to; None if it begins one."""
     if kind.time in ("sent", "received"):
         return None
+    alone = len(deliveries) == 1 or len(deliveries) == 2 and "began" not in deliveries[0]
+    if alone and goes_on(deliveries[-1], event):
+        return deliveries[-1]  # as what is below would find, later
     process = process_of(event)
     mine = [told for told in deliveries if "began" in told and process_in(told) == process]
     if isinstance(event.get("retries"), (int, float)):
@@ -2911,11 +2914,7 @@ class State:
             timestamp = number(timestamp, number(event.get("local_received"), time.time()))
         if len(self._changed) >= MAX_CHANGED:
             self._refresh()
-        several = self._deliveries.get(uuid)
-        told = several[-1] if several else self._tasks.get(uuid)
-        is_alone = not several or len(several) == 2 and "began" not in several[0]
-        if not (told and is_alone and goes_on(told, event, kind)):  # the short cut of nearly all events
-            told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
+        told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
         before = self._changed.pop(uuid, None)
