@@ -2215,7 +2215,8 @@ RANKS = {"PENDING": 0, "RETRY": 1, "REJECTED": 2, "RECEIVED": 3, "STARTED": 4, "
 CUSTOM_RANK = 5
 FINISHED = frozenset(("SUCCESS", "FAILURE", "REVOKED", "REJECTED"))
 ENDED = FINISHED | {"RETRY"}  # how a delivery ends
-NOT_RUNNING = ENDED | {"PENDING", "RECEIVED"}
+WAITING = frozenset(("PENDING", "RECEIVED", "RETRY"))
+NOT_RUNNING = FINISHED | WAITING
 METHODS = {
     type: type.replace("-", "_")
     for type in (*TASK_STATES, "worker-online", "worker-heartbeat", "worker-offline", "worker-lost")
@@ -2396,32 +2397,34 @@ def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return shown
 
 
-def seconds_run(task: Mapping[str, Any], state: Any, now: float) -> float:
-    """Return how long a task took, or has been running, by our clock; -1 if it does not run, or that is not known."""
-    if task["state"] in FINISHED:
-        runtime, until = number(task.get("runtime"), -1.0), task["timestamp"]
-        if runtime >= 0:
-            return runtime
-    elif task["state"] in NOT_RUNNING:
-        return -1.0
-    else:
-        worker, until = state.workers.get(task.get("worker"), {}), now
-        if state.is_lost(task, now):  # it has run until its worker was last there
-            heard: float = worker["heard"]
+def run_time(task: Mapping[str, Any], state: Any, now: float) -> tuple[bool, float]:
+    """Return whether a task is lost, and the seconds that it took or has been running by our clock; -1 if none are known."""
+    name, runtime = task["state"], number(task.get("runtime"), -1.0)
+    if name in FINISHED and runtime >= 0:
+        return False, runtime
+    is_lost = state.is_lost(task, now)
+    if name in WAITING or "started" not in task:
+        return is_lost, -1.0
+    until = task["timestamp"] if name in FINISHED else now
+    if name not in FINISHED:
+        worker = state.workers.get(task.get("worker"), {})
+        if is_lost:  # it has run until its worker was last there
+            heard = worker["heard"]
             until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
-        ahead: float = worker.get("clock_offset", 0.0)
+        ahead = worker.get("clock_offset", 0.0)
         until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
-    return max(0.0, until - task["started"]) if "started" in task else -1.0
+    return is_lost, max(0.0, until - task["started"])
 
 
 def figures(tasks: Sequence[Mapping[str, Any]], state: Any, now: float) -> dict[str, Any]:
     """Return what State.type_stats() tells of the tasks of one name."""
     states = Counter(task["state"] for task in tasks)
-    running = [task for task in tasks if task["state"] not in NOT_RUNNING]
-    times = sorted(seconds for task in tasks if (seconds := seconds_run(task, state, now)) >= 0)
+    runs = [run_time(task, state, now) for task in tasks]
+    running = sum(task["state"] not in NOT_RUNNING and not is_lost for task, (is_lost, _) in zip(tasks, runs))
+    times = sorted(seconds for _, seconds in runs if seconds >= 0)
     failures = [(task["timestamp"], task.get("exception")) for task in tasks if task["state"] == "FAILURE"]
     return {
-        "running": sum(not state.is_lost(task, now) for task in running),
+        "running": running,
         "succeeded": states["SUCCESS"],
         "failed": states["FAILURE"],
         "retried": sum("retried" in task for task in tasks),
@@ -2755,18 +2758,18 @@ class State:
 
     def is_alive(self, worker: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a worker is neither lost nor ended, nor silent for twice the `freq` of its heartbeats."""
+        if worker["status"] != "alive":
+            return False
         freq = number(worker.get("freq"), 0.0)
-        silent = (self.now() if now is None else now) - worker["heard"]
-        return worker["status"] == "alive" and (freq <= 0 or silent <= 2 * freq)
+        return freq <= 0 or (self.now() if now is None else now) - worker["heard"] <= 2 * freq
 
     def is_lost(self, task: Mapping[str, Any], now: float | None = None) -> bool:
         """Whether a task has not finished, and its worker, or its process of that, is no longer alive."""
-        with self._lock:
-            worker = self.workers.get(task.get("worker", ""))
-            if worker is None or task["state"] in FINISHED:
-                return False
-            process = self._processes[task["worker"]].get(task.get("pid", NO_PID), worker)
-            return process["status"] != "alive" or not self.is_alive(worker, now)
+        worker = self.workers.get(task.get("worker", ""))
+        if worker is None or task["state"] in FINISHED:
+            return False
+        process = self._processes.get(worker["hostname"], {}).get(task.get("pid", NO_PID), worker)
+        return process["status"] != "alive" or not self.is_alive(worker, now)
 
     def alive_workers(self, now: float | None = None) -> list[dict[str, Any]]:
         """Return the workers that are still heard from, see is_alive()."""
@@ -3241,8 +3244,8 @@ def state_of(task: Facts, stage: Stage) -> str:
 
 
 def run_of(task: Facts, stage: Stage) -> str:
-    """Return seconds_run() as text, "" for -1."""
-    seconds = seconds_run(task, stage.state, stage.now)
+    """Return how long a task took or has been running, "" if that is not known."""
+    _, seconds = run_time(task, stage.state, stage.now)
     return duration(seconds) if seconds >= 0 else ""
 
 
@@ -3250,7 +3253,8 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     """Return an order: lost tasks, then unfinished ones, the longest running first; then finished ones, the newest first."""
     if task["state"] in State.FINISHED:
         return 2, -task["timestamp"]
-    return int(not stage.state.is_lost(task, stage.now)), -seconds_run(task, stage.state, stage.now)
+    is_lost, seconds = run_time(task, stage.state, stage.now)
+    return int(not is_lost), -seconds
 
 
 def detail_of(task: Facts, stage: Stage) -> str:
@@ -3303,7 +3307,7 @@ Sheet = namedtuple("Sheet", "rows columns order empty", defaults=(PANEL, None, "
 def worker_rows(subject: Any, stage: Stage) -> Rows:
     """Return the workers, each with its longest running task and how many of its tasks have failed."""
     running = [task for _, task in stage.state.iteractive()]
-    running.sort(key=lambda task: seconds_run(task, stage.state, stage.now))
+    running.sort(key=lambda task: run_time(task, stage.state, stage.now)[1])
     now = {task.get("worker"): f"{printable(task.get('name'))} {run_of(task, stage)}" for task in running}
     failed = Counter([task.get("worker") for task in stage.state.tasks.values() if task["state"] == "FAILURE"])
     workers = stage.state.workers.items()
@@ -3380,7 +3384,7 @@ def family(task: Facts, stage: Stage) -> Iterator[Row]:
     for root in (task.get("root_id"), task.get("parent_id"), task["uuid"]):
         if isinstance(root, str) and root in tasks and task["uuid"] not in members:  # of a large family, a part
             members = dict(islice(descend(root), 100))
-    spans = {uuid: (began(uuid), max(0.0, seconds_run(tasks[uuid], stage.state, stage.now))) for uuid in members}
+    spans = {uuid: (began(uuid), max(0.0, run_time(tasks[uuid], stage.state, stage.now)[1])) for uuid in members}
     first = min([start for start, _ in spans.values()])
     scale = max(1, stage.width - 55) / max(1e-9, *(start + run - first for start, run in spans.values()))
     for uuid, (start, run) in spans.items() if len(members) > 1 else ():
@@ -3595,8 +3599,8 @@ def now_lines(stage: Stage) -> list[Line]:
     """Return what stands below the title of every table: what runs, what has failed, the graph, the tasks by state."""
     graph = graph_lines(stage)
     tasks = [task for _, task in stage.state.iteractive()]
-    active = [(state_of(task, stage), seconds_run(task, stage.state, stage.now), task) for task in tasks]
-    running = [(seconds, task) for name, seconds, task in active if name != "LOST" and seconds >= 0]
+    active = [(*run_time(task, stage.state, stage.now), task) for task in tasks]
+    running = [(seconds, task) for is_lost, seconds, task in active if not is_lost and seconds >= 0]
     text = f" {len(running):,} running"
     if running:
         seconds, task = max(running, key=lambda run: run[0])
@@ -3604,7 +3608,8 @@ def now_lines(stage: Stage) -> list[Line]:
     left = stage.width - sum([cells(span.text) for span in graph[0]])
     now = [fit_line(line, left) + bars for line, bars in zip(([Span(text)], failed_line(stage)), graph)]
     others = [task["state"] for task in stage.state.tasks.values() if task["state"] in {*State.FINISHED, "PENDING"}]
-    tally, order = Counter([name for name, _, _ in active] + others), list(STYLES)
+    names = ["LOST" if is_lost else task["state"] for is_lost, _, task in active]
+    tally, order = Counter(names + others), list(STYLES)
     states = sorted(tally, key=lambda name: order.index(name) if name in order else 2)
     return [*now, [Span(f" {printable(name)} {tally[name]:,} ", STYLES.get(name, "")) for name in states]]
 
