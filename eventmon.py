@@ -2408,9 +2408,9 @@ def run_time(task: Mapping[str, Any], state: Any, now: float) -> tuple[bool, flo
     until = task["timestamp"] if name in FINISHED else now
     if name not in FINISHED:
         worker = state.workers.get(task.get("worker"), {})
-        if is_lost:  # it has run until its worker was last there
-            heard = worker["heard"]
-            until = number(worker.get("timestamp"), heard + SILENCE) - SILENCE if worker["status"] == "lost" else heard
+        if is_lost:  # it has run until its process, or its worker, was last there
+            process, heard = state._processes[worker["hostname"]].get(task.get("pid", NO_PID), worker), worker["heard"]
+            until = number(process.get("timestamp"), heard + SILENCE) - SILENCE if process["status"] == "lost" else heard
         ahead = worker.get("clock_offset", 0.0)
         until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
     return is_lost, max(0.0, until - task["started"])
@@ -3261,7 +3261,10 @@ def detail_of(task: Facts, stage: Stage) -> str:
     """Return what matters most of a task: why it failed or is lost, its result, how far it is; then its arguments."""
     state, retries, done = state_of(task, stage), int(number(task.get("retries"), 0)), number(task.get("progress"), -1)
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
-    outcome = f"worker {status_of(worker_of(task, stage), stage)}" if state == "LOST" else printable(task.get(key))
+    outcome = printable(task.get(key))
+    if state == "LOST":
+        status = status_of(worker_of(task, stage), stage)
+        outcome = f"process {printable(task.get('pid'))} is gone" if status == "alive" else f"worker {status}"
     attempt = f"attempt {retries + 1}" if retries else ""
     bar = f"{done:.0%} {'━' * round(done * 10):·<10}" if 0 <= done <= 1 and state not in State.FINISHED else ""
     given = together(printable(task.get("args")), printable(task.get("kwargs")))

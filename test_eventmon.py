@@ -2149,6 +2149,14 @@ def test_each_kind_of_task_has_figures():
     assert (stats["again"]["retried"], stats["again"]["mean"]) == (1, None)
 
 
+def test_a_lost_task_has_run_until_its_own_process_fell_silent():
+    begun = [task_event("started", uuid=str(pid), pid=pid, name=f"of {pid}", timestamp=100.0) for pid in (1, 2)]
+    lost = Event("worker-lost", hostname="w1", pid=1, local=True, timestamp=113.0, local_received=113.0)
+    later = task_event("progress", uuid="2", pid=2, timestamp=500.0, local_received=500.0)
+    stats = state_of(*begun, lost, later).type_stats(now=500.0)
+    assert [(stats[name]["running"], stats[name]["max"]) for name in ("of 1", "of 2")] == [(0, 10.0), (1, 400.0)]
+
+
 def test_the_successful_go_first_then_the_finished_then_what_was_only_sent_then_the_rest():
     state, gone = State(max_tasks_in_memory=5), []
     tasks = (("run", "started"), ("bad", "failed"), ("sent", "sent"), ("ok1", "succeeded"), ("ok2", "succeeded"))
@@ -2510,6 +2518,10 @@ SHOWN = {  # keys, events, and what is shown then, but for blanks
     "that a worker is silent": ("3", [heard("worker-heartbeat", "w", -42, freq=2)], "w silent 52.0s"),
     "how long a task runs, whatever the clock of its worker says": (
         "1", [task_event("started", name="job", timestamp=NOON - 3600, local_received=NOON)], "STARTED job 11:00:00 w1 10.0s"
+    ),
+    "that one process of a worker is gone": (
+        "1", [heard("task-started", "w", n, uuid=str(n), pid=n) for n in (1, 2)] + [heard("worker-lost", "w", 6, pid=1, local=True)],
+        " LOST 12:00:01 w 2.0s process 1 is gone STARTED 12:00:02 w 8.0s",
     ),
     "fields in the units of people": (
         "1 i", [task_event("succeeded", runtime=0.64, peak_memory=34288435, progress=0.48, limit=7)],
