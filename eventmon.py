@@ -2312,7 +2312,7 @@ def take_fields(record: dict[str, Any], event: Mapping[str, Any], skipped: Colle
     for key, value in event.items():
         if value is None or key in skipped:
             continue
-        if key in record or key in USUAL or len(record) < MAX_FIELDS and isinstance(key, str) and len(key) <= MAX_NAME:
+        if key in USUAL or key in record or len(record) < MAX_FIELDS and isinstance(key, str) and len(key) <= MAX_NAME:
             record[key] = value
 
 
