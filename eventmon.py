@@ -2139,11 +2139,11 @@ class Receiver:
             return b""
         key = stream, event
         pieces = self._pieces.setdefault(key, [])
-        if len(pieces) != index:  # something was given up, or we came in the middle
-            self._drop_pieces(key)
-            return b""
         pieces.append(piece)
         self._joined += len(piece)
+        if len(pieces) != index + 1:  # something was given up, or we came in the middle
+            self._drop_pieces(key)
+            return b""
         while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._pieces)))
         if index + 1 < total:
