@@ -4552,23 +4552,26 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
     os._exit(1)
 
 
+def work(name: str, url: str, key: bytes | None) -> None:
+    """Be a worker of the demo until the monitor's process ends."""
+    import multiprocessing
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for the monitor
+    with Dispatcher(url, f"{name}@demo", freq=1, key=key) as events:
+        for _ in range(3):
+            threading.Thread(target=serve, args=(events, 15 if name == "gamma" else inf), daemon=True).start()
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+
+
 def demo(options: Any) -> int:
     """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
-    from subprocess import DEVNULL, PIPE, Popen
+    from multiprocessing import Process
 
-    if options.worker:
-        with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
-            for _ in range(3):
-                threading.Thread(target=serve, args=(events, 15 if options.worker == "gamma" else inf), daemon=True).start()
-            sys.stdin.read()  # until the monitor ends
-        return 0
     options.url = options.url or f"udp://239.255.69.86:{20000 + os.getpid() % 40000}"
-    program = __file__ if os.path.isfile(__file__) else sys.argv[0]  # which is the zip that holds it
-    words = [sys.executable, program, "demo", *options.words, "--url", options.url, "--worker"]
-    with ExitStack() as stack:
-        for name in ("alpha", "beta", "gamma"):
-            stack.enter_context(Popen([*words, name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
-        return watch(options)
+    for name in ("alpha", "beta", "gamma"):
+        Process(target=work, args=(name, options.url, options.key), daemon=True).start()
+    return watch(options)
 
 
 COMMANDS = {
@@ -4597,7 +4600,6 @@ ARGUMENTS: Any = (  # commands, name, what it is, what argparse does with it
     ("run", "--name", "of the task (default: the command's)", {}),
     ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
     ("check", "--all-interfaces", "try each interface, too", FLAG),
-    ("demo", "--worker", "==SUPPRESS==", {}),
 )
 EXAMPLES = """examples:
   python eventmon.py watch
@@ -4633,7 +4635,7 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
     parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
-    parser.set_defaults(file=None, key=None, words=words)
+    parser.set_defaults(file=None, key=None)
     for commands, argument, text, settings in ARGUMENTS:
         if name in commands:
             parser.add_argument(argument, help=text, **settings)

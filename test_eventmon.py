@@ -3278,17 +3278,17 @@ def test_check_tries_other_interfaces_only_when_told_and_vouches_for_no_network_
 
 
 @posix
-def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zipapp_and_leaves_no_process_behind(tmp_path, monkeypatch):
+def test_the_demo_shows_life_ends_with_its_monitor_also_from_a_zip_and_leaves_no_process_behind(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import time\nsleep = time.sleep\ntime.sleep = lambda s: sleep(s / 10)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where a second is short
     (tmp_path / "app").mkdir()
     shutil.copy(COMPILED, tmp_path / "app")
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="eventmon:main")
-    shutil.copy(COMPILED, tmp_path / "evm")  # whatever its file is called
-    words = [sys.executable, str(tmp_path / "evm"), "demo", "--json", "--url", new_url()]
+    words = [sys.executable, "-m", "eventmon", "demo", "--json", "--url", new_url()]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'app.pyz'}"}}
     pids, kinds, tasks = {}, set(), {}
     monitor = shlex.join([sys.executable, str(tmp_path / "app.pyz"), "demo"])
-    with Terminal(monitor, 40, 120) as it, subprocess.Popen(words, stdout=subprocess.PIPE) as demo:
+    with Terminal(monitor, 40, 120) as it, subprocess.Popen(words, stdout=subprocess.PIPE, **options) as demo:
         for event in map(json.loads, demo.stdout):
             pids[event["hostname"]] = event["pid"]
             kinds.add(event["type"])
