@@ -709,7 +709,7 @@ def parse_url(text: str) -> Url:
         ("@" in parts.netloc, "a user or password stands in it, expected none"),
         (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
         (not port, f"port is {port}, expected 1 to 65535"),
-        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
+        (parts.path[1:] or parts.fragment, f"path or fragment is {parts.path[1:] or parts.fragment!r}, expected none"),
         (len(known) < len(options), "an option stands twice"),
         (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
         ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
