@@ -414,7 +414,8 @@ class TransmitWindow:
         self._alive = max(SILENCE, patient)  # how long a watcher that is not heard is alive
         self._patient = patient > 0
         self._frames: dict[int, bytes] = {}  # from trail to lead
-        self._gone = 0  # what `sent` was before the first of them
+        self._ends: dict[int, int] = {}  # what `sent` was after each of them
+        self._gone = 0  # and before the first
         self._may_wait = self.GRACE  # how much longer, at the end of the last wait
         self._waited_until = -inf
         self._repaired: dict[int, float] = {}  # when
@@ -425,11 +426,12 @@ class TransmitWindow:
         """Keep the datagram that has the sequence number `next`."""
         seq = self.next
         self._frames[seq] = frame
+        self._ends[seq] = self.sent = self.sent + len(frame) + DATAGRAM_COST
         self.next = seq + 1  # from here on it counts as sent, whatever a signal handler raises
-        self.sent += len(frame) + DATAGRAM_COST
         while not seq % 64 and self.sent - self._gone - DATAGRAM_COST * len(self._frames) > self.history:
             self.trail += 1
-            self._gone += len(self._frames.pop(self.trail - 1)) + DATAGRAM_COST
+            del self._frames[self.trail - 1]
+            self._gone = self._ends.pop(self.trail - 1)
 
     def on_ack(self, name: int, position: int, room: int, lost: int, taken: int, now: float) -> Watcher:
         """Take note of what a watcher has confirmed, and return it; WireError if it cannot be true."""
@@ -449,10 +451,7 @@ class TransmitWindow:
         watcher.position = max(position, watcher.position)
         watcher.lost = max(lost, watcher.lost)
         watcher.heard, watcher.has_left = now, False
-        unread = range(max(watcher.position + 1, self.trail), self.next)
-        is_near = len(unread) <= 4 * ROOM // DATAGRAM_COST  # else there is no room left, and too many to look at
-        buffered = sum(len(self._frames[seq]) + DATAGRAM_COST for seq in unread) if is_near else inf
-        watcher.send_limit = self.sent - buffered + room
+        watcher.send_limit = self._ends.get(watcher.position, self._gone) + room
         self.limit_sending(now)
         return watcher
 
@@ -710,7 +709,7 @@ def parse_url(text: str) -> Url:
         ("@" in parts.netloc, "a user or password stands in it, expected none"),
         (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
         (not port, f"port is {port}, expected 1 to 65535"),
-        (parts.path not in ("", "/") or parts.fragment, f"path is {parts.path!r}, expected none"),
+        (parts.path[1:] or parts.fragment, f"path or fragment is {parts.path[1:] or parts.fragment!r}, expected none"),
         (len(known) < len(options), "an option stands twice"),
         (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
         ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
