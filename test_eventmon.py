@@ -3120,7 +3120,7 @@ def test_run_is_the_command_itself_and_tells_of_it_as_of_a_task(tmp_path):
 
 
 LINES = [  # a shell's line, in which RUN is "EVENTMON run --", and EVENTMON "python eventmon.py"; exit status, standard output
-    ("PYTHONIOENCODING=ascii EVENTMON watch x.jsonl --plain", 0, ["01-01", "x", r"y=\u65e5\u672c"]),
+    ("TZ=UTC PYTHONIOENCODING=ascii EVENTMON watch x.jsonl --plain", 0, ["00:00:05", "x", r"y=\u65e5\u672c"]),
     *(("EVENTMON watch x.jsonl <&- >&-", 0, []), ("EVENTMON send - <&-", 0, []), ("EVENTMON watch --timeout 0 <&- 2>&-", 0, [])),
     ("RUN sh -c 'for i in $(seq 50); do echo o$i; echo e$i >&2; done' 2>&1", 0, [f"{c}{i}" for i in range(1, 51) for c in "oe"]),
     ("RUN echo hi 2>&-", 0, ["hi"]),
