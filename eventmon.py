@@ -990,14 +990,14 @@ class Dispatcher:
 
         `behind` is how many of these lack something: it is not confirmed yet, or they gave it up.
         """
-        lacking, lead = self.lacking(), self._window.next - 1
+        lacking, lead = self.lacking(time.monotonic()), self._window.next - 1
         events = lead - self._outbox_datagrams + self._outbox_events + len(self._outbox)
         counts = {"events": events, "datagrams": lead - self._refused + self._counts["repairs"], **self._counts}
         return {**counts, "watchers": len(lacking), "behind": sum(map(bool, lacking))}
 
-    def lacking(self) -> list[int]:
-        """Return for each live watcher how many datagrams it has not confirmed, or has given up."""
-        live, lead = self._window.live(time.monotonic()), self._window.next - 1
+    def lacking(self, now: float = -inf) -> list[int]:
+        """Return for each watcher, unless it has left or is dead by `now`, how many datagrams it has not confirmed or gave up."""
+        live, lead = self._window.live(now), self._window.next - 1
         return [lead - watcher.position + watcher.lost for watcher in live]
 
     def watchers(self) -> list[Source]:
@@ -3481,7 +3481,7 @@ KINDS = list(SHEETS)  # the first four are pages
 
 def event_line(event: Facts, state: State) -> str:
     """Return an event as a line for people, of at most 200 characters; the state knows the names of tasks."""
-    stage = Stage(state, 0, 0, time.time())
+    stage = Stage(state, 0, 0, state.now())
     line = together(*[field(event, column.text, stage) for column in SHEETS["events"].columns])
     return line if len(line) <= 200 else line[:199] + "…"
 
@@ -3821,8 +3821,8 @@ def complain(message: str, prefix: str = "eventmon: ") -> None:
 # A feed is an iterator of events, and of None whenever there is nothing to take for the moment.
 
 
-def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
-    """Yield the events of a file of NDJSON, or of standard input for "-"; report each line that holds none."""
+def recorded(path: str, report: Callable[[str], object], take: Callable[[Event], Any] = lambda event: event) -> Iterator[Any]:
+    """Yield what take() makes of each event of a file of NDJSON, or of standard input for "-"; report each bad line."""
     with open(path, "rb") if path != "-" else nullcontext() as file:
         stream = file or sys.stdin and sys.stdin.buffer
         where, index, whole = "" if path == "-" else f"{path}: ", 0, True
@@ -3831,8 +3831,8 @@ def recorded(path: str, report: Callable[[str], object]) -> Iterator[Event]:
             index += begins
             try:
                 if begins and line.strip():  # the rest of a longer line holds nothing
-                    yield parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf")))  # a byte order mark
-            except WireError as problem:
+                    yield take(parse_event(parse_json(line.removeprefix(b"\xef\xbb\xbf"))))  # a byte order mark
+            except (WireError, ValueError) as problem:  # an event too large to be sent
                 report(f"{where}line {index}: {problem}")
 
 
@@ -4274,11 +4274,8 @@ def send(options: Any) -> int:
     with Dispatcher(options.url, key=options.key, max_wait=10.0) as dispatcher:
         if options.type != "-":
             dispatcher.send(**fields)
-        for event in recorded("-", bad) if options.type == "-" else ():
-            try:
-                dispatcher.publish(event)
-            except ValueError as problem:  # too large
-                bad(problem)
+        for _ in recorded("-", bad, dispatcher.publish) if options.type == "-" else ():
+            pass
         bad.end()
         watchers = dispatcher.flush(60.0)  # seconds for those that are alive but behind
         stats, lacking = dispatcher.stats, [number for number in dispatcher.lacking() if number]
