@@ -3996,7 +3996,7 @@ class Monitor:
         self._wake, self._waker = socket.socketpair()  # where Python writes the numbers of signals
         self._wake.setblocking(False)
         self._waker.setblocking(False)
-        self._painted = self._due = time.monotonic()  # the last picture; when one may be next
+        self._answered = self._due = time.monotonic()  # the last picture that answered a key; when one may be next
         self._beats = 0  # heartbeats of workers, of which the picture of the next second tells
         self._ended = False  # the feed
         self._drawn: Any = None  # what the picture is of, None if there is to be another in any case
@@ -4074,15 +4074,17 @@ class Monitor:
         counts = state.workers or any(state.counts(1, 60.0, stage.now)) or any(True for _ in state.iteractive())
         news = stage._replace(now=int(stage.now) if counts else 0), state.event_count - self._beats, len(state.tasks)
         if self._drawn != (self._view, news):
-            due = self._due if self._drawn else self._painted + FRAME_TIME  # a key is answered at once,
+            is_answer = self._drawn is None
+            due = self._answered + FRAME_TIME if is_answer else self._due  # a key is answered at once,
             if now < due:
                 return due - now
             if now >= self._due:  # if need be with the rows of the last picture
                 self._rows_of = None
             self._drawn = self._view, None if self._rows_of else news
             terminal.paint(state.freeze_while(screen, self._view, stage, self._find(stage)))
-            self._painted = time.monotonic()
-            self._due = self._painted + max(FRAME_TIME, FRAME_SHARE * (self._painted - now))
+            painted = time.monotonic()
+            self._answered = painted if is_answer else self._answered
+            self._due = painted + max(FRAME_TIME, FRAME_SHARE * (painted - now))
         return min(0.5, max(FRAME_TIME, 1.0 - float(stage.now) % 1))  # other threads may feed the State
 
     def _wait(self, longest: float) -> None:
