@@ -2448,11 +2448,12 @@ def describe_attempt(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FLAT = frozenset((str, int, float, bool, type(None)))
-SHORT_TEXT = 64  # characters of a text that is not weighed
+SHORT_TEXT = 40  # characters of a text that is not weighed
+SHORT_FIELD = 200  # bytes that one of up to so many characters may take
 LONG_NUMBER = 1 << 64
 LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
-MAX_STATE = 128 << 20  # bytes of what is weighed; the rest, which is short, takes less than as much again
+MAX_STATE = 96 << 20  # bytes of what is weighed; the rest, which is short, takes less than as much again
 FORGOTTEN = "(forgotten: State was full)"
 
 
@@ -2476,6 +2477,8 @@ def compact(event: Mapping[str, Any]) -> Event:
     """Return what is kept of an event that may be large."""
     copy = new_event(Event)
     for key in (*islice(event, 2 * MAX_FIELDS), *NOT_FIELDS & event.keys()):
+        if not isinstance(key, str) or len(key) > MAX_NAME:
+            continue
         value = event[key]
         if type(value) not in FLAT:
             text = format_json(value).decode()
@@ -2498,7 +2501,7 @@ def bytes_of(value: Any) -> int:
 GRAPH_TICK = 0.25  # the finest column of State.scale_graph
 GRAPH_TICKS = 3600  # a quarter of an hour of them
 MAX_TYPE = 100  # characters of an event type that tell it from others
-MAX_TYPES = 100  # event types counted apart in a tick; the others are counted together
+MAX_TYPES = 40  # event types counted apart in a tick; the others are counted together
 MAX_RECENT = 1000  # events kept in State.recent, and in State.notes
 MAX_CHANGED = 1000  # tasks that events have changed until State.tasks is brought up to date
 MAX_DELIVERIES = 32  # of a task
@@ -2884,6 +2887,7 @@ class State:
         type_name = str(event.get("type"))
         if type_name.startswith("worker-"):
             take_fields(process, event, NOT_WORKERS)
+            self._weight += SHORT_FIELD * len(event) if len(processes) > 1 else 0
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         speakers = [one for one in processes.values() if one.get("sw_ident", "eventmon") != "eventmon"]
@@ -2919,6 +2923,8 @@ class State:
         told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
+        if len(self._deliveries.get(uuid, ())) > 2:  # of so many, short texts count too
+            self._weight += SHORT_FIELD * len(event)
         before = self._changed.pop(uuid, None)
         self._changed[uuid] = before or (task.get("state"), id_of(task.get("parent_id")))
         take_event(told, event, kind, timestamp)
