@@ -2963,6 +2963,11 @@ def test_a_picture_is_painted_20_times_a_second_at_most_and_a_slow_one_leaves_th
         virtual.monotonic += 0.1
         monitor._draw(painter, stage(state, second=100 + n / 10))
     assert len(pictures) == 1  # the seconds stand still
+    state.event(heard("task-sent", "w", 3, uuid="new"))
+    for _ in range(3):  # keys: the first is answered at once, the others a twentieth of a second later
+        monitor._draw(painter, stage(state, second=200))
+        monitor._drawn = None
+    assert len(pictures) == 3
 
 
 # --- the command line ---
