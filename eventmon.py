@@ -3341,10 +3341,11 @@ def item(label: str, text: Any, link: Any = None, style: str = "") -> Row:
 
 
 def fields(record: Facts, keys: Iterable[str], stage: Stage) -> Iterator[Row]:
-    """Yield these fields of a record, if it has them."""
+    """Yield these fields of a record, if it has them; a task's worker with the way to it."""
     for key in keys:
         if record.get(key) is not None:
-            yield item(key, field(record, key, stage) if key in UNITS else record[key])
+            link = (key, record[key]) if key == "worker" and known(stage.state.workers, record[key]) else None
+            yield item(key, field(record, key, stage) if key in UNITS else record[key], link)
 
 
 def trace(record: Facts) -> Iterator[Row]:
@@ -3405,7 +3406,8 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
     """Yield everything about a task, if it is in memory."""
     task = stage.state.tasks.get(uuid)
     if task:
-        yield item("state", together(state_of(task, stage), run_of(task, stage)))
+        state = state_of(task, stage)
+        yield item("state", together(state, run_of(task, stage), detail_of(task, stage) if state == "LOST" else ""))
         yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
         yield item("latest", exact(task["timestamp"]))
         yield from chain(timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task))
@@ -4224,6 +4226,10 @@ def watch(options: Any) -> int:
     """Show what is heard, or what FILE holds, until the user or a limit ends it."""
     if options.json and options.plain:
         raise ValueError("--json and --plain exclude each other")
+    for name in ("limit", "timeout"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name} is {value}, expected 0 or more")
     with suppress(OSError, TypeError):  # one is not there, or not given
         if os.path.samefile(options.file, options.record):
             raise ValueError(f"{options.file} cannot be recorded into itself")

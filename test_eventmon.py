@@ -2537,6 +2537,10 @@ SHOWN = {  # keys, events, and what is shown then, but for blanks
         "1", [heard("task-started", "w", n, uuid=str(n), pid=n) for n in (1, 2)] + [heard("worker-lost", "w", 6, pid=1, local=True)],
         " LOST 12:00:01 w 2.0s process 1 is gone STARTED 12:00:02 w 8.0s",
     ),
+    "of a lost task the reason": (
+        "1 i", shop_events(), "state LOST 6.0s worker LOST 40% ",
+    ),
+    "the way from a task to its worker": ("1 i j j j i", shop_events(), "status LOST task LOST users 6.0s worker LOST 40% "),
     "fields in the units of people": (
         "1 i", [task_event("succeeded", runtime=0.64, peak_memory=34288435, progress=0.48, limit=7)],
         "runtime 640ms peak_memory 32.7 MiB progress 48% limit 7 ",
@@ -3060,6 +3064,7 @@ def test_watch_tells_of_datagrams_without_the_key_and_in_the_end_of_all_of_them(
 
 WRONG = {  # words of a command line -> the exit status; each gets one line on standard error
     **dict.fromkeys(["", "nonsense", "watch --nonsense", "watch --limit x", "watch --limit 1.5", "send"], 2),
+    **dict.fromkeys(["watch --limit -1", "watch --timeout -1", "watch --timeout nan"], 2),
     **dict.fromkeys(["watch --json --plain", "watch --url http://x", "send ''", "send hello x", "send hello =x"], 2),
     **dict.fromkeys(["send hello x:=oops", "send hello x:=NaN", "send - x=1", "send hello type=x"], 2),
     **dict.fromkeys(["send hello a=1 a=2", "send hello key==x", "send hello timestamp=yesterday"], 2),
