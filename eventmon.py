@@ -2138,11 +2138,11 @@ class Receiver:
             return b""
         key = stream, event
         pieces = self._pieces.setdefault(key, [])
-        pieces.append(piece)
-        self._joined += len(piece)
-        if len(pieces) != index + 1:  # something was given up, or we came in the middle
+        if len(pieces) != index:  # something was given up, or we came in the middle
             self._drop_pieces(key)
             return b""
+        pieces.append(piece)
+        self._joined += len(piece)
         while self._joined + 4096 * len(self._pieces) > self.MAX_JOINED:  # what dead senders began goes first
             self._drop_pieces(next(iter(self._pieces)))
         if index + 1 < total:
@@ -2408,8 +2408,9 @@ def run_time(task: Mapping[str, Any], state: Any, now: float) -> tuple[bool, flo
     if name not in FINISHED:
         worker = state.workers.get(task.get("worker"), {})
         if is_lost:  # it has run until its process, or its worker, was last there
-            process, heard = state._processes[worker["hostname"]].get(task.get("pid", NO_PID), worker), worker["heard"]
-            until = number(process.get("timestamp"), heard + SILENCE) - SILENCE if process["status"] == "lost" else heard
+            process, until = state._processes[worker["hostname"]].get(task.get("pid", NO_PID), worker), worker["heard"]
+            if process["status"] != "alive" and process.get("local"):  # by our clock
+                until = number(process.get("timestamp"), until) - (SILENCE if process["status"] == "lost" else 0.0)
         ahead = worker.get("clock_offset", 0.0)
         until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
     return is_lost, max(0.0, until - task["started"])
@@ -2449,7 +2450,7 @@ def describe_attempt(told: Mapping[str, Any]) -> dict[str, Any]:
 
 FLAT = frozenset((str, int, float, bool, type(None)))
 SHORT_TEXT = 40  # characters of a text that is not weighed
-SHORT_FIELD = 200  # bytes that one of up to so many characters may take
+FURTHER = 8192  # bytes that count for a task's third delivery, a worker's second process, and so on: short texts, too
 LONG_NUMBER = 1 << 64
 LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
@@ -2881,13 +2882,13 @@ class State:
         before, processes = worker["status"], self._processes[hostname]
         if pid not in processes and len(processes) >= MAX_PROCESSES:
             del processes[next(iter(processes))]
+        self._weight += FURTHER if processes and pid not in processes else 0
         process = processes.setdefault(pid, {} if pid == NO_PID else {"pid": pid})
         for one in processes.values() if pid == NO_PID and status != "alive" else (process,):
             one["status"] = status
         type_name = str(event.get("type"))
         if type_name.startswith("worker-"):
             take_fields(process, event, NOT_WORKERS)
-            self._weight += SHORT_FIELD * len(event) if len(processes) > 1 else 0
         gone = any(one["status"] != "alive" for one in processes.values())
         (self._gone.add if gone else self._gone.discard)(hostname)
         speakers = [one for one in processes.values() if one.get("sw_ident", "eventmon") != "eventmon"]
@@ -2923,8 +2924,6 @@ class State:
         told = delivery_for(event, kind, self._told(uuid)) or self._begin(uuid, event, kind, timestamp)
         task = self._tasks[uuid]
         uuid = task["uuid"]  # the same str everywhere
-        if len(self._deliveries.get(uuid, ())) > 2:  # of so many, short texts count too
-            self._weight += SHORT_FIELD * len(event)
         before = self._changed.pop(uuid, None)
         self._changed[uuid] = before or (task.get("state"), id_of(task.get("parent_id")))
         take_event(told, event, kind, timestamp)
@@ -2955,6 +2954,7 @@ class State:
             if len(deliveries) >= MAX_DELIVERIES:
                 deliveries.remove(min(deliveries, key=age_of))
             deliveries.append(told)
+            self._weight += FURTHER if len(deliveries) > 2 else 0
         else:
             told["uuid"], told["children"] = uuid, self._children.get(uuid, NO_CHILDREN)
             self._tasks[uuid] = told
@@ -3262,14 +3262,17 @@ def urgency(task: Facts, stage: Stage) -> tuple[int, float]:
     return int(not is_lost), -seconds
 
 
+def loss_of(task: Facts, stage: Stage) -> str:
+    """Return why a task is lost."""
+    status = status_of(worker_of(task, stage), stage)
+    return "its process is gone" if status == "alive" else f"worker {status}"
+
+
 def detail_of(task: Facts, stage: Stage) -> str:
     """Return what matters most of a task: why it failed or is lost, its result, how far it is; then its arguments."""
     state, retries, done = state_of(task, stage), int(number(task.get("retries"), 0)), number(task.get("progress"), -1)
     key = {"FAILURE": "exception", "RETRY": "exception", "SUCCESS": "result"}.get(state, "")
-    outcome = printable(task.get(key))
-    if state == "LOST":
-        status = status_of(worker_of(task, stage), stage)
-        outcome = f"process {printable(task.get('pid'))} is gone" if status == "alive" else f"worker {status}"
+    outcome = loss_of(task, stage) if state == "LOST" else printable(task.get(key))
     attempt = f"attempt {retries + 1}" if retries else ""
     bar = f"{done:.0%} {'━' * round(done * 10):·<10}" if 0 <= done <= 1 and state not in State.FINISHED else ""
     given = together(printable(task.get("args")), printable(task.get("kwargs")))
@@ -3407,7 +3410,7 @@ def task_panel(uuid: str, stage: Stage) -> Iterator[Row]:
     task = stage.state.tasks.get(uuid)
     if task:
         state = state_of(task, stage)
-        yield item("state", together(state, run_of(task, stage), detail_of(task, stage) if state == "LOST" else ""))
+        yield item("state", together(state, run_of(task, stage), loss_of(task, stage) if state == "LOST" else ""))
         yield from fields(task, ("name", "uuid", "worker", "client", *TOLD_FIRST), stage)
         yield item("latest", exact(task["timestamp"]))
         yield from chain(timeline(task, stage), family(task, stage), fields(task, keys_of(task), stage), trace(task))
@@ -4562,26 +4565,24 @@ def serve(events: Dispatcher, seconds: float) -> NoReturn:
     os._exit(1)
 
 
-def work(name: str, url: str, key: bytes | None) -> None:
-    """Be a worker of the demo until the monitor's process ends."""
-    import multiprocessing
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for the monitor
-    with Dispatcher(url, f"{name}@demo", freq=1, key=key) as events:
-        for _ in range(3):
-            threading.Thread(target=serve, args=(events, 15 if name == "gamma" else inf), daemon=True).start()
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-
-
 def demo(options: Any) -> int:
     """Show a shop at work: three worker processes, on a URL of their own, and the monitor."""
-    from multiprocessing import Process
+    from subprocess import DEVNULL, PIPE, Popen
 
+    if options.worker:
+        with Dispatcher(options.url, f"{options.worker}@demo", freq=1, key=options.key) as events:
+            for _ in range(3):
+                threading.Thread(target=serve, args=(events, 15 if options.worker == "gamma" else inf), daemon=True).start()
+            sys.stdin.read()  # until the monitor ends
+        return 0
     options.url = options.url or f"udp://239.255.69.86:{20000 + os.getpid() % 40000}"
-    for name in ("alpha", "beta", "gamma"):
-        Process(target=work, args=(name, options.url, options.key), daemon=True).start()
-    return watch(options)
+    programs = [[file] for file in (__file__, sys.argv[0]) if os.path.isfile(file)]  # the second may be a zip that holds it
+    program = [*programs, ["-m", "eventmon"]][0]
+    words = [sys.executable, *program, "demo", *options.words, "--url", options.url, "--worker"]
+    with ExitStack() as stack:
+        for name in ("alpha", "beta", "gamma"):
+            stack.enter_context(Popen([*words, name], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL))
+        return watch(options)
 
 
 COMMANDS = {
@@ -4610,6 +4611,7 @@ ARGUMENTS: Any = (  # commands, name, what it is, what argparse does with it
     ("run", "--name", "of the task (default: the command's)", {}),
     ("run", "command", "-- and the command with its arguments", {"nargs": "..."}),
     ("check", "--all-interfaces", "try each interface, too", FLAG),
+    ("demo", "--worker", "", {}),
 )
 EXAMPLES = """examples:
   python eventmon.py watch
@@ -4645,10 +4647,10 @@ def parse_words(name: str, words: Sequence[str]) -> Any:
 
     form, summary = argparse.RawDescriptionHelpFormatter, COMMANDS[name][1]
     parser = Parser(prog=f"eventmon {name}", description=summary, epilog=EXAMPLES, formatter_class=form)
-    parser.set_defaults(file=None, key=None)
+    parser.set_defaults(file=None, key=None, words=words)
     for commands, argument, text, settings in ARGUMENTS:
         if name in commands:
-            parser.add_argument(argument, help=text, **settings)
+            parser.add_argument(argument, help=text or argparse.SUPPRESS, **settings)
     options = parser.parse_args(words) if name == "run" else parser.parse_intermixed_args(words)
     if options.key_file:
         options.key = read_key(options.key_file)
