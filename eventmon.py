@@ -2450,7 +2450,7 @@ def describe_attempt(told: Mapping[str, Any]) -> dict[str, Any]:
 
 FLAT = frozenset((str, int, float, bool, type(None)))
 SHORT_TEXT = 40  # characters of a text that is not weighed
-FURTHER = 8192  # bytes that count for a task's third delivery, a worker's second process, and so on: short texts, too
+FURTHER = 4096  # bytes that count for a task's third delivery, a worker's second process, and so on: short texts, too
 LONG_NUMBER = 1 << 64
 LARGE = 4096  # bytes of an event of which a copy is kept, and of a text that is forgotten when all takes too much
 NESTED = 1000  # characters of JSON of a nested value that is kept as such text, which takes less
