@@ -702,14 +702,14 @@ def parse_url(text: str) -> Url:
         options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError as problem:
         raise ValueError(f"url {text!r}: {problem}") from None
-    known = dict(options)
+    known, rest = dict(options), parts.path[1:] or parts.fragment
     interface, ttl = known.get("interface", "127.0.0.1" if is_group(host) else ""), known.get("ttl", "0")
     for wrong, message in (
         (parts.scheme != "udp", f"scheme is {parts.scheme!r}, expected 'udp'"),
         ("@" in parts.netloc, "a user or password stands in it, expected none"),
         (not is_host(host), f"host is {host!r}, expected an IPv4 address or a name"),
         (not port, f"port is {port}, expected 1 to 65535"),
-        (parts.path[1:] or parts.fragment, f"path or fragment is {parts.path[1:] or parts.fragment!r}, expected none"),
+        (rest, f"path or fragment is {rest!r}, expected none"),
         (len(known) < len(options), "an option stands twice"),
         (known.keys() - {"interface", "ttl"}, f"options are {sorted(known)}, expected interface and ttl"),
         ("interface" in known and not is_host(interface), f"interface is {interface!r}, expected an address or a name"),
@@ -2398,14 +2398,15 @@ def merged(deliveries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def run_time(task: Mapping[str, Any], state: Any, now: float) -> tuple[bool, float]:
     """Return whether a task is lost, and the seconds that it took or has been running by our clock; -1 if none are known."""
-    name, runtime = task["state"], number(task.get("runtime"), -1.0)
-    if name in FINISHED and runtime >= 0:
-        return False, runtime
-    is_lost = state.is_lost(task, now)
-    if name in WAITING or "started" not in task:
+    name, until = task["state"], now
+    is_lost = name not in FINISHED and state.is_lost(task, now)
+    if name in FINISHED:
+        runtime, until = number(task.get("runtime"), -1.0), task["timestamp"]
+        if runtime >= 0:
+            return False, runtime
+    elif name in WAITING:
         return is_lost, -1.0
-    until = task["timestamp"] if name in FINISHED else now
-    if name not in FINISHED:
+    else:
         worker = state.workers.get(task.get("worker"), {})
         if is_lost:  # it has run until its process, or its worker, was last there
             process, until = state._processes[worker["hostname"]].get(task.get("pid", NO_PID), worker), worker["heard"]
@@ -2413,7 +2414,7 @@ def run_time(task: Mapping[str, Any], state: Any, now: float) -> tuple[bool, flo
                 until = number(process.get("timestamp"), until) - (SILENCE if process["status"] == "lost" else 0.0)
         ahead = worker.get("clock_offset", 0.0)
         until += ahead if abs(ahead) > 15 else 0.0  # below that it may be a late event
-    return is_lost, max(0.0, until - task["started"])
+    return is_lost, max(0.0, until - task["started"]) if "started" in task else -1.0
 
 
 def figures(tasks: Sequence[Mapping[str, Any]], state: Any, now: float) -> dict[str, Any]:
@@ -4576,8 +4577,8 @@ def demo(options: Any) -> int:
             sys.stdin.read()  # until the monitor ends
         return 0
     options.url = options.url or f"udp://239.255.69.86:{20000 + os.getpid() % 40000}"
-    programs = [[file] for file in (__file__, sys.argv[0]) if os.path.isfile(file)]  # the second may be a zip that holds it
-    program = [*programs, ["-m", "eventmon"]][0]
+    files = (__file__, sys.argv[0])  # the second may be a zip that holds it
+    program = next(([file] for file in files if os.path.isfile(file)), ["-m", "eventmon"])
     words = [sys.executable, *program, "demo", *options.words, "--url", options.url, "--worker"]
     with ExitStack() as stack:
         for name in ("alpha", "beta", "gamma"):
